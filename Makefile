@@ -1,0 +1,44 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11+ and make; each sets up .venv first.
+PYTHON ?= python3
+VENV := .venv
+LOCK := requirements.lock
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+export PYTHONNOUSERSITE = 1
+
+.PHONY: demo test lint lock lab clean env
+
+demo: env  ## the main job: solar cells to a report
+	$(BIN)/thaw run recipes/elpv.yaml
+
+test: env  ## all tests but the slow proofs
+	$(BIN)/python -m pytest
+
+lint: env  ## style of code and notebooks; no outputs in git
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+lab: env  ## JupyterLab with the environment's kernel
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_explore.ipynb
+
+env: $(READY)
+
+$(READY): $(LOCK) pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Thaw needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement $(LOCK)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+lock: env  ## write both lock files anew from pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile pyproject.toml --extra data --extra weights --extra dev $(LOCK_OPTIONS) --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra data --extra weights --extra dev --extra gpu $(LOCK_OPTIONS) --output-file requirements-gpu.lock
+
+LOCK_OPTIONS := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-find-links \
+	--custom-compile-command "make lock"
+
+clean:  ## remove the environment and caches; data and runs stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,320 @@
+"""Batches of images for Keras: read from a resized folder, augmented and sampled, the same for the same seed.
+
+Every draw (order, augmentation, sampling) follows from the seed, the epoch and the step and from nothing else, so a
+training that was interrupted and goes on at epoch k sees what an undisturbed one would have seen.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+
+from helpers import bank, frontier, runs
+
+PRESETS: dict[str, list[dict[str, dict[str, Any]]]] = {
+    "none": [],
+    "default": [
+        {"RandomRotation": {"factor": 0.03, "fill_mode": "reflect"}},
+        {"RandomTranslation": {"height_factor": 0.05, "width_factor": 0.05, "fill_mode": "reflect"}},
+        {"RandomContrast": {"factor": 0.1, "value_range": [0, 255]}},
+    ],
+    "enhanced": [
+        {"RandomRotation": {"factor": 0.08, "fill_mode": "reflect"}},
+        {"RandomShear": {"x_factor": 0.1, "y_factor": 0.1, "fill_mode": "reflect"}},
+        {"RandomZoom": {"height_factor": 0.15, "fill_mode": "reflect"}},
+        {"RandomContrast": {"factor": 0.2, "value_range": [0, 255]}},
+        {"RandomGaussianBlur": {"factor": 0.3, "sigma": 1.0, "value_range": [0, 255]}},
+        {"RandomErasing": {"factor": 0.5, "scale": [0.02, 0.1], "value_range": [0, 255]}},
+    ],
+}
+UNFIT = ("RandomCrop", "AugMix")  # one changes the size, the other draws with Python's `random` whatever the seed
+# Not "horizontal_and_vertical", which makes both flips or none.
+FLIPS = {"none": [], "horizontal": ["horizontal"], "vertical": ["vertical"], "both": ["horizontal", "vertical"]}
+
+
+@dataclass(frozen=True)
+class Folder(bank.Images):
+    """The images of one part of a resized folder, in the order of images.csv.
+
+    Attributes:
+        pixels: every image once, in order, as uint8 batches of shape (<=32, H, W, 3), decoded as they are read.
+        keys: what identifies each image's pixels: the raw file's sha256 and how it was resized.
+        labels: int32 array of shape (n,), indices into `class_names`.
+        paths: absolute file names.
+        class_names: in the model's order.
+        image_size: height and width in pixels.
+    """
+
+    paths: list[str]
+    class_names: list[str]
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def read(folder: str | Path, part: str) -> Folder:
+    """Read one part ("train", "val" or "test") of a folder written by 02_resize.
+
+    Raises:
+        ValueError: the part is empty, or an image has a label that is not among the class names.
+    """
+    folder = Path(folder)
+    table = pd.read_csv(folder / "images.csv", dtype=str, keep_default_na=False)
+    class_names = runs.read_json(folder / "class_names.json")
+    rows = table[table["part"] == part]
+    if rows.empty:
+        parts = ", ".join(sorted(set(table["part"])))
+        raise ValueError(
+            f"{runs.display_path(folder)} has no {part} images, only {parts}. Check the ratios of 01_split."
+        )
+    index = {name: number for number, name in enumerate(class_names)}
+    if unknown := sorted(set(rows["label"]) - set(index)):
+        raise ValueError(
+            f"images.csv has labels that class_names.json lacks: {', '.join(unknown)}. Run 02_resize again."
+        )
+    about = runs.read_json(folder / "resize.json")
+    made = ":".join(str(about[key]) for key in ("image_size", "fit", "format"))
+    paths = [str(folder / path) for path in rows["path"]]
+    return Folder(
+        pixels=_in_order(paths, about["image_size"]),
+        keys=[f"{sha256}:{made}" for sha256 in rows["sha256"]],
+        labels=rows["label"].map(index).to_numpy(np.int32),
+        paths=paths,
+        class_names=class_names,
+        image_size=about["image_size"],
+    )
+
+
+def decode(path: tf.Tensor, image_size: int) -> tf.Tensor:
+    """Return the image file as a uint8 tensor of shape (image_size, image_size, 3)."""
+    image = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
+    return tf.ensure_shape(image, (image_size, image_size, 3))
+
+
+def _in_order(paths: list[str], image_size: int) -> tf.data.Dataset:
+    files = tf.data.Dataset.from_tensor_slices(paths)
+    return files.map(lambda path: decode(path, image_size), tf.data.AUTOTUNE, deterministic=True).batch(bank.GROUP)
+
+
+def labelled(images: Folder, batch_size: int = bank.GROUP) -> tf.data.Dataset:
+    """Return (uint8 image batch, label batch) in order, for validation and test: never shuffled, nothing dropped."""
+    labels = tf.data.Dataset.from_tensor_slices(images.labels).batch(batch_size)
+    data = tf.data.Dataset.zip(images.pixels.rebatch(batch_size), labels)
+    return data.apply(tf.data.experimental.assert_cardinality(-(-len(images) // batch_size))).prefetch(2)
+
+
+def training(
+    images: Folder, batch_size: int, *, seed: int, augment: keras.Sequential | None = None, balanced: bool = False
+) -> tuple[tf.data.Dataset, keras.callbacks.Callback]:
+    """Return the training data with fresh augmentation in every epoch, and the callback that tells it the epoch.
+
+    An epoch holds every image once in a new order, or as many draws, every class equally often, when `balanced`.
+
+    Args:
+        images: the training images. They are kept in memory when they fit in a quarter of what is free.
+        batch_size: images a step; the last batch of an epoch is smaller and never dropped.
+        seed: decides order and augmentation together with the epoch's number.
+        augment: as `augmentation` returns it.
+        balanced: draw with replacement, each class equally likely.
+    """
+    clock = {"epoch": 0}
+    chances = probabilities(images.labels) if balanced else None
+    paths, labels, count = tf.constant(images.paths), tf.constant(images.labels), len(images)
+    pixels = tf.concat(list(images.pixels), axis=0) if _fits_in_memory(images) else None
+    change = _keyed(augment) if augment is not None else None
+
+    def epoch() -> tuple[np.ndarray, np.int32]:
+        rng = np.random.default_rng([seed, clock["epoch"]])
+        drawn = rng.choice(count, size=count, p=chances) if balanced else rng.permutation(count)
+        return drawn.astype(np.int32), np.int32(clock["epoch"])
+
+    def batches(drawn: tf.Tensor, number: tf.Tensor) -> tf.data.Dataset:
+        starts = tf.data.Dataset.range(0, count, batch_size, output_type=tf.int32)
+        return starts.map(lambda at: (drawn[at : at + batch_size], tf.stack([seed + number * 7919, at])))
+
+    def load(rows: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        if pixels is not None:
+            batch = tf.gather(pixels, rows)
+        else:
+            batch = tf.map_fn(
+                lambda f: decode(f, images.image_size), tf.gather(paths, rows), fn_output_signature=tf.uint8
+            )
+        batch = tf.cast(batch, tf.float32)
+        return (change(batch, key) if change else batch), tf.gather(labels, rows)
+
+    begin = tf.data.Dataset.range(1).map(lambda _: tf.numpy_function(epoch, [], (tf.int32, tf.int32)))
+    begin = begin.map(lambda drawn, number: (tf.ensure_shape(drawn, [count]), tf.ensure_shape(number, [])))
+    data = begin.flat_map(batches).map(load, tf.data.AUTOTUNE, deterministic=True)
+    data = data.apply(tf.data.experimental.assert_cardinality(-(-count // batch_size))).prefetch(2)
+    return data, keras.callbacks.LambdaCallback(on_epoch_begin=lambda number, logs=None: clock.update(epoch=number))
+
+
+@dataclass
+class Feed:
+    """What `fit` needs: the part of the model that trains, and data made for it.
+
+    Attributes:
+        model: the suffix above the frozen frontier, or the whole model; its layers are the model's own.
+        train: training data, one epoch long.
+        val: validation data, in order.
+        clock: the callback that tells `train` which epoch it is; `fit` must be given it.
+        steps: batches an epoch.
+        banks: folders of the activations; empty when the whole model trains.
+        summary: one sentence about all this.
+    """
+
+    model: keras.Model
+    train: tf.data.Dataset
+    val: tf.data.Dataset
+    clock: keras.callbacks.Callback
+    steps: int
+    banks: list[Path]
+    summary: str
+
+    def remove_cache(self) -> None:
+        """Delete the activations."""
+        for folder in self.banks:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def feed(
+    model: keras.Model,
+    train: Folder,
+    val: Folder,
+    *,
+    cache: Path,
+    views: int,
+    batch_size: int,
+    seed: int,
+    augment: keras.Sequential | None = None,
+    balanced: bool = False,
+    cache_gb: float = 20.0,
+) -> Feed:
+    """Cut `model` at its frozen frontier and compute once what lies beneath, or leave it whole where that cannot be.
+
+    Args:
+        model: a classifier whose trainable flags are set.
+        train, val: the images.
+        cache: folder for the activations.
+        views: augmented versions of each training image to choose from; 0 computes nothing beforehand and augments
+            anew in every epoch.
+        batch_size, seed, augment, balanced: as in `training`.
+        cache_gb: disk that the activations may take, in 1e9 bytes.
+    """
+    steps = -(-len(train) // batch_size)
+    cut = frontier.cut(model) if views else None
+    banks = None
+    computes = cut is not None and cut.prefix is not None and cut.shape != model.input_shape[1:]  # more than it scales
+    if computes:
+        banks = bank.fill(cut.prefix, train, val, cache, views=views, augment=augment, seed=seed, cache_gb=cache_gb)
+    if banks is None:
+        data, clock = training(train, batch_size, seed=seed, augment=augment, balanced=balanced)
+        why = "views is 0" if not views else "no room" if computes else f"nothing below {cut.stopped_by} is frozen"
+        return Feed(model, data, labelled(val), clock, steps, [], f"The whole model is computed in every step: {why}.")
+    filled, plain = banks
+    chances = probabilities(train.labels) if balanced else None
+    data, clock = filled.batches(batch_size, seed=seed, probabilities=chances)
+    summary = (
+        f"Everything up to {cut.layer} is computed once: {filled.views} views of {len(train):,} training images and"
+        f" {len(val):,} validation images, {cut.shape} each. Training starts there."
+    )
+    return Feed(cut.suffix, data, plain.in_order(256), clock, steps, [filled.folder, plain.folder], summary)
+
+
+def sample(images: Folder, count: int, seed: int = 0) -> pd.DataFrame:
+    """Return `count` images chosen at random, every class as often as can be: the columns path and label."""
+    rows = pd.DataFrame({"path": images.paths, "label": [images.class_names[label] for label in images.labels]})
+    rows = rows.sample(frac=1, random_state=seed)
+    turn = rows.groupby("label").cumcount()
+    return rows.assign(turn=turn).sort_values("turn", kind="stable").head(count).drop(columns="turn")
+
+
+def augmented_copies(paths: Sequence[str], augment: keras.Sequential | None, image_size: int, copies: int = 6) -> list:
+    """Return, image by image, the plain image and `copies` - 1 augmented ones as uint8 arrays (H, W, 3)."""
+    shown = []
+    for number, path in enumerate(paths):
+        plain = decode(path, image_size)
+        batch = tf.repeat(tf.cast(plain, tf.float32)[None], copies - 1, axis=0)
+        if augment is not None:
+            batch = _keyed(augment)(batch, tf.constant([number, 0]))
+        shown += [plain.numpy(), *tf.cast(tf.clip_by_value(batch, 0, 255), tf.uint8).numpy()]
+    return shown
+
+
+def probabilities(labels: np.ndarray) -> np.ndarray:
+    """Return the chance of each image, shape (n,), with which every class is drawn equally often; it adds up to 1."""
+    counts = np.bincount(labels)
+    return 1.0 / (counts[labels] * np.count_nonzero(counts))
+
+
+def augmentation(
+    spec: str | Sequence[dict[str, dict[str, Any]]] = "default", flip: str = "none"
+) -> keras.Sequential | None:
+    """Return a chain of Keras augmentation layers, float32 images 0-255 -> the same; None when it would do nothing.
+
+    Args:
+        spec: a preset ("none", "default", "enhanced") or a list of {layer name: arguments}, e.g.
+            `[{"RandomZoom": {"height_factor": 0.2}}]`.
+        flip: "none", "horizontal", "vertical" or "both"; never part of a preset, since only the user knows whether a
+            mirrored image still belongs to its class.
+
+    Raises:
+        ValueError: an unknown preset or layer, or arguments that the layer refuses.
+    """
+    if isinstance(spec, str) and spec not in PRESETS:
+        raise ValueError(f"augmentation: {spec!r} is not a preset. Take one of {', '.join(PRESETS)}, or list layers.")
+    flips = [{"RandomFlip": {"mode": mode}} for mode in FLIPS[flip]]
+    items = flips + list(PRESETS[spec] if isinstance(spec, str) else spec)
+    layers = [_layer(item, seed) for seed, item in enumerate(items)]
+    return keras.Sequential(layers, name="augmentation") if layers else None
+
+
+class _KeyedSeed(keras.random.SeedGenerator):
+    """A seed generator that counts on from a key while it has one, so that parallel calls draw what they should."""
+
+    key: tf.Tensor | None = None
+
+    def next(self, ordered: bool = True) -> tf.Tensor:
+        if self.key is None:
+            return super().next(ordered)
+        self.key = self.key + tf.constant([104729, 0])
+        return self.key
+
+
+def _keyed(augment: keras.Sequential) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    """Return `augment` as a function (images, int32 key of shape (2,)) whose draws follow from the key alone."""
+
+    def change(images: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+        for number, layer in enumerate(augment.layers):
+            layer.generator.key = key + tf.constant([1299709 * number, 0])
+            images = layer(images, training=True)
+            layer.generator.key = None
+        return images
+
+    return change
+
+
+def _layer(item: dict[str, dict[str, Any]], seed: int) -> keras.layers.Layer:
+    if not isinstance(item, dict) or len(item) != 1:
+        raise ValueError(f"augmentation: expected {{layer name: {{argument: value}}}}, got {item!r}.")
+    (name, arguments), *_ = item.items()
+    known = [n for n in dir(keras.layers) if n.startswith(("Rand", "Auto")) and n not in UNFIT]
+    if name not in known:
+        raise ValueError(f"augmentation: keras.layers has no augmentation {name!r}. There are: {', '.join(known)}.")
+    try:
+        layer = getattr(keras.layers, name)(**(arguments or {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"augmentation: {name} refused its arguments: {error}") from None
+    layer.generator = _KeyedSeed(seed=seed)
+    return layer
+
+
+def _fits_in_memory(images: Folder) -> bool:
+    return len(images) * images.image_size**2 * 3 < bank.SHARE_OF_RAM * bank._free_memory()

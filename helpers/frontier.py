@@ -1,0 +1,216 @@
+"""Cut a model at its frozen frontier.
+
+The frontier is the last single tensor such that nothing below it changes while the model trains. What lies below it,
+the prefix, gives the same output for the same image in every epoch, so it needs to run only once per image. What lies
+above it, the suffix, shares its layers with the model: to train the suffix is to train the model.
+
+    cut = frontier.cut(model)                # after the trainable flags are set
+    activations = folding.fast(cut.prefix)(images)
+    cut.suffix.compile(...); cut.suffix.fit(activations, labels)
+    model.save("model.keras")                # holds what the suffix has learned
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras.src.models.functional import Functional  # Keras exports no type for "a model that is a graph"
+
+INERT_WHEN_ZERO = ("rate", "drop_path_rate", "stddev")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model in two parts: `suffix(prefix(images))` is what the model gives in inference.
+
+    Attributes:
+        prefix: frozen model, images -> activations; None when nothing lies below the frontier.
+        suffix: model, activations -> the model's outputs; made of the model's own layers. The model itself when
+            `prefix` is None.
+        layer: name of the layer whose output is the frontier; "" when `prefix` is None.
+        shape: shape of one image's activations, without the batch axis.
+        stopped_by: name of the first layer that keeps the frontier from lying higher, and why.
+    """
+
+    prefix: keras.Model | None
+    suffix: keras.Model
+    layer: str
+    shape: tuple[int, ...]
+    stopped_by: str
+
+
+def cut(model: keras.Model) -> Cut:
+    """Cut `model` at its frozen frontier, as its trainable flags stand now.
+
+    A layer stops the frontier when it has a trainable weight, when it draws random numbers in training (dropout with
+    a rate above 0, augmentation), or when it updates statistics (BatchNormalization that is not frozen). Keras runs
+    the layers of a sub-model that was called with `training=False` in training mode all the same when the outer model
+    trains, so such a call lifts none of the three; a dropout inside a frozen backbone is made inert by a rate of 0.
+
+    Args:
+        model: a functional or sequential model with one input. Sub-models are looked into.
+
+    Raises:
+        ValueError: the model has several inputs, is not a graph of layers, or nothing in it trains.
+    """
+    graph = graph_of(model)
+    if graph is None:
+        raise ValueError(
+            f"The frontier is found in the graph of a functional or sequential model; {model.name!r} is a"
+            f" {type(model).__name__} whose graph cannot be seen. Train it without the cache: views: 0."
+        )
+    if len(graph.inputs) != 1:
+        names = ", ".join(tensor.name for tensor in graph.inputs)
+        raise ValueError(
+            f"A model with one input can be cut, {model.name!r} has {len(graph.inputs)} ({names}). Train it without the"
+            " cache: views: 0."
+        )
+    if not model.trainable_variables:
+        raise ValueError(f"Nothing trains in {model.name!r}: set trainable=True on its head before the cut.")
+    path, stopped_by = _find(graph)
+    tensor = path[-1].tensor
+    if all(step.is_input for step in path):
+        return Cut(None, model, "", tuple(tensor.shape[1:]), stopped_by)
+    source = graph.inputs[0]
+    images = keras.Input(batch_shape=source.shape, dtype=source.dtype, name="images")
+    activations = keras.Input(batch_shape=(None, *tensor.shape[1:]), dtype=tensor.dtype, name="activations")
+    prefix = keras.Model(images, _below(path, images), name="prefix")
+    suffix = keras.Model(activations, _above(path, activations), name="suffix")
+    return Cut(prefix, suffix, tensor._keras_history.operation.name, tuple(tensor.shape[1:]), stopped_by)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A frontier in one graph: `tensor` is the only value that passes from `nodes[:done]` to `nodes[done:]`."""
+
+    graph: keras.Model
+    nodes: list
+    done: int
+    tensor: keras.KerasTensor
+
+    @property
+    def is_input(self) -> bool:
+        return self.tensor is self.graph.inputs[0]
+
+
+def _find(graph: keras.Model) -> tuple[list[_Step], str]:
+    """Return the frontier as a path into nested graphs, outermost first, and what keeps it from lying higher."""
+    nodes = list(nodes_of(graph))
+    uses = uses_of(graph)
+    live = {id(graph.inputs[0])}
+    step, stopped_by = _Step(graph, nodes, 0, graph.inputs[0]), ""
+    for index, node in enumerate(nodes):
+        if reason := why_it_varies(node.operation):
+            stopped_by = f"{node.operation.name} ({reason})"
+            break
+        for tensor in node.input_tensors:
+            uses[id(tensor)] -= 1
+        live |= {id(tensor) for tensor in node.output_tensors}
+        live -= {name for name in live if uses[name] == 0}
+        # Every node lies between the input and an output, so whatever the order, a single live value means that
+        # every path passes through it: an articulation point of the graph.
+        if len(live) == 1:
+            (alive,) = [tensor for tensor in node.output_tensors if id(tensor) in live] or [step.tensor]
+            step = _Step(graph, nodes, index + 1, alive)
+    path = [step]
+    inner = graph_of(nodes[step.done].operation) if step.done < len(nodes) else None
+    if inner is not None and _is_sole_use(step, inner):
+        below, inner_stop = _find(inner)
+        stopped_by = inner_stop
+        if not all(part.is_input for part in below):
+            path += below
+    return path, stopped_by
+
+
+def why_it_varies(operation: Any) -> str:
+    """Say why the same input may give another output as training goes on; "" if it cannot."""
+    graph = graph_of(operation)
+    if graph is not None:
+        reasons = ((node.operation, why_it_varies(node.operation)) for node in nodes_of(graph))
+        return next((f"{part.name}: {reason}" for part, reason in reasons if reason), "")
+    if not isinstance(operation, keras.layers.Layer):
+        return ""  # a bare operation, such as x + y, has no state
+    if operation.trainable_variables:
+        return "its weights train"
+    if any(_draws(layer) for layer in operation._flatten_layers()):
+        return "it draws random numbers in training"
+    if operation.trainable and operation.weights and "training" in inspect.signature(operation.call).parameters:
+        return "it updates its statistics in training; set trainable=False to freeze it"
+    return ""
+
+
+def _draws(layer: keras.layers.Layer) -> bool:
+    if not any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values()):
+        return False
+    rates = [getattr(layer, name) for name in INERT_WHEN_ZERO if hasattr(layer, name)]
+    return not rates or any(rates)
+
+
+def graph_of(operation: Any) -> keras.Model | None:
+    """Return the graph of a functional or sequential model, None for anything else."""
+    if isinstance(operation, keras.Sequential) and operation.built:
+        return keras.Model(operation.inputs[0], operation.outputs[0])
+    is_plain = isinstance(operation, Functional) and type(operation).call is Functional.call
+    return operation if is_plain else None
+
+
+def nodes_of(graph: keras.Model) -> Iterator:
+    """Yield the calls of a graph, each after those that it needs."""
+    by_depth = graph._nodes_by_depth
+    for depth in sorted(by_depth, reverse=True):
+        yield from (node for node in by_depth[depth] if not node.is_input)
+
+
+def uses_of(graph: keras.Model) -> Counter:
+    """Count how often each tensor of a graph is read; an output is read once more, from outside."""
+    read = [tensor for node in nodes_of(graph) for tensor in node.input_tensors]
+    return Counter(id(tensor) for tensor in (*read, *graph.outputs))
+
+
+def _is_sole_use(step: _Step, inner: keras.Model) -> bool:
+    """Is the sub-model that comes next the only reader of the frontier, and reads nothing else?"""
+    inputs = step.nodes[step.done].input_tensors
+    reads_it_alone = len(inner.inputs) == 1 and len(inputs) == 1 and inputs[0] is step.tensor
+    return reads_it_alone and uses_of(step.graph)[id(step.tensor)] == 1
+
+
+def _below(path: list[_Step], value: keras.KerasTensor) -> keras.KerasTensor:
+    for step in path:
+        if not step.is_input:
+            value = keras.Model(step.graph.inputs[0], step.tensor)(value)
+    return value
+
+
+def _above(path: list[_Step], value: keras.KerasTensor) -> Any:
+    """Call again, on `value`, everything that lies above the frontier; sub-models stay sub-models."""
+    step, *deeper = path
+    values, nodes = {id(step.tensor): value}, step.nodes[step.done :]
+    if deeper:
+        part, nodes = nodes[0], nodes[1:]
+        entry = keras.Input(batch_shape=value.shape, dtype=value.dtype)
+        rest = keras.Model(entry, _above(deeper, entry), name=part.operation.name)
+        _, kwargs = part.arguments.fill_in(values)
+        _store(values, part, rest(value, **kwargs))
+    return replay(step.graph, nodes, values)
+
+
+def replay(graph: keras.Model, nodes: list, values: dict[int, Any], call: Callable[..., Any] | None = None) -> Any:
+    """Call the operations of `nodes` again, starting from `values` (id of a tensor of `graph` -> new value).
+
+    Args:
+        call: called as `call(node, *args, **kwargs)` in place of the node's operation.
+
+    Returns:
+        The new values of the graph's outputs, in the graph's own structure.
+    """
+    for node in nodes:
+        args, kwargs = node.arguments.fill_in(values)
+        _store(values, node, call(node, *args, **kwargs) if call else node.operation(*args, **kwargs))
+    return keras.tree.map_structure(lambda tensor: values[id(tensor)], graph.output)
+
+
+def _store(values: dict[int, Any], node: Any, outputs: Any) -> None:
+    values.update(zip(map(id, node.output_tensors), keras.tree.flatten(outputs), strict=True))

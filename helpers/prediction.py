@@ -1,0 +1,86 @@
+"""Classify images with the model of a run, read exactly as its training images were read."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from helpers import images, runs, sources
+
+BATCH = 32
+
+
+def model_folder(run: str | Path) -> Path:
+    """Return the folder of the run's model: the phase that 05_evaluate found better, else the last one trained.
+
+    Raises:
+        FileNotFoundError: there is no such run, or it has no trained model yet.
+    """
+    folder = Path(run) if Path(run).is_dir() else runs.resolve(run)
+    evaluated = folder / "evaluate" / "metrics.json"
+    phases = [runs.read_json(evaluated)["phase"]] if evaluated.is_file() else ["fine_tune", "head"]
+    for candidate in [folder, *(folder / phase for phase in phases)]:
+        if (candidate / "model.keras").is_file():
+            return candidate
+    raise FileNotFoundError(f"{runs.display_path(folder)} is not a run with a trained model. Make one with `thaw run`.")
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Return the files among `paths` and all files below the folders among them, sorted within each folder.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or a folder holds no file.
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            below = [path / name for name in sorted(sources.walk(path, Counter()))]
+            if not below:
+                raise FileNotFoundError(f"The folder {path} holds no images.")
+            found += below
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"There is no image or folder {path}.")
+    return found
+
+
+def predict(run: str | Path, paths: Iterable[str | Path]) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Classify image files and folders of images.
+
+    Args:
+        run: the folder of a run, or of one of its training stages.
+        paths: image files and folders.
+
+    Returns:
+        A table with the columns path, predicted, confidence and one probability per class, and a mapping of each file
+        that is not a readable image to the reason.
+
+    Raises:
+        FileNotFoundError: the run, its model, or a path does not exist.
+    """
+    import keras
+
+    folder = model_folder(run)
+    files = find_images(paths)
+    about, class_names = runs.read_json(folder / "model.json"), runs.read_json(folder / "class_names.json")
+    model = keras.models.load_model(folder / "model.keras")
+    read, probabilities, unreadable = [], [], {}
+    for start in range(0, len(files), BATCH):
+        pixels = []
+        for path in files[start : start + BATCH]:
+            try:
+                pixels.append(images.load(path, about["image_size"], about["fit"]))
+                read.append(str(path))
+            except images.ImageError as error:
+                unreadable[str(path)] = str(error)
+        if pixels:
+            probabilities.append(model.predict_on_batch(np.stack(pixels)))
+    scores = np.concatenate(probabilities) if probabilities else np.zeros((0, len(class_names)), np.float32)
+    table = pd.DataFrame(scores, columns=class_names)
+    table.insert(0, "confidence", scores.max(axis=1) if len(scores) else [])
+    table.insert(0, "predicted", [class_names[index] for index in scores.argmax(axis=1)])
+    table.insert(0, "path", read)
+    return table, unreadable

@@ -1,0 +1,147 @@
+"""The store: each stage's result in a folder that is named by what it was made of.
+
+A stage is made in `<stage>-<fingerprint>.partial` and renamed when it is complete; from then on its files are read-only
+and their hashes are on record. A run is a folder of relative links into the store.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import stat
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from helpers import runs
+
+LEAST_FREE_BYTES = 300_000_000
+NOT_RESULTS = ("logs", "cache", "backup")  # by-products that decide nothing downstream
+
+
+def fingerprint(content: Any) -> str:
+    """Return 16 hexadecimal digits that identify a JSON-able content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_of(notebook: Path) -> dict[str, str]:
+    """Return a hash per piece of code that decides a notebook's result: its cells and each helper module it imports.
+
+    Comments, docstrings, formatting and prose do not count, nor does the parameters cell, whose values do.
+    """
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [c for c in cells if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]
+    source = "\n".join("".join(cell["source"]) for cell in code)
+    waiting, found = _imported_helpers(source), {notebook.stem: _code_hash(source)}
+    while waiting:
+        module = waiting.pop()
+        if f"helpers.{module}" not in found:
+            digest, imported = _module_code(runs.ROOT / "helpers" / f"{module}.py")
+            found[f"helpers.{module}"] = digest
+            waiting |= imported
+    return dict(sorted(found.items()))
+
+
+@cache
+def _module_code(path: Path) -> tuple[str, frozenset[str]]:
+    source = path.read_text(encoding="utf-8")
+    return _code_hash(source), frozenset(_imported_helpers(source))
+
+
+def _imported_helpers(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "helpers":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helpers."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("helpers.")}
+    return names
+
+
+def _code_hash(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            first = body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                body[0] = ast.Pass()
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+
+
+def contents(folder: Path) -> dict[str, list]:
+    """Return name -> [size, modification time in ns, sha256] of a stage's own files, without links and by-products."""
+    found = {}
+    for root, folders, files in os.walk(folder):
+        if Path(root) == folder:
+            folders[:] = [name for name in folders if name not in NOT_RESULTS]
+        for name in files:
+            path = Path(root, name)
+            if not path.is_symlink() and path != folder / runs.STAGE_FILE:
+                status = path.stat()
+                found[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns, sha256_of(path)]
+    return dict(sorted(found.items()))
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Return the files of a stored stage that are missing or whose content is not what it was when it was made."""
+    changed = []
+    for name, (size, modified, sha256) in runs.read_json(folder / runs.STAGE_FILE)["files"].items():
+        try:
+            found = (folder / name).stat()
+        except OSError:
+            changed.append(f"{name} is missing")
+            continue
+        if (found.st_size, found.st_mtime_ns) != (size, modified) and sha256_of(folder / name) != sha256:
+            changed.append(name)
+    return changed
+
+
+def dangling_link(folder: Path) -> Path | None:
+    """Return the first link in the folder that leads nowhere, looking at one linked file per sub-folder."""
+    for root, folders, files in os.walk(folder):
+        linked_files = (path for name in files if (path := Path(root, name)).is_symlink())
+        for path in [*(Path(root, name) for name in folders), next(linked_files, Path(root))]:
+            if path.is_symlink() and not path.exists():
+                return path
+    return None
+
+
+def keep(partial: Path, folder: Path, record: dict[str, Any]) -> None:
+    """Record what the finished stage in `partial` is, protect its files, and move it to `folder`."""
+    record = runs.read_json(partial / runs.STAGE_FILE) | record | {"made": "thaw run", "files": contents(partial)}
+    runs.write_json(partial / runs.STAGE_FILE, record)
+    for path in partial.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)
+
+
+def link(path: Path, target: Path) -> None:
+    """Make `path` a relative link to `target`, in one step, so that a reader sees the old link or the new one."""
+    relative = os.path.relpath(target, path.parent)
+    if not path.is_symlink() or os.readlink(path) != relative:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.symlink_to(relative)
+        os.replace(temporary, path)
+
+
+def check_disk(folder: Path) -> None:
+    """Raise an OSError when too little space is left where `folder` lies."""
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE_BYTES:
+        raise OSError(
+            f"Only {free / 1e6:,.0f} MB are free where {runs.display_path(folder)} lies; a stage needs at least"
+            f" {LEAST_FREE_BYTES / 1e6:,.0f} MB. Free some space, or set THAW_RUNS to a folder on another disk."
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's content."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,86 @@
+"""What several test modules share: small pictures, toy notebooks, and a place for runs that is not the project's."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import cv2
+import nbformat
+import numpy as np
+import pytest
+
+from helpers import recipes
+
+
+@pytest.fixture
+def runs_folder(tmp_path, monkeypatch) -> Path:
+    """A runs folder of the test's own, in force for this process and those that it starts."""
+    folder = tmp_path / "runs"
+    monkeypatch.setenv("THAW_RUNS", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder() -> Callable[..., Path]:
+    """A function (folder, {class: count}) that fills `folder` with a sub-folder of small pictures per class.
+
+    The classes differ in colour and shape, so that a network can learn them; no two pictures look alike to a perceptual
+    hash.
+    """
+    return _image_folder
+
+
+@pytest.fixture(scope="session")
+def notebook() -> Callable[..., Path]:
+    """A function (path, parameters, *code) that writes a notebook whose parameters cell is tagged."""
+    return _notebook
+
+
+@pytest.fixture
+def toy_notebooks(tmp_path, monkeypatch) -> Path:
+    """An empty folder that takes the place of `notebooks/`."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setattr(recipes, "NOTEBOOKS", folder)
+    recipes.stages.cache_clear()
+    yield folder
+    recipes.stages.cache_clear()
+
+
+def _image_folder(folder: Path, counts: Mapping[str, int], *, size: int = 64, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    for number, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            cv2.imwrite(str(folder / name / f"{name}-{index:02}.png"), _picture(rng, number, size))
+    return folder
+
+
+def _picture(rng: np.random.Generator, kind: int, size: int) -> np.ndarray:
+    """A smooth random background with a disc, a square or a cross in blue, green or red; uint8 (size, size, 3)."""
+    pixels = cv2.resize(rng.integers(0, 200, (6, 6, 3), dtype=np.uint8), (size, size), interpolation=cv2.INTER_CUBIC)
+    colour = [0, 0, 0]
+    colour[kind % 3] = 255
+    x, y = (int(value) for value in rng.integers(size // 3, 2 * size // 3, 2))
+    radius = size // 5
+    if kind % 3 == 0:
+        cv2.circle(pixels, (x, y), radius, colour, -1)
+    elif kind % 3 == 1:
+        cv2.rectangle(pixels, (x - radius, y - radius), (x + radius, y + radius), colour, -1)
+    else:
+        cv2.drawMarker(pixels, (x, y), colour, cv2.MARKER_CROSS, 2 * radius, radius // 2)
+    return pixels
+
+
+def _notebook(path: Path, parameters: str, *code: str) -> Path:
+    cells = [nbformat.v4.new_markdown_cell(f"# {path.stem}")]
+    cells += [nbformat.v4.new_code_cell(parameters.strip(), metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell(source.strip()) for source in code]
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    spec = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=spec), path)
+    return path

@@ -1,0 +1,331 @@
+"""Batches: what an epoch holds follows from the seed and the epoch alone; validation is never shuffled or dropped."""
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import bank, datasets, models, runs
+
+SIZE = 32
+COUNTS = {"train": {"cat": 7, "dog": 3, "owl": 1}, "val": {"cat": 2, "dog": 2, "owl": 1}, "test": {"cat": 1, "dog": 1}}
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory, image_folder):
+    """A folder as 02_resize writes it: 11 training, 5 validation and 2 test images of 32 px."""
+    folder = tmp_path_factory.mktemp("resized")
+    rows = []
+    for seed, (part, counts) in enumerate(COUNTS.items()):
+        image_folder(folder / part, counts, size=SIZE, seed=seed)
+        files = sorted((folder / part).rglob("*.png"))
+        rows += [(str(f.relative_to(folder)), f.parent.name, part, f"raw/{f.name}", f"{part}{f.name}") for f in files]
+    table = pd.DataFrame(rows, columns=["path", "label", "part", "source", "sha256"])
+    table.to_csv(folder / "images.csv", index=False)
+    runs.write_json(folder / "class_names.json", ["dog", "cat", "owl"])
+    runs.write_json(folder / "resize.json", {"image_size": SIZE, "fit": "crop", "format": "png"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(resized):
+    return datasets.read(resized, "train")
+
+
+@pytest.fixture(scope="module")
+def val(resized):
+    return datasets.read(resized, "val")
+
+
+@pytest.fixture(scope="module")
+def pixels(train):
+    """The training images as one array, in order."""
+    return np.concatenate(list(train.pixels.as_numpy_iterator()))
+
+
+def epochs(train, *numbers, **options):
+    """What `fit` would see in the epochs `numbers`: for each a list of (images, labels)."""
+    options = {"batch_size": 4, "seed": 7} | options
+    data, clock = datasets.training(train, **options)
+    seen = []
+    for number in numbers:
+        clock.on_epoch_begin(number)
+        seen.append([(images.copy(), labels) for images, labels in data.as_numpy_iterator()])
+    return seen
+
+
+def whole(batches):
+    return np.concatenate([images for images, _ in batches])
+
+
+def equal(first, second):
+    return len(first) == len(second) and all(
+        np.array_equal(a, c) and np.array_equal(b, d) for (a, b), (c, d) in zip(first, second, strict=True)
+    )
+
+
+# Reading
+
+
+def test_images_are_read_in_the_order_of_the_table(resized, train, pixels):
+    table = pd.read_csv(resized / "images.csv").query("part == 'train'")
+    assert train.paths == [str(resized / path) for path in table["path"]] and len(train) == 11
+    assert [train.class_names[label] for label in train.labels] == table["label"].to_list()
+    assert train.class_names == ["dog", "cat", "owl"] and train.image_size == SIZE
+    assert pixels.shape == (11, SIZE, SIZE, 3) and pixels.dtype == np.uint8
+    assert len(set(train.keys)) == 11 and all(key.endswith(":32:crop:png") for key in train.keys)
+
+
+def test_pixels_are_rgb(train, pixels):
+    import cv2
+
+    for path, image in zip(train.paths, pixels, strict=True):
+        np.testing.assert_array_equal(image, cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB))
+
+
+def test_an_empty_part_is_an_error(resized):
+    with pytest.raises(ValueError, match=r"has no holdout images, only test, train, val\. Check the ratios of 01_split"):
+        datasets.read(resized, "holdout")
+
+
+def test_a_label_without_a_class_is_an_error(resized, tmp_path):
+    for name in ("images.csv", "resize.json"):
+        (tmp_path / name).write_bytes((resized / name).read_bytes())
+    runs.write_json(tmp_path / "class_names.json", ["dog"])
+    with pytest.raises(ValueError, match="labels that class_names.json lacks: cat, owl"):
+        datasets.read(tmp_path, "train")
+
+
+def test_labels_that_look_like_numbers_or_nothing_stay_text(resized, tmp_path):
+    table = pd.read_csv(resized / "images.csv").replace({"label": {"cat": "NA", "dog": "01", "owl": "1e5"}})
+    table.to_csv(tmp_path / "images.csv", index=False)
+    runs.write_json(tmp_path / "class_names.json", ["01", "1e5", "NA"])
+    (tmp_path / "resize.json").write_bytes((resized / "resize.json").read_bytes())
+    assert np.bincount(datasets.read(tmp_path, "train").labels).tolist() == [3, 1, 7]
+
+
+# Validation and test
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_validation_is_in_order_and_whole(val, batch_size):
+    for _ in range(2):
+        batches = list(datasets.labelled(val, batch_size).as_numpy_iterator())
+        assert [len(labels) for _, labels in batches][:-1] == [batch_size] * (len(batches) - 1)
+        np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), val.labels)
+        np.testing.assert_array_equal(whole(batches), np.concatenate(list(val.pixels.as_numpy_iterator())))
+
+
+# Training
+
+
+def test_an_epoch_holds_every_image_once(train, pixels):
+    (batches,) = epochs(train, 0)
+    assert [images.shape for images, _ in batches] == [(4, SIZE, SIZE, 3)] * 2 + [(3, SIZE, SIZE, 3)]
+    assert batches[0][0].dtype == np.float32
+    found = [int(np.flatnonzero((pixels == image).all(axis=(1, 2, 3)))[0]) for image in whole(batches)]
+    assert sorted(found) == list(range(11)) and found != list(range(11))
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), train.labels[found])
+
+
+def test_the_length_of_an_epoch_is_known(train):
+    assert datasets.training(train, 4, seed=0)[0].cardinality() == 3
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("spec", ["none", "default"])
+def test_an_epoch_follows_from_seed_and_number_alone(train, spec, balanced):
+    def options():  # new layers each time, as in a new process
+        return {"augment": datasets.augmentation(spec, "both"), "balanced": balanced}
+
+    first, second, third = epochs(train, 0, 1, 2, **options())
+    assert not equal(first, second) and not equal(second, third)
+    resumed = epochs(train, 2, 1, 2, **options())
+    assert equal(resumed[0], third) and equal(resumed[1], second) and equal(resumed[2], third)
+    assert not equal(epochs(train, 2, seed=8, **options())[0], third)
+
+
+def test_another_epoch_augments_the_same_image_otherwise(train):
+    one, two = epochs(train, 0, 1, augment=datasets.augmentation("default"), batch_size=11)
+    order = [np.argsort(np.random.default_rng([7, epoch]).permutation(11)) for epoch in (0, 1)]
+    assert not np.isclose(whole(one)[order[0]], whole(two)[order[1]], atol=0.5).all(axis=(1, 2, 3)).any()
+
+
+def test_images_that_do_not_fit_in_memory_give_the_same_batches(train, monkeypatch):
+    augment = datasets.augmentation("default")
+    kept = epochs(train, 0, 1, augment=augment)
+    monkeypatch.setattr(bank, "SHARE_OF_RAM", 0)
+    assert all(equal(a, b) for a, b in zip(kept, epochs(train, 0, 1, augment=augment), strict=True))
+
+
+@pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
+def test_every_seed_that_a_recipe_may_give_works(train, seed):
+    augment = datasets.augmentation("default")
+    assert equal(*(epochs(train, 9_999, seed=seed, augment=augment)[0] for _ in range(2)))
+
+
+# Balance
+
+
+def test_balanced_draws_hold_every_class_equally_often(train):
+    labels = [label for epoch in epochs(train, *range(40), balanced=True) for _, part in epoch for label in part]
+    assert len(labels) == 40 * 11
+    np.testing.assert_allclose(np.bincount(labels) / len(labels), 1 / 3, atol=0.06)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=50))
+def test_chances_add_up_and_are_equal_for_every_class(labels):
+    labels = np.array(labels)
+    chances = datasets.probabilities(labels)
+    by_class = [chances[labels == label].sum() for label in np.unique(labels)]
+    np.testing.assert_allclose(by_class, 1 / len(by_class))
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize("name", datasets.PRESETS)
+def test_presets_change_images_and_keep_their_range(name, train, pixels):
+    augment = datasets.augmentation(name)
+    if name == "none":
+        assert augment is None
+        return
+    changed = augment(pixels.astype("float32"), training=True).numpy()
+    assert changed.shape == pixels.shape and changed.dtype == np.float32
+    assert np.abs(changed - pixels).mean() > 1 and changed.min() >= -1 and changed.max() <= 256
+
+
+@pytest.mark.parametrize(
+    ("flip", "axes"), [("horizontal", [(2,)]), ("vertical", [(1,)]), ("both", [(1,), (2,), (1, 2)])]
+)
+def test_flips_are_mirror_images_and_nothing_else(flip, axes, pixels):
+    batch = np.repeat(pixels, 8, axis=0).astype("float32")
+    changed = datasets.augmentation("none", flip)(batch, training=True).numpy()
+    possible = [batch, *(np.flip(batch, axis) for axis in axes)]
+    kinds = np.array([(changed == other).all(axis=(1, 2, 3)) for other in possible])
+    assert kinds.any(axis=0).all() and kinds.any(axis=1).all()
+
+
+def test_layers_may_be_listed(pixels):
+    augment = datasets.augmentation([{"RandomBrightness": {"factor": [0.5, 0.5]}}, {"RandomInvert": {"factor": 0.0}}])
+    assert [type(layer).__name__ for layer in augment.layers] == ["RandomBrightness", "RandomInvert"]
+    changed = augment(pixels.astype("float32"), training=True).numpy()
+    np.testing.assert_allclose(changed, np.clip(pixels + 127.5, 0, 255), atol=0.1)
+
+
+def test_an_empty_list_is_no_augmentation():
+    assert datasets.augmentation([]) is None and datasets.augmentation("none", "none") is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("defualt", "'defualt' is not a preset. Take one of none, default, enhanced, or list layers"),
+        ([{"RandomZom": {}}], "keras.layers has no augmentation 'RandomZom'. There are: .*RandomZoom"),
+        ([{"Dense": {"units": 3}}], "keras.layers has no augmentation 'Dense'"),
+        ([{"RandomCrop": {"height": 8, "width": 8}}], "keras.layers has no augmentation 'RandomCrop'"),
+        ([{"AugMix": {}}], "keras.layers has no augmentation 'AugMix'"),
+        ([{"RandomFlip": {"axis": "x"}}], "RandomFlip refused its arguments: .*axis"),
+        ([{"RandomRotation": {"factor": "much"}}], "RandomRotation refused its arguments"),
+        ([{"RandomZoom": 0.2}], "RandomZoom refused its arguments"),
+        (["RandomZoom"], "expected {layer name: {argument: value}}, got 'RandomZoom'"),
+        ([{"RandomZoom": {}, "RandomFlip": {}}], "expected {layer name"),
+    ],
+)
+def test_a_wrong_augmentation_says_what_is_wrong(spec, expected):
+    with pytest.raises(ValueError, match=f"augmentation: {expected}"):
+        datasets.augmentation(spec)
+
+
+# Looking
+
+
+def test_a_sample_shows_every_class_as_often_as_can_be(train):
+    shown = datasets.sample(train, 6, seed=1)
+    assert shown["label"].value_counts().to_dict() == {"cat": 3, "dog": 2, "owl": 1} or set(shown["label"]) == {
+        "cat", "dog", "owl"
+    }  # fmt: skip
+    assert list(shown.columns) == ["path", "label"] and shown["path"].is_unique
+    assert shown.equals(datasets.sample(train, 6, seed=1))
+    assert len(datasets.sample(train, 100)) == 11
+
+
+def test_copies_begin_with_the_plain_image(train, pixels):
+    copies = datasets.augmented_copies(train.paths[:2], datasets.augmentation("enhanced"), SIZE, copies=3)
+    assert len(copies) == 6 and all(copy.dtype == np.uint8 and copy.shape == (SIZE, SIZE, 3) for copy in copies)
+    np.testing.assert_array_equal(copies[0], pixels[0])
+    np.testing.assert_array_equal(copies[3], pixels[1])
+    assert (copies[1] != copies[0]).any() and (copies[1] != copies[2]).any()
+    plain = datasets.augmented_copies(train.paths[:1], None, SIZE, copies=3)
+    np.testing.assert_array_equal(plain[2], pixels[0])
+
+
+# Feeds
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    made = models.classifier("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
+    models.unfreeze(made, "none")
+    return made
+
+
+@pytest.fixture
+def feed(model, train, val, tmp_path):
+    return lambda views, **options: datasets.feed(
+        model, train, val, cache=tmp_path / "cache", views=views, batch_size=4, seed=7, **options
+    )
+
+
+def test_a_feed_without_views_computes_the_whole_model(feed, model, pixels, val):
+    fed = feed(0, augment=datasets.augmentation("default"))
+    assert fed.model is model and fed.banks == [] and fed.steps == 3 and "views is 0" in fed.summary
+    assert next(iter(fed.train))[0].shape == (4, SIZE, SIZE, 3)
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels in fed.val]), val.labels)
+
+
+def test_a_feed_with_views_starts_at_the_frontier(feed, model, val):
+    fed = feed(3, augment=datasets.augmentation("default"))
+    activations = next(iter(fed.train))[0]
+    assert fed.model is not model and activations.shape[1:] == fed.model.input_shape[1:] and fed.steps == 3
+    assert "3 views of 11 training images and 5 validation images" in fed.summary
+    np.testing.assert_allclose(
+        fed.model.predict(fed.val, verbose=0), model.predict(datasets.labelled(val), verbose=0), atol=2e-3
+    )
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels in fed.val]), val.labels)
+    assert all(folder.is_dir() for folder in fed.banks) and len(fed.banks) == 2
+    fed.remove_cache()
+    assert not any(folder.exists() for folder in fed.banks)
+
+
+@pytest.mark.parametrize("views", [0, 3])
+def test_a_feed_draws_the_same_when_it_goes_on(feed, views):
+    def seen(*numbers):
+        fed = feed(views, augment=datasets.augmentation("default"), balanced=True)
+        return [
+            fed.clock.on_epoch_begin(number) or [(images.numpy(), labels.numpy()) for images, labels in fed.train]
+            for number in numbers
+        ]
+
+    begun, resumed = seen(4, 5), seen(5)
+    assert equal(begun[1], resumed[0]) and not equal(begun[0], begun[1])
+
+
+def test_training_the_suffix_trains_the_model(feed, model):
+    keras.utils.set_random_seed(1)
+    before = [value.numpy() for value in model.trainable_variables]
+    fed = feed(2, augment=datasets.augmentation("none", "horizontal"))
+    fed.model.compile("adam", "sparse_categorical_crossentropy")
+    fed.model.fit(fed.train, epochs=1, shuffle=False, callbacks=[fed.clock], verbose=0)
+    assert any((old != new.numpy()).any() for old, new in zip(before, model.trainable_variables, strict=True))
+
+
+def test_a_thawed_model_has_nothing_to_compute_beforehand(train, val, tmp_path):
+    whole_model = models.classifier("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
+    models.unfreeze(whole_model, "all")
+    fed = datasets.feed(whole_model, train, val, cache=tmp_path, views=2, batch_size=4, seed=7)
+    assert fed.model is whole_model and "nothing below" in fed.summary and isinstance(fed.train, tf.data.Dataset)

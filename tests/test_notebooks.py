@@ -1,0 +1,243 @@
+"""The rules of the notebooks that a machine can check, and that nothing loads TensorFlow before it is needed."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from typer.main import get_command
+
+from helpers import cli, recipes
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MOST_LINES = 15
+LOOPS_AND_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.For, ast.AsyncFor, ast.While)
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.fixture
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tree(cell):
+    return ast.parse(cell.source)
+
+
+def test_there_are_notebooks():
+    assert [path.stem for path in NOTEBOOKS][:6] == [
+        "00_explore",
+        "01_split",
+        "02_resize",
+        "03_train_head",
+        "04_fine_tune",
+        "05_evaluate",
+    ]
+
+
+# The form of the file
+
+
+def test_it_is_valid_and_its_cells_have_names(notebook):
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    names = [cell.id for cell in notebook.cells]
+    assert len(set(names)) == len(names)
+
+
+def test_it_holds_no_outputs(code):
+    for cell in code:
+        assert cell.outputs == [] and cell.execution_count is None
+
+
+def test_its_kernel_is_python3(notebook):
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+
+
+def test_no_cell_is_empty_and_none_is_raw(notebook):
+    for cell in notebook.cells:
+        assert cell.source.strip() and cell.source == cell.source.strip() and cell.cell_type in ("code", "markdown")
+
+
+# The first four cells, and the last
+
+
+def test_it_begins_with_what_it_is_for(notebook, path):
+    title, *rest = notebook.cells[0].source.split("\n")
+    assert notebook.cells[0].cell_type == "markdown"
+    assert re.fullmatch(rf"# {path.stem[:2]} · [A-Z].*[^.]", title)
+    assert re.fullmatch(
+        r"\n[A-Z][^\n]+\.\n\n\*\*Reads\*\* .+ · \*\*Writes\*\* .+ ·\s\*\*Takes\*\* .+", "\n".join(rest), re.S
+    )
+
+
+def test_its_second_cell_holds_the_parameters(notebook):
+    tagged = [index for index, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == [1]
+
+
+def test_its_third_cell_holds_all_imports(notebook):
+    statements = tree(notebook.cells[2]).body
+    assert statements and all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in statements)
+    for cell in notebook.cells[3:]:
+        if cell.cell_type == "code":
+            assert not any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree(cell)))
+
+
+def test_its_fourth_cell_checks_the_inputs_and_shows_the_parameters(notebook, path):
+    stage = recipes.find_stage(path.stem)
+    source = notebook.cells[3].source
+    assert f'recipes.in_force("{stage.name}", globals())' in source and "runs.open_stage(out, settings)" in source
+    assert source.endswith("\nsettings")
+    for name, made_by in stage.inputs.items():
+        made_in = recipes.find_stage(made_by).notebook.stem
+        assert re.search(rf'runs\.require\({name}, [^)]*made_by="{made_in}"\)', source), f"{name} is not required"
+
+
+def test_its_last_cell_finishes_the_stage_and_names_the_next(notebook, path):
+    source = notebook.cells[-1].source
+    last = tree(notebook.cells[-1]).body[-1]
+    assert ast.unparse(last).startswith("runs.finish_stage(folder, files=")
+    following = [other.stem for other in NOTEBOOKS if other.stem[:2] == f"{int(path.stem[:2]) + 1:02}"]
+    if path.stem < "05" and following:
+        assert f'next_notebook="{following[0]}"' in source
+
+
+# Parameters
+
+
+def test_its_parameters_are_literals_that_are_explained(path):
+    for p in recipes.find_stage(path.stem).parameters.values():
+        assert p.meaning and not p.meaning.removesuffix("...").endswith("."), p
+
+
+def test_its_numbers_have_an_interval_and_its_defaults_lie_in_it(path):
+    stage = recipes.find_stage(path.stem)
+    for p in stage.parameters.values():
+        numeric = re.search(r"\b(int|float)\b", p.type_text) and "str" not in p.type_text and "dict" not in p.type_text
+        if numeric:
+            assert recipes.INTERVAL.match(p.allowed or ""), f"{p.name} needs an interval at the end of its comment"
+    stage.model(**{name: p.default for name, p in stage.parameters.items()})
+
+
+def test_its_parameters_stand_one_a_line(notebook):
+    for node in tree(notebook.cells[1]).body:
+        assert node.lineno == node.end_lineno, ast.unparse(node)
+
+
+def test_papermill_sees_the_same_parameters(path):
+    seen = papermill.inspect_notebook(str(path))
+    declared = recipes.find_stage(path.stem).parameters
+    assert list(seen) == list(declared)
+    for name, p in declared.items():
+        assert ast.literal_eval(seen[name]["default"]) == p.default
+        assert seen[name]["inferred_type_name"].replace(" ", "") == p.type_text.replace(" ", "")
+        assert seen[name]["help"].startswith(p.meaning)
+
+
+def test_every_parameter_is_used(notebook, path):
+    used = {node.id for cell in notebook.cells[2:] if cell.cell_type == "code" for node in ast.walk(tree(cell))
+            if isinstance(node, ast.Name)}  # fmt: skip
+    by_table = "settings[" in "".join(cell.source for cell in notebook.cells)
+    unused = set(recipes.find_stage(path.stem).parameters) - used
+    assert not unused or by_table, unused
+
+
+def test_the_stages_form_the_line_of_the_design():
+    names = list(recipes.stages())
+    assert names[:6] == ["explore", "split", "resize", "head", "fine_tune", "evaluate"]
+    for stage in recipes.stages().values():
+        assert all(names.index(made_by) < names.index(stage.name) for made_by in stage.inputs.values())
+
+
+# The code
+
+
+def test_its_cells_are_short(code):
+    for cell in code[1:]:
+        lines = [line for line in cell.source.split("\n") if line.strip()]
+        assert len(lines) <= MOST_LINES, cell.source
+
+
+def test_it_defines_nothing_and_has_no_loops(code):
+    for cell in code:
+        assert not any(isinstance(node, LOOPS_AND_DEFINITIONS) for node in ast.walk(tree(cell))), cell.source
+
+
+def test_it_fails_by_raising(code):
+    for cell in code:
+        assert not re.search(r"\b(sys\.exit|exit|quit|os\._exit)\(", cell.source) and "assert " not in cell.source
+        assert not re.search(r"^\s*[%!]", cell.source, re.M)
+
+
+def test_it_uses_what_it_imports(notebook):
+    imported = {
+        (alias.asname or alias.name).split(".")[0] for node in tree(notebook.cells[2]).body for alias in node.names
+    }
+    used = {node.id for cell in notebook.cells[3:] if cell.cell_type == "code" for node in ast.walk(tree(cell))
+            if isinstance(node, ast.Name)}  # fmt: skip
+    assert imported <= used, imported - used
+
+
+def test_only_evaluation_opens_the_test_part(code, path):
+    if path.stem in ("03_train_head", "04_fine_tune"):
+        assert '"test"' not in "".join(cell.source for cell in code)
+
+
+def test_prose_stands_before_code(notebook):
+    """A reader is told why before the first step, and nobody scrolls through more than four cells of code in a row."""
+    kinds = "".join(cell.cell_type[0] for cell in notebook.cells)
+    assert "ccccc" not in kinds[2:], kinds
+    assert kinds.count("m") >= 4
+
+
+def test_every_command_that_is_named_exists():
+    commands = set(get_command(cli.app).commands)
+    files = [
+        *NOTEBOOKS,
+        *ROOT.glob("helpers/*.py"),
+        *ROOT.glob("recipes/**/*.yaml"),
+        ROOT / "README.md",
+        ROOT / "Makefile",
+    ]
+    for file in files:
+        for command in re.findall(r"`thaw ([a-z]+)|(?:Run|Next|try): thaw ([a-z]+)", file.read_text(encoding="utf-8")):
+            assert (name := "".join(command)) in commands, f"{file.name} names `thaw {name}`"
+
+
+# Start-up
+
+
+def loads_tensorflow(*lines: str) -> bool:
+    probe = "\nimport sys; print('tensorflow' in sys.modules or 'keras' in sys.modules)"
+    command = [sys.executable, "-c", "\n".join(lines) + probe]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return found.stdout.split()[-1] == "True"
+
+
+def test_the_package_and_the_command_do_not_load_tensorflow():
+    assert not loads_tensorflow(
+        "import helpers",
+        "from helpers import cli, pipeline, terminal, recipes, runs, store, starter, report, prediction",
+    )
+
+
+@pytest.mark.parametrize("name", ["00_explore", "01_split", "02_resize"])
+def test_the_stages_before_training_do_not_load_tensorflow(name):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert not loads_tensorflow(notebook.cells[2].source)

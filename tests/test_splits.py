@@ -1,0 +1,387 @@
+"""The split: a partition that no group straddles, with bounded shares, whatever the order, and stable as data grow."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from helpers import folders, leaks, sampling, splits
+
+RATIOS = st.sampled_from([(0.6, 0.15, 0.25), (0.8, 0.1, 0.1), (0.5, 0.25, 0.25), (1 / 3, 1 / 3, 1 / 3), (0.8, 0.2, 0)])
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def inventory_of(labels, groups=None, **columns) -> pd.DataFrame:
+    """An inventory with these labels; group None means alone."""
+    shas = [hashlib.sha256(f"{row}{label}".encode()).hexdigest() for row, label in enumerate(labels)]
+    groups = [
+        sha[:16] if group is None else f"g{group}"
+        for sha, group in zip(shas, groups or [None] * len(shas), strict=True)
+    ]
+    paths = [f"{label}/{row}.png" for row, label in enumerate(labels)]
+    facts = {"path": paths, "label": labels, "split": "", "sha256": shas, "group": groups}
+    return pd.DataFrame(facts | columns)
+
+
+@st.composite
+def inventories(draw, grouped: bool = True) -> pd.DataFrame:
+    """Two to four classes of 2 to 40 images with a stratum each; groups may hold images of several classes."""
+    labels = [name for name in "abcd"[: draw(st.integers(2, 4))] for _ in range(draw(st.integers(2, 40)))]
+    group = st.one_of(st.none(), st.integers(0, 12)) if grouped else st.none()
+    groups = draw(st.lists(group, min_size=len(labels), max_size=len(labels)))
+    strata = draw(st.lists(st.sampled_from(["x", "y", "z"]), min_size=len(labels), max_size=len(labels)))
+    table = inventory_of(labels, groups, stratum=strata)
+    if (table.groupby("label")["group"].nunique() < 2).any():
+        table = pd.concat([table, inventory_of([f"{name}" for name in "abcd" for _ in range(2)], stratum="x")])
+        table = table.drop_duplicates("sha256")
+        alone = table.groupby("label")["group"].transform("nunique") < 2
+        table.loc[alone, "group"] = table.loc[alone, "sha256"]
+    return table.reset_index(drop=True)
+
+
+def deal(table, ratio=(0.6, 0.15, 0.25), **options) -> pd.Series:
+    return splits.assign(table, options.pop("method", "ratio"), ratio=ratio, **options)
+
+
+# -- Properties --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(inventories(), RATIOS, SEEDS, st.sampled_from(["ratio", "hash", "kfold"]))
+def test_every_image_has_one_part_and_no_group_straddles(table, ratio, seed, method):
+    try:
+        parts = deal(table, ratio, seed=seed, method=method)
+    except ValueError as error:
+        assert "is in train" in str(error)
+        return
+    assert parts.index.equals(table.index) and set(parts) <= set(splits.PARTS)
+    assert parts.groupby(table["group"]).nunique().max() == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(inventories(), RATIOS, SEEDS, st.sampled_from(["ratio", "hash", "kfold"]), st.randoms())
+def test_the_order_of_the_files_plays_no_role(table, ratio, seed, method, random):
+    order = list(table.index)
+    random.shuffle(order)
+    shuffled = table.loc[order]
+    try:
+        parts = deal(table, ratio, seed=seed, method=method)
+    except ValueError:
+        with pytest.raises(ValueError):
+            deal(shuffled, ratio, seed=seed, method=method)
+        return
+    again = deal(shuffled, ratio, seed=seed, method=method)
+    assert dict(zip(table["path"], parts, strict=True)) == dict(zip(shuffled["path"], again, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(inventories(grouped=False), RATIOS, SEEDS)
+def test_shares_are_bounded_for_every_class_and_stratum(table, ratio, seed):
+    parts = deal(table, ratio, seed=seed, stratify=["stratum"])
+    for columns, bound in ((["label"], 4 / 3), (["label", "stratum"], 2)):
+        counts = splits.counts(table.assign(part=parts), columns).iloc[:-1]
+        for part, share in zip(splits.PARTS, ratio, strict=True):
+            found = counts[part] if part in counts else 0 * counts["all"]
+            assert (found - share * counts["all"]).abs().max() <= bound + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(inventories(), RATIOS, SEEDS, st.data())
+def test_no_image_changes_its_part_when_data_grow_from_an_earlier_split(table, ratio, seed, data):
+    new = table["group"].isin(data.draw(st.sets(st.sampled_from(sorted(table["group"].unique())))))
+    old = table[~new]
+    if old["label"].nunique() < 2 or (old.groupby("label")["group"].nunique() < 2).any():
+        return
+    try:
+        earlier = old.assign(part=deal(old, ratio, seed=seed))
+        parts = deal(table, ratio, seed=seed + 1, previous=earlier)
+    except ValueError as error:
+        assert "is in train" in str(error)
+        return
+    assert (parts[~new] == earlier["part"]).all()
+    assert parts.groupby(table["group"]).nunique().max() == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(inventories(), RATIOS, SEEDS, st.data())
+def test_with_hash_no_image_changes_its_part_even_without_a_memory(table, ratio, seed, data):
+    kept = table["group"].isin(data.draw(st.sets(st.sampled_from(sorted(table["group"].unique())), min_size=1)))
+    parts = splits.by_hash(table, ratio, seed=seed)
+    assert (splits.by_hash(table[kept], ratio, seed=seed) == parts[kept]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(inventories(), st.integers(3, 6), SEEDS)
+def test_folds_share_the_images_out(table, folds, seed):
+    tests = pd.Series(0, table.index)
+    for fold in range(1, folds + 1):
+        parts = splits.by_fold(table, folds, fold, seed=seed)
+        tests += parts == "test"
+        after = splits.by_fold(table, folds, fold % folds + 1, seed=seed)
+        assert ((parts == "val") == (after == "test")).all()
+    assert (tests == 1).all()
+
+
+# -- Shares ------------------------------------------------------------------------------------------------------------
+
+
+def test_shares_of_many_images_are_met_and_seeds_differ():
+    table = inventory_of(["a"] * 1000 + ["b"] * 400)
+    first, second = deal(table, seed=1), deal(table, seed=2)
+    for parts in (first, second):
+        assert parts[table["label"] == "a"].value_counts().to_dict() == {"train": 600, "val": 150, "test": 250}
+        assert parts[table["label"] == "b"].value_counts().to_dict() == {"train": 240, "val": 60, "test": 100}
+    assert 0.3 < (first == second).mean() < 0.6
+    assert (deal(table, seed=1) == first).all()
+
+
+@pytest.mark.parametrize(("size", "expected"), [(2, [1, 0, 1]), (3, [2, 0, 1]), (4, [2, 1, 1]), (5, [3, 1, 1])])
+def test_the_stated_rule_for_rare_classes(size, expected):
+    table = inventory_of(["rare"] * size + ["common"] * 100)
+    counts = splits.counts(table.assign(part=deal(table)))
+    assert list(counts.loc["rare", list(splits.PARTS)]) == expected
+
+
+def test_many_rare_classes_do_not_all_favour_one_part():
+    table = inventory_of([f"c{row // 4}" for row in range(400)])
+    sizes = splits.by_fold(table, 5, 1).value_counts()
+    assert sizes["test"] == sizes["val"] == 80
+
+
+def test_a_class_in_a_single_group_is_refused_and_named():
+    with pytest.raises(ValueError, match=r"rare \(1 in one group\)"):
+        deal(inventory_of(["rare"] + ["common"] * 9))
+    with pytest.raises(ValueError, match=r"patient \(3 in one group\)"):
+        deal(inventory_of(["patient"] * 3 + ["common"] * 9, [1, 1, 1] + [None] * 9))
+
+
+def test_single_images_make_up_for_large_groups():
+    groups = [0] * 30 + [1] * 10 + [None] * 60
+    table = inventory_of(["a"] * 100 + ["b"] * 20, groups + [None] * 20, kind=["x", "y"] * 60)
+    parts = deal(table, stratify=["kind"])
+    assert parts[table["label"] == "a"].value_counts().to_dict() == {"train": 60, "val": 15, "test": 25}
+    single = splits.counts(table.assign(part=parts)[40:100], ["kind"])
+    assert (single.loc["x"] - single.loc["y"]).abs().max() <= 4, "both strata bear the correction alike"
+
+
+def test_new_images_restore_the_shares():
+    table = inventory_of(["a"] * 400 + ["b"] * 400)
+    old = table[::2]
+    lopsided = old.assign(part=deal(old, (0.9, 0.05, 0.05)))
+    parts = deal(table, previous=lopsided)
+    assert parts.value_counts().to_dict() == {"train": 480, "val": 120, "test": 200}
+
+
+def test_new_images_that_tie_train_to_test_are_named():
+    table = inventory_of(["a"] * 10 + ["b"] * 10)
+    earlier = table[1:].assign(part=deal(table[1:]))
+    train, test = (
+        earlier[(earlier["part"] == part) & (earlier["label"] == "a")].index[0] for part in ("train", "test")
+    )
+    table.loc[[0, train, test], "group"] = "bridge"
+    with pytest.raises(ValueError, match=r"a/0\.png"):
+        deal(table, previous=earlier)
+
+
+# -- Other methods -----------------------------------------------------------------------------------------------------
+
+
+def test_fixed_counts_take_whole_groups_and_leave_the_rest_to_train():
+    table = inventory_of(["a"] * 50 + ["b"] * 30, [0] * 7 + [None] * 73)
+    parts = deal(table, method="fixed", counts=[0, 5, 8])
+    counts = splits.counts(table.assign(part=parts))
+    assert counts.loc["a"].to_dict() == {"train": 37, "val": 5, "test": 8, "all": 50}
+    assert counts.loc["b"].to_dict() == {"train": 17, "val": 5, "test": 8, "all": 30}
+    assert parts[:7].nunique() == 1
+
+
+def test_fixed_counts_of_train_leave_the_others_unused():
+    parts = deal(inventory_of(["a"] * 50 + ["b"] * 30), method="fixed", counts=[10, 5, 5])
+    assert parts.value_counts().to_dict() == {"unused": 40, "train": 20, "val": 10, "test": 10}
+
+
+@pytest.mark.parametrize("counts", [[], [1, 2], [0, 0, 0], [-1, 2, 2], [0, 20, 20]])
+def test_impossible_counts_are_refused(counts):
+    with pytest.raises(ValueError, match="counts"):
+        deal(inventory_of(["a"] * 50 + ["b"] * 30), method="fixed", counts=counts)
+
+
+def test_predefined_cuts_what_is_missing_and_nothing_else():
+    table = inventory_of(["a", "b"] * 50)
+    table["split"] = ["train"] * 80 + ["val"] * 20
+    parts = deal(table, method="predefined")
+    assert (parts[80:] == "val").all() and parts[:80].value_counts().to_dict() == {"train": 56, "test": 24}
+    assert (deal(table, (0.8, 0.2, 0), method="predefined") == table["split"]).all()
+
+
+@pytest.mark.parametrize("given", [["train"] * 9 + [""], [""] * 10])
+def test_predefined_needs_every_part(given):
+    table = inventory_of(["a", "b"] * 5)
+    table["split"] = given
+    with pytest.raises(ValueError, match="predefined"):
+        deal(table, method="predefined")
+
+
+def test_a_class_that_is_only_tested_is_refused():
+    table = inventory_of(["a", "b"] * 5 + ["c"])
+    table["split"] = ["train"] * 7 + ["test"] * 4
+    with pytest.raises(ValueError, match="No image of c is in train"):
+        deal(table, (0.7, 0, 0.3), method="predefined")
+
+
+@pytest.mark.parametrize("ratio", [[0.6, 0.2, 0.3], [0.5, 0.5], [1, 0, 0], [0, 0.5, 0.5], [1.2, -0.1, -0.1], []])
+def test_impossible_ratios_are_refused(ratio):
+    with pytest.raises(ValueError, match="ratio"):
+        deal(inventory_of(["a", "b"] * 9), ratio)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stratify": ["sort"]}, "no column sort"),
+        ({"method": "kfold", "folds": 2}, "folds"),
+        ({"method": "kfold", "fold": 6}, "folds"),
+        ({"method": "hash", "previous": pd.DataFrame()}, "previous"),
+    ],
+)
+def test_impossible_requests_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        deal(inventory_of(["a", "b"] * 9), **options)
+
+
+# -- The balance of train ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unequal() -> pd.DataFrame:
+    table = inventory_of(["a"] * 200 + ["b"] * 40 + ["c"] * 20)
+    return table.assign(part=deal(table, (0.5, 0.25, 0.25)))
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("smallest", [10, 10, 10]), ("2x", [20, 20, 10]), (15, [15, 15, 10]), ("1.5x", [15, 15, 10])],
+)
+def test_undersampling_thins_train_alone(unequal, limit, expected):
+    thinned = sampling.undersample(unequal, limit, seed=1)
+    counts = splits.counts(thinned)
+    assert list(counts["train"].iloc[:-1]) == expected
+    assert counts[["val", "test"]].equals(splits.counts(unequal)[["val", "test"]])
+    assert len(thinned) == len(unequal)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("largest", [100, 100, 100]), ("0.5x", [100, 50, 50]), (25, [100, 25, 25])]
+)
+def test_oversampling_repeats_train_alone_and_evenly(unequal, limit, expected):
+    repeated = sampling.oversample(unequal, limit, seed=1)
+    counts = splits.counts(repeated)
+    assert list(counts["train"].iloc[:-1]) == expected
+    assert counts[["val", "test"]].equals(splits.counts(unequal)[["val", "test"]])
+    times = repeated[repeated["part"] == "train"].groupby("label")["path"].value_counts()
+    assert (times.groupby("label").max() - times.groupby("label").min()).max() <= 1
+
+
+@pytest.mark.parametrize("limit", ["half", 0, "x", "-2x", "largest"])
+def test_an_impossible_limit_is_refused(unequal, limit):
+    with pytest.raises(ValueError, match="undersample"):
+        sampling.undersample(unequal, limit)
+
+
+# -- On disk -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def laid(tmp_path: Path):
+    """A split of 40 small pictures laid out on disk: folder, split, table."""
+    rng = np.random.default_rng(0)
+    table = inventory_of(["a"] * 20 + ["b"] * 20)
+    table["phash"] = [rng.bytes(32).hex() for _ in range(40)]
+    for path in table["path"]:
+        (tmp_path / "raw" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "raw" / path)
+    table["part"] = deal(table)
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out", folders.write_split(tmp_path / "out", table, tmp_path / "raw"), table
+
+
+def test_links_lead_to_the_raw_files(laid):
+    folder, split, _ = laid
+    for row in split.itertuples():
+        link = folder / row.file
+        assert link.is_symlink() and link.resolve() == (folder.parent / "raw" / row.path).resolve()
+        assert row.file.startswith(f"{row.part}/{row.label}/")
+    assert folders.read_split(folder).equals(split)
+    assert sorted(path.name for path in folder.iterdir()) == ["split.csv", "test", "train", "val"]
+
+
+def test_writing_again_leaves_nothing_of_the_split_before(laid):
+    folder, _, table = laid
+    again = folders.write_split(
+        folder, table.assign(part=table["part"].replace("val", "unused")), folder.parent / "raw"
+    )
+    assert not (folder / "val").exists() and (again["file"] == "").sum() == (table["part"] == "val").sum()
+    leaks.check_split(folder, again, table, distance=8)
+
+
+def test_oversampled_images_get_links_of_their_own(laid):
+    folder, _, table = laid
+    split = folders.write_split(folder, sampling.oversample(table, 30), folder.parent / "raw")
+    leaks.check_split(folder, split, table, distance=8)
+    assert split["file"].is_unique and (split["part"] == "train").sum() == 60
+
+
+def test_the_gate_lets_an_honest_split_pass(laid):
+    leaks.check_split(laid[0], laid[1], laid[2], distance=8)
+
+
+@pytest.mark.parametrize("column", ["sha256", "group", "phash"])
+def test_the_gate_stops_each_kind_of_leak(laid, column):
+    folder, split, table = laid
+    frame = table if column == "phash" else split
+    chosen = [frame.index[frame["part"] == part][0] for part in ("train", "test")]
+    if column == "phash":
+        bits = bytearray.fromhex(frame["phash"][chosen[0]])
+        bits[0] ^= 0b111
+        frame.loc[chosen[1], "phash"] = bits.hex()
+    else:
+        frame.loc[chosen, column] = "same"
+    with pytest.raises(ValueError, match="The split leaks") as error:
+        leaks.check_split(folder, split, table, distance=8)
+    assert all(path in str(error.value) for path in frame["path"][chosen])
+
+
+def test_the_gate_stops_links_that_do_not_agree(laid):
+    folder, split, table = laid
+    (folder / split["file"].iloc[0]).unlink()
+    with pytest.raises(ValueError, match="do not agree"):
+        leaks.check_split(folder, split, table, distance=8)
+
+
+def test_settling_takes_images_out_of_the_earlier_part():
+    table = inventory_of(["a", "b"] * 4, [0, 0, 1, 1, None, None, 2, 2])
+    table["part"] = ["train", "test", "val", "val", "train", "test", "train", "val"]
+    settled = leaks.settle(table)
+    assert list(settled["part"]) == ["unused", "test", "val", "val", "train", "test", "unused", "val"]
+
+
+def test_the_honest_gap_shows_what_copies_flatter(tmp_path):
+    rng = np.random.default_rng(0)
+    labels, groups = [], []
+    for group in range(30):
+        base = rng.integers(0, 255, (8, 8, 3))
+        for copy in range(4):
+            labels.append("ab"[group % 2])
+            groups.append(group)
+            path = tmp_path / f"{labels[-1]}/{len(labels) - 1}.png"
+            path.parent.mkdir(exist_ok=True)
+            noisy = np.clip(base + rng.normal(0, 4, base.shape) + copy, 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).resize((64, 64), Image.Resampling.BICUBIC).save(path)
+    gap = leaks.honest_gap(inventory_of(labels, groups), tmp_path, (0.7, 0.0, 0.3))
+    scores = gap.groupby("split")["balanced_accuracy"].mean()
+    assert scores["naive"] > 0.95 and scores["honest"] < scores["naive"] - 0.15
