@@ -1,7 +1,7 @@
 """Accuracy on ELPV under the published protocol, mean of several seeds: python benchmarks/elpv.py
 
 Each seed is another split (75 : 25, stratified by probability and module type), another initial head and another order.
-Every run goes through the same notebooks as `thaw run recipes/elpv.yaml`; the phase is chosen on validation.
+Every run goes through the same notebooks as `thaw run recipes/elpv_full.yaml`; epoch and phase are chosen on validation.
 Published (Deitsch et al., Solar Energy 185, 2019): SVM 82.44 %, VGG-19 88.42 %.
 """
 
@@ -18,7 +18,7 @@ NAMES = ("accuracy", "balanced_accuracy", "macro_f1")
 def main() -> None:
     """Run each seed and print its figures, then their mean."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="recipes/elpv.yaml")
+    parser.add_argument("--recipe", default="recipes/elpv_full.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="STAGE.PARAMETER=VALUE")
     arguments = parser.parse_args()

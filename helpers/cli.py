@@ -1,4 +1,4 @@
-"""The command `thaw`. It never loads TensorFlow itself, except to predict."""
+"""The command `thaw`. It never loads TensorFlow itself, except to predict and to review labels."""
 
 import os
 import signal
@@ -127,6 +127,21 @@ def predict(
         console.print(f"Written: {csv}", markup=False)
     if unreadable:
         raise typer.Exit(1)
+
+
+@app.command()
+def review(
+    run: Annotated[str, typer.Argument(help="A run whose phase 1 is done, e.g. runs/elpv.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; review.html of the run by default.")] = None,
+    folds: Annotated[int, typer.Option(help="Of the cross-validation that judges the labels.")] = 5,
+) -> None:
+    """Write a page that shows the labels of RUN that look wrong, on which to put them right."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from helpers import review as pages
+
+    path, found = pages.build(run, out, folds=folds)
+    console.print(f"Written: {runs.display_path(path)}: {found}", markup=False)
+    console.print("Open it in a browser; its button saves fixes.csv, which explore.fixes lays over the source.")
 
 
 @app.command()

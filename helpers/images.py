@@ -113,7 +113,7 @@ def open_image(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> Image.Ima
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError(*_unidentified(data)) from None
-    except Exception as error:  # a damaged file can fail anywhere in Pillow's readers, and with any exception
+    except Exception as error:  # headers can be damaged in any way, too
         raise ImageError(_reason(error), str(error) or type(error).__name__) from None
     if max_pixels and image.width * image.height > max_pixels:
         detail = f"{image.width} x {image.height} pixels are more than max_pixels = {max_pixels:,}"
@@ -136,17 +136,24 @@ def decode(image: Image.Image, at_least: tuple[int, int] | None = None, mode: st
     Raises:
         ImageError: the file is cut off or damaged.
     """
-    try:
+    read_pixels(image, at_least, mode)
+    return upright(image, mode)
+
+
+def read_pixels(image: Image.Image, at_least: tuple[int, int] | None = None, mode: str = "RGB") -> None:
+    """Read the pixels of an opened image, the first half of `decode`; its metadata are still whole afterwards."""
+    with _damage_told(image):
         if at_least:
             image.draft(mode if image.mode in ("L", "RGB", "YCbCr") else None, at_least)
         image.load()
-        _turn_upright(image)
+
+
+def upright(image: Image.Image, mode: str = "RGB") -> np.ndarray:
+    """Return the pixels of a read image, upright, without transparency, in 8 bits: the second half of `decode`."""
+    with _damage_told(image):
+        _turn(image)
         plain = _plain(image)
         return np.asarray(plain if plain.mode == mode else plain.convert(mode))
-    except MemoryError:
-        raise ImageError("unreadable", f"{image.width} x {image.height} pixels do not fit into memory") from None
-    except Exception as error:
-        raise ImageError(_reason(error), str(error) or type(error).__name__) from None
 
 
 def resize(pixels: np.ndarray, image_size: int, fit: Fit = "crop") -> np.ndarray:
@@ -206,7 +213,18 @@ def for_each(
         cv2.setNumThreads(threads_before)
 
 
-def _turn_upright(image: Image.Image) -> None:
+@contextlib.contextmanager
+def _damage_told(image: Image.Image) -> Iterator[None]:
+    """Tell as ImageError whatever a damaged file does to Pillow's decoders: they fail with any exception."""
+    try:
+        yield
+    except MemoryError:
+        raise ImageError("unreadable", f"{image.width} x {image.height} pixels do not fit into memory") from None
+    except Exception as error:
+        raise ImageError(_reason(error), str(error) or type(error).__name__) from None
+
+
+def _turn(image: Image.Image) -> None:
     # Damaged metadata say nothing about the orientation, and can fail in any way; the pixels are sound.
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)

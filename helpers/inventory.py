@@ -28,7 +28,7 @@ EXIF_TAKEN, EXIF_DIRECTORY, EXIF_ORIENTATION = 0x9003, 0x8769, 0x0112
 
 
 def source_fingerprint(parameters: Mapping[str, Any], cache_file: Path | None = None) -> str:
-    """Identify a source by its content: paths, labels and the sha256 of every file; no image is decoded.
+    """Identify a source by its content: paths, labels, fixes and the sha256 of every file; no image is decoded.
 
     Args:
         parameters: the parameters of 00_explore.
@@ -44,7 +44,7 @@ def source_fingerprint(parameters: Mapping[str, Any], cache_file: Path | None = 
     source = sources.read(parameters)
     hashes = _file_hashes([os.path.join(source.root, path) for path in source.table["path"]], cache_file)
     rows = source.table.assign(sha256=hashes).to_dict("split")
-    content = [rows["columns"], rows["data"], source.rejected]
+    content = [rows["columns"], rows["data"], source.rejected, source.fixes.to_dict("records")]
     return hashlib.sha256(json.dumps(content, default=str).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -103,9 +103,10 @@ def examine(path: str | os.PathLike, *, min_size: int, max_aspect: float, max_pi
             raise ImageError("too small", f"{image.width} x {image.height} pixels; min_size = {min_size}")
         if long > max_aspect * short:
             raise ImageError("odd shape", f"{image.width} x {image.height} pixels; max_aspect = {max_aspect:g}")
-        grey = images.decode(image, at_least=(4 * HASH_SIDE, 4 * HASH_SIDE), mode="L")
-        facts["phash"] = str(imagehash.phash(Image.fromarray(grey), hash_size=HASH_SIDE))
-        return facts | _exif(image)
+        images.read_pixels(image, at_least=(4 * HASH_SIDE, 4 * HASH_SIDE), mode="L")
+        facts |= _exif(image)
+        looks = imagehash.phash(Image.fromarray(images.upright(image, mode="L")), hash_size=HASH_SIDE)
+        return facts | {"phash": str(looks)}
     except ImageError as error:
         return {"reason": error.reason, "detail": error.detail}
 
@@ -180,14 +181,15 @@ def disagreements(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write(out: Path, source: sources.Source, table: pd.DataFrame, quarantine: pd.DataFrame) -> list[str]:
-    """Write inventory.csv, quarantine.csv, ignored.json, class_names.json and the link `source`; return their names."""
+    """Write the inventory, the quarantine, what fixes changed, and the link `source`; return the files' names."""
     table.to_csv(out / "inventory.csv", index=False)
     quarantine.to_csv(out / "quarantine.csv", index=False)
+    source.fixes.to_csv(out / "fixes.csv", index=False)
     runs.write_json(out / "ignored.json", dict(source.ignored))
     runs.write_json(out / "class_names.json", sources.natural_order(table["label"]))
     (out / "source").unlink(missing_ok=True)
     (out / "source").symlink_to(source.root.resolve())
-    return ["inventory.csv", "quarantine.csv", "ignored.json", "class_names.json"]
+    return ["inventory.csv", "quarantine.csv", "fixes.csv", "ignored.json", "class_names.json"]
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -199,7 +201,7 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def _exif(image: Image.Image) -> dict[str, Any]:
-    """Return the orientation (1-8) and the time taken of a decoded image."""
+    """Return the orientation (1-8) and the time taken of an image whose pixels have been read."""
     try:
         exif = image.getexif()
         taken = exif.get_ifd(EXIF_DIRECTORY).get(EXIF_TAKEN, "")

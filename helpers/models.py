@@ -63,6 +63,9 @@ def classifier(
     hidden = [_dense_spec(entry) for entry in dense]
     body = backbones.build(backbone, image_size, weights)
     body.trainable = False
+    for part in _parts(body):
+        if isinstance(part, keras.layers.Dropout):  # stochastic depth: `fit` would draw it despite training=False
+            part.rate = 0.0
     inputs = keras.Input(body.input_shape[1:], name="image")
     x = keras.layers.GlobalAveragePooling2D(name="head_pool")(body(inputs, training=False))
     x = _regularised(x, "", dropout, batch_norm)

@@ -84,6 +84,8 @@ def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: boo
         "code": store.code_of(stage.notebook),
         "inputs": {step.stage.name: step.fingerprint for step in inputs.values()},
     }
+    if files := _named_files(parameters):
+        ingredients["files"] = files
     if not inputs:
         shelf.mkdir(parents=True, exist_ok=True)
         ingredients["source"] = inventory.source_fingerprint(parameters, shelf / "hashes.json")
@@ -95,6 +97,13 @@ def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: boo
         folder, fingerprint = link, store.fingerprint(hashes)
     folders = {p: step.folder for p, step in inputs.items()}
     return Step(stage, parameters, ingredients, fingerprint, folder, link, state, why, folders)
+
+
+def _named_files(parameters: dict[str, Any]) -> dict[str, str]:
+    """Return the hash of each file that a parameter names, such as weights; of a stage's folder, that of its record."""
+    paths = {name: runs.resolve(value) for name, value in parameters.items() if isinstance(value, str) and value}
+    files = {name: path / runs.STAGE_FILE if path.is_dir() else path for name, path in paths.items()}
+    return {name: store.sha256_of(path) for name, path in files.items() if path.is_file()}
 
 
 def _state(folder: Path, link: Path, ingredients: dict[str, Any], recipe: recipes.Recipe) -> tuple[State, str]:
@@ -132,6 +141,8 @@ def _why_stale(link: Path, ingredients: dict[str, Any]) -> str:
             reasons.append(f"{key}: {before} -> {value}")
     reasons += [f"{key} changed" for key, value in ingredients["code"].items() if old["code"].get(key) != value]
     reasons += [f"{key} will change" for key, value in ingredients["inputs"].items() if old["inputs"].get(key) != value]
+    old_files, files = old.get("files", {}), ingredients.get("files", {})
+    reasons += [f"the file that {key} names changed" for key in files if old_files.get(key, files[key]) != files[key]]
     if old.get("source") != ingredients.get("source"):
         reasons.append("the images changed")
     shown = reasons[:4] + ([f"and {len(reasons) - 4} more"] if len(reasons) > 4 else [])

@@ -61,10 +61,10 @@ def predict(run: str | Path, paths: Iterable[str | Path]) -> tuple[pd.DataFrame,
     Raises:
         FileNotFoundError: the run, its model, or a path does not exist.
     """
-    import keras
-
     folder = model_folder(run)
     files = find_images(paths)
+    import keras  # takes seconds, which a wrong path need not
+
     about, class_names = runs.read_json(folder / "model.json"), runs.read_json(folder / "class_names.json")
     model = keras.models.load_model(folder / "model.keras")
     read, probabilities, unreadable = [], [], {}

@@ -193,6 +193,7 @@ def in_force(stage: str, namespace: Mapping[str, Any]):
     problems = _problems(stages()[stage], values, everything=True)
     if problems:
         raise RecipeError(f"notebooks/{stages()[stage].notebook.name}: " + "; ".join(problems))
+    pd.set_option("display.max_colwidth", None)  # the meanings are sentences
     rows = {name: [values[name], p.default, p.meaning] for name, p in parameters.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default", "meaning"]).astype(object)
 

@@ -22,7 +22,7 @@ import pandas as pd
 from markupsafe import Markup
 from PIL import Image
 
-from helpers import evaluation, plots, recipes, runs
+from helpers import evaluation, fixes, plots, recipes, runs
 
 STAGES = {
     "explore": ("Explore", "00_explore"),
@@ -34,6 +34,7 @@ STAGES = {
 }
 PHASES = {"head": "Phase 1, the head", "fine_tune": "Phase 2, the thawed backbone"}
 PARTS = ("train", "val", "test")
+GROUPS, PER_GROUP = 3, 2  # groups of look-alikes shown, and pictures of each
 MISTAKES = 18  # pictures in the gallery: three rows of six
 ROWS = 20  # of a table that could grow without end, such as the quarantine
 # What a notebook's own HTML may hold: structure, tables and pictures; no style, no script, nothing that loads.
@@ -179,13 +180,24 @@ def _data(run: Path, stages: dict) -> dict | None:
     """What went in: pictures per class and part, what was set aside and why, and whether the parts are apart."""
     if not stages["explore"] and not stages["split"]:
         return None
-    data: dict[str, Any] = {"counts": None, "quarantine": None, "ignored": {}, "leaks": None, "sizes": None}
+    data: dict[str, Any] = {
+        "counts": None,
+        "quarantine": None,
+        "ignored": {},
+        "leaks": None,
+        "sizes": None,
+        "groups": {},
+        "alike": [],
+    }
+    changes = run / "explore" / "fixes.csv"
+    data["fixes"] = fixes.sentence(_table(changes)) if changes.is_file() else ""
     if stages["explore"]:
         inventory = _table(run / "explore" / "inventory.csv")
         sizes = inventory[["width", "height"]].astype(float).astype(int)
         data["pictures"], data["sizes"] = len(inventory), _svg(plots.image_sizes, sizes["width"], sizes["height"])
         data["counts"] = inventory[["label"]]
         data["quarantine"] = _quarantine(run)
+        data["groups"], data["alike"] = _alike(run, inventory)
         ignored = run / "explore" / "ignored.json"
         data["ignored"] = runs.read_json(ignored) if ignored.is_file() else {}
     if stages["split"]:
@@ -201,6 +213,19 @@ def _data(run: Path, stages: dict) -> dict | None:
         table = table.reindex([name for name in runs.read_json(names) if name in table.index])
     data["counts"] = table.reset_index().to_dict("records")
     return data
+
+
+def _alike(run: Path, inventory: pd.DataFrame) -> tuple[dict, list[dict]]:
+    """What must stay together: the figures of groups.json, and the largest groups as pictures."""
+    figures = run / "explore" / "groups.json"
+    if not figures.is_file():
+        return {}, []
+    sizes = inventory["group"].value_counts()
+    alike = []
+    for group, size in sizes[sizes > 1].sort_index().sort_values(ascending=False, kind="stable").head(GROUPS).items():
+        rows = inventory[inventory["group"] == group].head(PER_GROUP).to_dict("records")
+        alike.append({"size": int(size), "rows": [_picture(run, row) for row in rows]})
+    return runs.read_json(figures), alike
 
 
 def _quarantine(run: Path) -> dict:

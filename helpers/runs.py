@@ -179,7 +179,7 @@ def track(items: Iterable[T], *, total: int, unit: str = "image", label: str = "
     if not os.environ.get(PROGRESS_VARIABLE):
         from tqdm import tqdm
 
-        with tqdm(total=total, unit=f" {unit}s", desc=label, leave=False, file=sys.stdout) as bar:
+        with tqdm(total=total, unit=f" {unit}s", desc=label, leave=False, file=sys.stdout, mininterval=1) as bar:
             for item in items:
                 yield item
                 bar.update(min(step, total - bar.n))

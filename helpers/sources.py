@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers import labels, runs
+from helpers import fixes, labels, runs
 from helpers.images import SUFFIXES
 
 IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r"}
@@ -35,12 +35,14 @@ class Source:
             other columns, all text.
         rejected: rows of quarantine.csv: path, label, reason, detail.
         ignored: what was passed over -> how often.
+        fixes: labels that a fixes file changed: path, from, to ("": the image was taken out), sha256.
     """
 
     root: Path
     table: pd.DataFrame
     rejected: list[dict[str, str]] = field(default_factory=list)
     ignored: Counter = field(default_factory=Counter)
+    fixes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=fixes.CHANGES))
 
 
 def read(parameters: Mapping[str, Any]) -> Source:
@@ -51,7 +53,8 @@ def read(parameters: Mapping[str, Any]) -> Source:
 
     Raises:
         FileNotFoundError: the folder, the labels file or a built-in data set is missing.
-        ValueError: no image is found, or the labels file lacks a column, or only one class is left.
+        ValueError: no image is found, or the labels file lacks a column, or only one class is left, or a fix does not
+            fit the source.
     """
     name = parameters["source"]
     if name in BUILT_IN:
@@ -62,6 +65,8 @@ def read(parameters: Mapping[str, Any]) -> Source:
         root = _existing_folder(name)
         source = Source(root, *labels.read(root, parameters)) if parameters["labels"] else _read_folders(root)
     _finish(source)
+    if parameters["fixes"]:
+        _fix(source, runs.resolve(parameters["fixes"]))
     return source
 
 
@@ -188,6 +193,14 @@ def _finish(source: Source) -> None:
     source.table = table.sort_values("path", kind="stable").reset_index(drop=True)
     if source.table.empty:
         raise ValueError(f"{source.root} holds no labelled image. {_seen(source)}")
+    check_classes(source.table["label"])
+
+
+def _fix(source: Source, file: Path) -> None:
+    """Correct the labels by a fixes file."""
+    source.table, source.fixes, gone = fixes.apply(source.table, source.root, file)
+    if gone:
+        source.ignored["fixes of images that are no longer there"] += gone
     check_classes(source.table["label"])
 
 

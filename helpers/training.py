@@ -102,7 +102,7 @@ def load_best(model: keras.Model, out: Path, monitor: str = "val_loss") -> str:
         ValueError: the loss was not a number in any epoch.
     """
     file, history = out / "backup" / "best.weights.h5", read_history(out)
-    if not file.is_file():
+    if history[monitor].isna().all():
         raise ValueError(f"There is no epoch whose {monitor} is a number. Take a smaller learning_rate.")
     model.load_weights(file)
     row = history.loc[history[monitor].idxmin() if monitor.endswith("loss") else history[monitor].idxmax()]

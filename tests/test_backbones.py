@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import backbones
+from helpers import backbones, efficientnet_lite, torch_weights
 
 ROOT = Path(__file__).parents[1]
 KERAS_NAMES = [name for name, found in backbones.SPECS.items() if found.module]
@@ -302,7 +302,7 @@ def test_lite_sizes(name, weights):
 
 
 def test_lite_takes_its_pth_file_by_path():
-    path = backbones._lite_file("efficientnet_lite0")
+    path = efficientnet_lite.weights_file("efficientnet_lite0")
     images = _noise(64)
     by_path, by_name = (backbones.build("efficientnet_lite0", 64, w)(images) for w in (str(path), "imagenet"))
     np.testing.assert_array_equal(by_path, by_name)
@@ -340,16 +340,16 @@ def test_only_tensors_are_unpickled(call, place, tmp_path, monkeypatch):
     parts[place] = _Command(*call)
     Path("bad.pth").write_bytes(b"".join(pickle.dumps(part, protocol=2) for part in parts))
     with pytest.raises(ValueError, match=r"asks for \S+\.(system|eval|getattr), and only tensors are admitted"):
-        backbones.read_torch_weights("bad.pth")
+        torch_weights.read("bad.pth")
     assert not Path("harm").exists()
 
 
 def test_damaged_pth(tmp_path):
-    whole = backbones._lite_file("efficientnet_lite0").read_bytes()
+    whole = efficientnet_lite.weights_file("efficientnet_lite0").read_bytes()
     for length in (0, 10, 5000, len(whole) - 1):
         (tmp_path / "cut.pth").write_bytes(whole[:length])
         with pytest.raises(ValueError, match="is not a legacy PyTorch weights file"):
-            backbones.read_torch_weights(tmp_path / "cut.pth")
+            torch_weights.read(tmp_path / "cut.pth")
 
 
 # KerasHub

@@ -194,6 +194,7 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("case", FILES)
 def test_one_odd_file(root, case):
     name, make, expected = FILES[case]

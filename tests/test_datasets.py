@@ -87,7 +87,9 @@ def test_pixels_are_rgb(train, pixels):
 
 
 def test_an_empty_part_is_an_error(resized):
-    with pytest.raises(ValueError, match=r"has no holdout images, only test, train, val\. Check the ratios of 01_split"):
+    with pytest.raises(
+        ValueError, match=r"has no holdout images, only test, train, val\. Check the ratios of 01_split"
+    ):
         datasets.read(resized, "holdout")
 
 

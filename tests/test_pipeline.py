@@ -1,640 +1,303 @@
-"""The chain and its store, on toy notebooks of a few cells, each of which provokes one case.
+"""The main job, end to end: all notebooks through `thaw run`, on a few dozen small pictures and real weights.
 
-Most tests run the toys within this process; where a kernel matters, a real one runs. The whole suite of notebooks on
-real weights is run in test_run.py.
+A process with TensorFlow takes seconds to start, so the runs are few and each is looked at by many tests.
 """
 
-import contextlib
-import io
-import json
 import os
-import shutil
+import re
+import resource
 import signal
-import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import papermill
+import psutil
 import pytest
-from rich.console import Console
 
-from helpers import inventory, pipeline, recipes, report, runs, store, terminal
+from helpers import recipes, runs
 
-EXPLORE = """
-source: str = "photos"  # a file that stands for the images
-letter: str = "a"  # what this stage adds
-trouble: str = ""  # a file of Python that runs within the stage
-out: str = "runs/demo/explore"  # folder this notebook writes
-"""
-SPLIT = """
-explore: str = "runs/demo/explore"  # folder written by 00_explore
-letter: str = "b"  # what this stage adds
-out: str = "runs/demo/split"  # folder this notebook writes
-"""
-RESIZE = """
-split: str = "runs/demo/split"  # folder written by 01_split
-letter: str = "c"  # what this stage adds
-out: str = "runs/demo/resize"  # folder this notebook writes
-"""
-IMPORTS = """
-import os
-from pathlib import Path
-
-from helpers import runs
-"""
-OPEN = 'folder = runs.open_stage(out, {"letter": letter})'
-NOTE = """
-with open(os.environ["TOY_LOG"], "a") as log:
-    print(folder.name.split("-")[0], file=log)
-"""
-TROUBLE = 'exec(Path(trouble).read_text() if trouble else "")'
-FIRST_WORD = '(folder / "word.txt").write_text(Path(source).read_text() + letter)'
-NEXT_WORD = '(folder / "word.txt").write_text((runs.resolve({}) / "word.txt").read_text() + letter)'
-FINISH = 'runs.finish_stage(folder, files=["word.txt"], headline=(folder / "word.txt").read_text())'
-
-COMMAND = """
-import sys
-from pathlib import Path
-
-from helpers import cli, inventory, recipes, runs
-
-recipes.NOTEBOOKS = Path(sys.argv.pop(1))
-inventory.source_fingerprint = lambda parameters, cache_file: Path(parameters["source"]).read_text()
-class report:
-    build_report = staticmethod(lambda folder: runs.write_text(folder / "report.html", "report"))
-sys.modules["helpers.report"] = report
-cli.entry()
+STAGES = ["explore", "split", "resize", "head", "fine_tune", "evaluate"]
+RECIPE = """
+name: tiny
+description: discs, squares and crosses
+published: {"a coin": 33.3}
+explore: {source: %s}
+split: {ratio: [0.5, 0.25, 0.25]}
+resize: {image_size: 64}
+head: {epochs: 25, views: 2, batch_size: 8, learning_rate: 1e-2}
+fine_tune: {unfreeze: block7, epochs: 2, views: 2, batch_size: 8}
+evaluate: {resamples: 200}
 """
 
 
-class Toys:
-    """A chain of three toy notebooks, a recipe for it, and what it takes to run it and to look at what it made."""
-
-    def __init__(self, folder: Path, notebooks: Path, notebook):
-        self.folder, self.notebooks, self.notebook = folder, notebooks, notebook
-        self.runs, self.log, self.source = folder / "runs", folder / "toy.log", folder / "photos.txt"
-        self.recipe, self.trouble = folder / "toy.yaml", folder / "trouble.py"
-        self.source.write_text("photos:")
-        self.trouble.write_text("")
-        self.recipe.write_text(f"explore: {{source: {self.source}, trouble: {self.trouble}}}\n")
-        self.write("00_explore", EXPLORE, IMPORTS, OPEN, NOTE, TROUBLE, FIRST_WORD, FINISH)
-        self.write("01_split", SPLIT, IMPORTS, OPEN, NOTE, NEXT_WORD.format("explore"), FINISH)
-        self.write("02_resize", RESIZE, IMPORTS, OPEN, NOTE, NEXT_WORD.format("split"), FINISH)
-
-    def write(self, name: str, *cells: str) -> Path:
-        recipes.stages.cache_clear()
-        return self.notebook(self.notebooks / f"{name}.ipynb", *cells)
-
-    def load(self, *sets: str, name: str = "") -> recipes.Recipe:
-        return recipes.load(self.recipe, list(sets), name)
-
-    def plan(self, *sets: str, name: str = "", rebuild: str = "") -> dict[str, pipeline.Step]:
-        return {step.stage.name: step for step in pipeline.plan(self.load(*sets, name=name), rebuild)}
-
-    def why(self, *sets: str, **options) -> dict[str, str]:
-        return {name: step.why for name, step in self.plan(*sets, **options).items()}
-
-    def run(self, *sets: str, name: str = "", **options) -> str:
-        """Run the chain; return what the terminal shows."""
-        shown = io.StringIO()
-        terminal.run(self.load(*sets, name=name), Console(file=shown, width=200), **options)
-        return shown.getvalue()
-
-    def ran(self) -> list[str]:
-        """The stages whose notebooks ran since this was asked last."""
-        text = self.log.read_text() if self.log.exists() else ""
-        self.log.unlink(missing_ok=True)
-        return text.split()
-
-    def word(self, stage: str = "resize", run: str = "toy") -> str:
-        return (self.runs / run / stage / "word.txt").read_text()
-
-    def command(self, *arguments: str, **options) -> subprocess.Popen:
-        """Start `thaw` on the toys as a process of its own."""
-        given = [sys.executable, "-c", COMMAND, str(self.notebooks), *arguments]
-        return subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-
-
-@pytest.fixture
-def toys(tmp_path, toy_notebooks, notebook, runs_folder, monkeypatch):
-    made = Toys(tmp_path, toy_notebooks, notebook)
-    monkeypatch.setenv("TOY_LOG", str(made.log))
-    monkeypatch.setattr(inventory, "source_fingerprint", lambda p, cache_file: Path(p["source"]).read_text())
-    monkeypatch.setattr(report, "build_report", lambda folder: runs.write_text(folder / "report.html", "report"))
-    return made
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Papermill without a kernel: the cells run within this process."""
-
-    def execute(source, target, parameters, *, stdout_file, **_):
-        notebook, namespace = nbformat.read(source, as_version=4), {}
-        with contextlib.redirect_stdout(stdout_file):
-            for cell in notebook.cells[1:]:
-                exec(cell.source, namespace)
-                namespace |= parameters if "tags" in cell.metadata else {}
-        nbformat.write(notebook, target)
-
-    monkeypatch.setattr(papermill, "execute_notebook", execute)
-    return execute
-
-
-@pytest.fixture
-def quick_toys(toys, quick):
-    return toys
-
-
-ALL = ["explore", "split", "resize"]
-
-
-# Skipping and sharing
-
-
-def test_a_chain_runs_once(quick_toys):
-    shown = quick_toys.run()
-    assert quick_toys.ran() == ALL and quick_toys.word() == "photos:abc"
-    assert "3 of 3 stages to do" in shown and "3/3 resize" in shown and "photos:abc" in shown
-    assert "nothing to do, every stage is done" in quick_toys.run() and quick_toys.ran() == []
-
-
-def test_only_what_depends_on_a_change_runs(quick_toys):
-    quick_toys.run()
-    quick_toys.ran()
-    assert quick_toys.why("split.letter=x") == {
-        "explore": "done",
-        "split": "letter: b -> x",
-        "resize": "split will change",
-    }
-    quick_toys.run("split.letter=x")
-    assert quick_toys.ran() == ["split", "resize"] and quick_toys.word() == "photos:axc"
-    quick_toys.run()
-    assert quick_toys.ran() == [] and quick_toys.word() == "photos:abc"
-
-
-def test_other_images_are_noticed_and_other_times_are_not(quick_toys):
-    quick_toys.run()
-    quick_toys.ran()
-    os.utime(quick_toys.source, (1, 1))
-    assert set(quick_toys.why().values()) == {"done"}
-    quick_toys.source.write_text("other photos:")
-    assert quick_toys.why() == {
-        "explore": "the images changed",
-        "split": "explore will change",
-        "resize": "split will change",
-    }
-    quick_toys.run()
-    assert quick_toys.ran() == ALL and quick_toys.word() == "other photos:abc"
-
-
-def test_two_runs_share_what_they_have_in_common(quick_toys):
-    quick_toys.run()
-    quick_toys.ran()
-    quick_toys.run("resize.letter=x", name="second")
-    assert quick_toys.ran() == ["resize"]
-    assert (quick_toys.word(), quick_toys.word(run="second")) == ("photos:abc", "photos:abx")
-    assert (quick_toys.runs / "toy/split").resolve() == (quick_toys.runs / "second/split").resolve()
-
-
-def test_the_folder_of_runs_may_be_moved(quick_toys, tmp_path, monkeypatch):
-    quick_toys.run()
-    quick_toys.ran()
-    quick_toys.runs.rename(tmp_path / "moved")
-    monkeypatch.setenv("THAW_RUNS", str(tmp_path / "moved"))
-    assert "nothing to do" in quick_toys.run() and quick_toys.ran() == []
-
-
-def test_a_run_is_a_folder_of_relative_links(quick_toys):
-    quick_toys.run()
-    run = quick_toys.runs / "toy"
-    assert {path.name for path in run.iterdir()} == {
-        *ALL, "00_explore.ipynb", "01_split.ipynb", "02_resize.ipynb", "recipe.yaml", "manifest.json", "report.html"
-    }  # fmt: skip
-    for name in ALL:
-        assert (run / name).is_symlink() and not os.path.isabs(os.readlink(run / name))
-        assert os.readlink(run / name).startswith(f"../.store/{name}-")
-    assert nbformat.read(run / "01_split.ipynb", as_version=4).cells
-    assert recipes.read_yaml(run / "recipe.yaml")["split"] == {"letter": "b"}
-    assert set(runs.read_json(run / "manifest.json")["stages"]) == set(ALL)
-
-
-def test_stored_files_are_read_only_and_on_record(quick_toys):
-    quick_toys.run()
-    folder = (quick_toys.runs / "toy/split").resolve()
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert files == {"word.txt", "stage.json", "notebook.ipynb", "notebook.log"}
-    for name in files:
-        assert not (folder / name).stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
-    record = runs.read_json(folder / "stage.json")
-    assert record["status"] == "done" and record["made"] == "thaw run" and record["headline"] == "photos:ab"
-    assert set(record["files"]) == files - {"stage.json"}
-
-
-def test_nothing_but_results_stays_in_the_store(quick_toys):
-    quick_toys.run()
-    left = {path.name for path in (quick_toys.runs / ".store").iterdir() if path.suffix != ".lock"}
-    assert {name.split("-")[0] for name in left} == set(ALL) and len(left) == 3
-
-
-# Fingerprints
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A project of two helper modules, of which the first uses the second."""
-    (tmp_path / "helpers").mkdir()
-    (tmp_path / "helpers/alpha.py").write_text("from helpers import beta\n\n\ndef one():\n    return beta.two()\n")
-    (tmp_path / "helpers/beta.py").write_text('"""Beta."""\n\n\ndef two():\n    """Two."""\n    return 2  # two\n')
-    (tmp_path / "helpers/gamma.py").write_text("3\n")
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
-
-    def code():
-        store._module_code.cache_clear()
-        return store.code_of(tmp_path / "03_train_head.ipynb")
-
-    yield code
-    store._module_code.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "same"),
-    [
-        ("x = 1", "x = 1  # one", True),
-        ("x = f(a, b)", "x = f(\n    a,\n    b,\n)", True),
-        ("x = 'a'", 'x = "a"', True),
-        ("x = 1", "x = 2", False),
-        ("print(x)", "print(y)", False),
-    ],
-)
-def test_what_counts_as_other_code_in_a_notebook(project, notebook, tmp_path, first, second, same):
-    path = tmp_path / "03_train_head.ipynb"
-    notebook(path, HEAD := "epochs: int = 5  # passes [1, 9]", "from helpers import alpha", first)
-    before = project()
-    assert set(before) == {"03_train_head", "helpers.alpha", "helpers.beta"}
-    notebook(path, HEAD.replace("5", "6").replace("passes", "rounds"), "from helpers import alpha", second)
-    assert (project() == before) is same
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "same"),
-    [
-        ('"""Beta."""', '"""Better."""', True),
-        ('"""Two."""', '"""Returns\n\n    two."""', True),
-        ("# two", "# 2", True),
-        ("def two():", "def two(\n):", True),
-        ("return 2", "return 3", False),
-        ("two():", "two(a=1):", False),
-    ],
-)
-def test_what_counts_as_other_code_in_a_helper(project, notebook, tmp_path, old, new, same):
-    notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "from helpers import alpha")
-    before = project()
-    path = tmp_path / "helpers/beta.py"
-    path.write_text(path.read_text().replace(old, new))
-    after = project()
-    assert (after == before) is same
-    assert {name for name in before if before[name] != after[name]} == (set() if same else {"helpers.beta"})
-
-
-def test_the_docstring_of_an_empty_class_does_not_count(project, notebook, tmp_path):
-    notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "import helpers.gamma")
-    seen = []
-    for text in ("One.", "Two."):
-        (tmp_path / "helpers/gamma.py").write_text(f'class Odd(ValueError):\n    """{text}"""\n')
-        seen.append(project())
-    assert seen[0] == seen[1]
-
-
-@pytest.mark.parametrize("line", ["from helpers import gamma", "import helpers.gamma", "from helpers.gamma import x"])
-def test_every_way_to_import_a_helper_is_seen(project, notebook, tmp_path, line):
-    notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", line)
-    assert "helpers.gamma" in project()
-
-
-def test_another_notebook_or_helper_makes_its_stage_stale(quick_toys):
-    quick_toys.run()
-    quick_toys.ran()
-    quick_toys.write("01_split", SPLIT.replace("adds", "adds  to it"), IMPORTS, "# a comment", OPEN, NOTE,
-                     NEXT_WORD.format("explore"), FINISH)  # fmt: skip
-    assert set(quick_toys.why().values()) == {"done"}
-    quick_toys.write("01_split", SPLIT, IMPORTS, OPEN, NOTE, NEXT_WORD.format("explore") + " * 1", FINISH)
-    assert quick_toys.why() == {"explore": "done", "split": "01_split changed", "resize": "split will change"}
-
-
-def test_another_default_is_another_parameter(quick_toys):
-    quick_toys.run()
-    cells = IMPORTS, OPEN, NOTE, NEXT_WORD.format("split"), FINISH
-    quick_toys.write("02_resize", RESIZE.replace('"c"', '"z"'), *cells)
-    assert quick_toys.why()["resize"] == "letter: c -> z"
-    quick_toys.run()
-    assert quick_toys.word() == "photos:abz"
-
-
-# What hands do
-
-
-def test_a_deleted_stage_is_made_again(quick_toys):
-    quick_toys.run()
-    quick_toys.ran()
-    shutil.rmtree((quick_toys.runs / "toy/split").resolve())
-    assert quick_toys.why() == {"explore": "done", "split": "its folder is gone", "resize": "done"}
-    quick_toys.run()
-    assert quick_toys.ran() == ["split"] and quick_toys.word("split") == "photos:ab"
-
-
-def test_a_deleted_link_is_laid_again_without_work(quick_toys):
-    quick_toys.run()
-    quick_toys.ran()
-    shutil.rmtree(quick_toys.runs / "toy")
-    assert "nothing to do" in quick_toys.run()
-    assert quick_toys.ran() == [] and quick_toys.word() == "photos:abc"
-
-
-@pytest.mark.parametrize("how", ["edited", "deleted"])
-def test_a_stage_changed_by_hand_is_not_trusted(quick_toys, how):
-    quick_toys.run()
-    quick_toys.ran()
-    path = (quick_toys.runs / "toy/split/word.txt").resolve()
-    path.chmod(0o644)
-    path.write_text("forged") if how == "edited" else path.unlink()
-    with pytest.raises(pipeline.StageError, match=r"was changed since it was made \(word\.txt.*--rebuild split"):
-        quick_toys.run()
-    quick_toys.run(rebuild="split")
-    assert quick_toys.ran() == ["split", "resize"] and quick_toys.word("split") == "photos:ab"
-
-
-def test_a_touched_file_is_not_a_changed_one(quick_toys):
-    quick_toys.run()
-    os.utime((quick_toys.runs / "toy/split/word.txt").resolve(), (1, 1))
-    assert set(quick_toys.why().values()) == {"done"}
-
-
-def by_hand(toys, quick, letter="H", finish=True):
-    """Run 01_split as a person would, with the run's own folder as `out`."""
-    out, explore = str(toys.runs / "toy/split"), str(toys.runs / "toy/explore")
-    source = toys.notebooks / "01_split.ipynb"
-    if not finish:
-        notebook = nbformat.read(source, as_version=4)
-        del notebook.cells[-1]
-        source = toys.folder / "unfinished.ipynb"
-        nbformat.write(notebook, source)
-    parameters = {"letter": letter, "out": out, "explore": explore}
-    quick(source, toys.folder / "by_hand.ipynb", parameters, stdout_file=io.StringIO())
-
-
-def test_a_stage_made_by_hand_is_kept_and_named(quick_toys, quick):
-    quick_toys.run()
-    stored = (quick_toys.runs / "toy/split").resolve()
-    by_hand(quick_toys, quick)
-    quick_toys.ran()
-    assert (stored / "word.txt").read_text() == "photos:ab", "the notebook must never write through a link"
-    assert quick_toys.why()["split"] == "made by hand; it is used as it is"
-    quick_toys.run()
-    assert quick_toys.ran() == ["resize"]
-    assert (quick_toys.word("split"), quick_toys.word()) == ("photos:aH", "photos:aHc")
-    assert not (quick_toys.runs / "toy/split").is_symlink()
-    assert "nothing to do" in quick_toys.run()
-
-
-def test_a_stage_made_by_hand_is_known_by_its_content(quick_toys, quick):
-    quick_toys.run()
-    by_hand(quick_toys, quick)
-    quick_toys.run()
-    quick_toys.ran()
-    os.utime(quick_toys.runs / "toy/split/word.txt", (1, 1))
-    assert quick_toys.why()["resize"] == "done"
-    (quick_toys.runs / "toy/split/word.txt").write_text("better")
-    assert quick_toys.why()["resize"] == "split will change"
-
-
-def test_rebuild_replaces_a_stage_made_by_hand(quick_toys, quick):
-    quick_toys.run()
-    by_hand(quick_toys, quick)
-    quick_toys.run(rebuild="split")
-    assert quick_toys.word() == "photos:abc" and (quick_toys.runs / "toy/split").is_symlink()
-
-
-def test_another_name_leaves_a_stage_made_by_hand_alone(quick_toys, quick):
-    quick_toys.run()
-    by_hand(quick_toys, quick)
-    quick_toys.run(name="second")
-    assert quick_toys.word("split") == "photos:aH" and quick_toys.word(run="second") == "photos:abc"
-
-
-def test_an_unfinished_stage_made_by_hand_is_refused(quick_toys, quick):
-    quick_toys.run()
-    by_hand(quick_toys, quick, finish=False)
-    with pytest.raises(
-        pipeline.StageError, match=r"toy/split was begun by hand and is not finished\. .* another --name"
-    ):
-        quick_toys.run()
-    quick_toys.run(rebuild="split")
-    assert quick_toys.word() == "photos:abc"
-
-
-def test_images_that_moved_are_linked_again(quick_toys, tmp_path):
-    (tmp_path / "images").mkdir()
-    link = '(folder / "source").exists() or (folder / "source").symlink_to(Path(source).parent / "images")'
-    quick_toys.write("00_explore", EXPLORE, IMPORTS, OPEN, NOTE, link, FIRST_WORD, FINISH)
-    quick_toys.run()
-    quick_toys.ran()
-    (tmp_path / "images").rename(tmp_path / "elsewhere")
-    assert quick_toys.why()["explore"].startswith("its images have moved: ")
-    (tmp_path / "elsewhere").rename(tmp_path / "images")
-    assert set(quick_toys.why().values()) == {"done"}
-
-
-# What is asked for
-
-
-def test_dry_run_only_says_what_would_run_and_why(quick_toys):
-    shown = quick_toys.run(dry_run=True).split("\n")
-    assert [line.split() for line in shown[:3]] == [[name, "would", "run", "not", "made", "yet"] for name in ALL]
-    assert quick_toys.ran() == [] and not (quick_toys.runs / "toy").exists()
-    quick_toys.run()
-    shown = quick_toys.run("resize.letter=z", dry_run=True)
-    assert "split      kept" in shown and "letter: c -> z" in shown and quick_toys.word() == "photos:abc"
-
-
-def test_from_and_to(quick_toys):
-    with pytest.raises(pipeline.StageError, match="--from split needs explore to be done"):
-        quick_toys.run(first="split")
-    quick_toys.run(last="split")
-    assert quick_toys.ran() == ["explore", "split"]
-    quick_toys.run(first="resize")
-    assert quick_toys.ran() == ["resize"]
-    with pytest.raises(ValueError, match="--from resize comes after --to split"):
-        quick_toys.run(first="resize", last="split")
-
-
-def test_a_run_never_shows_stages_of_two_kinds(quick_toys):
-    """Stages after `--to` that the recipe in force would make differently no longer belong to the run."""
-    quick_toys.run()
-    quick_toys.run("split.letter=x", last="split")
-    assert quick_toys.word("split") == "photos:ax" and not (quick_toys.runs / "toy/resize").exists()
-    quick_toys.ran()
-    quick_toys.run()
-    assert quick_toys.ran() == [] and quick_toys.word() == "photos:abc"
-
-
-@pytest.mark.parametrize(
-    ("rebuild", "expected"), [("all", ALL), ("split", ["split", "resize"]), ("resize", ["resize"])]
-)
-def test_rebuild_makes_a_stage_and_those_after_it_again(quick_toys, rebuild, expected):
-    quick_toys.run()
-    quick_toys.ran()
-    (quick_toys.runs / "toy/report.html").write_text("old")
-    quick_toys.run(rebuild=rebuild)
-    assert quick_toys.ran() == expected and quick_toys.word() == "photos:abc"
-    assert (quick_toys.runs / "toy/report.html").read_text() == "report"
-    assert "nothing to do" in quick_toys.run()
-
-
-def test_no_space_is_told_before_anything_is_written(quick_toys, monkeypatch):
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5_000_000, 5_000_000)
-    )
-    with pytest.raises(OSError, match=r"Only 5 MB are free where .* at least 300 MB.*THAW_RUNS"):
-        quick_toys.run()
-    assert quick_toys.ran() == []
-
-
-# A stage that fails, in a real kernel
-
-
-@pytest.fixture
-def fail(toys):
-    """Run the first stage with the given trouble in it; return the message."""
-
-    def fail(trouble):
-        toys.trouble.write_text(trouble)
-        with pytest.raises(pipeline.StageError) as caught:
-            toys.run(last="explore")
-        return str(caught.value)
-
-    return fail
-
-
-def test_a_failing_cell_is_told_with_all_that_helps(toys, fail):
-    message = fail("print('to the log')\n1 / 0").replace(f"{toys.folder}/", "").split("\n")
-    store_name = toys.plan()["explore"].partial.stem
-    assert message == [
-        "notebooks/00_explore.ipynb failed: cell 6, ZeroDivisionError: division by zero",
-        "  executed copy: runs/toy/00_explore.ipynb",
-        f"  log: runs/.store/{store_name}.log",
-        "  When the cause is mended, the same command goes on from here.",
-    ]
-    copy = nbformat.read(toys.runs / "toy/00_explore.ipynb", as_version=4)
-    assert any(output.get("ename") == "ZeroDivisionError" for cell in copy.cells for output in cell.get("outputs", []))
-    log = (toys.runs / f".store/{store_name}.log").read_text()
-    assert "to the log" in log and "ZeroDivisionError" in log
-    assert toys.why()["explore"] == "was interrupted; it goes on where it stopped"
-    toys.trouble.write_text("")
-    toys.run(last="explore")
-    assert toys.word("explore") == "photos:a" and (toys.runs / "toy/00_explore.ipynb").is_symlink()
-
-
-@pytest.mark.parametrize("death", ["os._exit(1)", "os.kill(os.getpid(), 9)"])
-def test_a_kernel_that_dies_is_told(toys, fail, death):
-    message = fail(death)
-    assert "00_explore.ipynb failed: its kernel died, most often because memory ran out" in message
-    assert "executed copy: " in message and "goes on from here" in message
-    assert toys.plan()["explore"].state == "to do" and not (toys.runs / "toy/explore").exists()
-
-
-def test_a_notebook_that_does_not_finish_its_stage_is_refused(toys, fail):
-    toys.write("00_explore", EXPLORE, IMPORTS, OPEN, FIRST_WORD)
-    assert "it ended without runs.finish_stage in its last cell" in fail("")
-
-
-def test_the_kernel_is_that_of_this_python_whatever_the_machine_has(toys, monkeypatch, tmp_path):
-    bogus = tmp_path / "jupyter/kernels/python3"
-    bogus.mkdir(parents=True)
-    spec = {"argv": ["false"], "display_name": "Another", "language": "python"}
-    (bogus / "kernel.json").write_text(json.dumps(spec))
-    for variable in ("JUPYTER_PATH", "JUPYTER_DATA_DIR"):
-        monkeypatch.setenv(variable, str(tmp_path / "jupyter"))
-    monkeypatch.chdir("/")
-    toys.trouble.write_text(f"import sys; assert os.path.samefile(sys.executable, {sys.executable!r})")
-    toys.run(last="explore")
-    assert toys.word("explore") == "photos:a" and os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
-
-
-def test_progress_and_output_reach_the_terminal_and_the_log(toys):
-    toys.trouble.write_text(
-        "runs.report_progress(3, 5, unit='epoch', label='', rate=12.0, loss=0.25)\nprint('said')\nos.system('echo below')"
-    )
-    seen = []
-    step = toys.plan()["explore"]
-    pipeline.make(step, seen.append, seen.append)
-    (line,) = seen
-    assert (line["done"], line["total"], line["unit"], line["metrics"]) == (3, 5, "epoch", {"rate": 12.0, "loss": 0.25})
-    assert "said" in (log := (step.folder / "notebook.log").read_text()) and "below" in log
-
-
-# Processes
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> str:
-    for _ in range(300):
-        if path.exists() and path.read_text():
-            return path.read_text()
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    raise TimeoutError(path)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_ends_everything_and_loses_nothing(toys, kind, code):
-    mark = toys.folder / "mark"
-    toys.trouble.write_text(f"import time; Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)")
-    process = toys.command("run", str(toys.recipe), start_new_session=True)
-    kernel = int(wait_for(mark, process))
-    os.killpg(process.pid, kind)
-    shown, _ = process.communicate(timeout=30)
-    assert process.returncode == code, shown
-    assert "Traceback" not in shown and not is_alive(kernel)
-    if kind == signal.SIGINT:
-        assert "Nothing is lost: the same command goes on where this one stopped." in shown
-    assert not (toys.runs / "toy/explore").exists() and not list((toys.runs / ".store").glob("kernel-*"))
-    assert toys.why()["explore"] == "was interrupted; it goes on where it stopped"
-
-
-def test_two_commands_at_once_share_the_work(toys):
-    toys.trouble.write_text("import time; time.sleep(2)")
-    processes = [toys.command("run", str(toys.recipe), "--name", name, cwd="/") for name in ("one", "two")]
-    shown = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], shown
-    assert sorted(toys.ran()) == sorted(ALL)
-    assert toys.word(run="one") == toys.word(run="two") == "photos:abc"
-    assert any("another thaw run is making explore; waiting for it" in text for text in shown)
-
-
-def test_a_killed_command_leaves_no_kernel_and_the_next_goes_on(toys):
-    mark = toys.folder / "mark"
-    toys.trouble.write_text(
-        f"import time; (folder / 'kept.txt').write_text('kept'); Path({str(mark)!r}).write_text(str(os.getpid()))\n"
-        "time.sleep(60)"
-    )
-    process = toys.command("run", str(toys.recipe), start_new_session=True)
-    kernel = int(wait_for(mark, process))
-    process.kill()
+class Workplace:
+    """A folder of runs, and the command that works in it from another working directory."""
+
+    def __init__(self, folder: Path, recipe: Path):
+        self.folder, self.recipe, self.run = folder, recipe, folder / "tiny"
+        self.environment = os.environ | {"THAW_RUNS": str(folder), "COLUMNS": "200"}
+        self.environment.pop(runs.PROGRESS_VARIABLE, None)
+
+    def start(self, *arguments) -> subprocess.Popen:
+        command = [sys.executable, "-m", "helpers.cli", *map(str, arguments)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=self.recipe.parent, env=self.environment, **streams)
+
+    def thaw(self, *arguments, code=0) -> str:
+        process = self.start(*arguments)
+        shown, _ = process.communicate(timeout=400)
+        assert process.returncode == code, shown
+        return shown
+
+    def stage(self, name: str) -> dict:
+        return runs.read_json(self.run / name / "stage.json")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, image_folder):
+    """48 pictures in three classes, and one file that is none."""
+    folder = tmp_path_factory.mktemp("photos")
+    photos = image_folder(folder / "photos", {"disc": 16, "square": 16, "cross": 16})
+    (photos / "disc" / "broken.png").write_bytes((photos / "disc" / "disc-00.png").read_bytes()[:200])
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE % photos)
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, recipe):
+    """A place where the recipe was run from beginning to end."""
+    place = Workplace(tmp_path_factory.mktemp("done"), recipe)
+    place.shown = place.thaw("run", recipe)
+    return place
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, recipe):
+    """A fresh place where `thaw run` and its kernel were killed within phase 1, and the same command was given again."""
+    place = Workplace(tmp_path_factory.mktemp("killed"), recipe)
+    process = place.start("run", recipe)
+    history = _wait_for_epochs(place.folder, 5, process)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.send_signal(signal.SIGKILL)
     process.communicate()
-    for _ in range(100):
-        if not is_alive(kernel):
-            break
-        time.sleep(0.1)
-    assert not is_alive(kernel)
-    toys.trouble.write_text("assert (folder / 'kept.txt').read_text() == 'kept'")
-    toys.run(last="explore")
-    assert toys.word("explore") == "photos:a"
+    place.history_at_kill = pd.read_csv(history)
+    place.shown = place.thaw("run", recipe)
+    return place
+
+
+def _wait_for_epochs(folder: Path, epochs: int, process: subprocess.Popen) -> Path:
+    """Wait until so many epochs of phase 1 are written, and return the file that says so."""
+    end = time.time() + 300
+    while time.time() < end:
+        for history in folder.glob(".store/head-*.partial/history.csv"):
+            if history.read_text().count("\n") > epochs:
+                return history
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise TimeoutError("phase 1 did not begin")
+
+
+# What a run leaves
+
+
+def test_the_terminal_shows_each_stage_and_the_answer(done):
+    assert re.findall(r"^\d/6 (\w+) ", done.shown, re.M) == STAGES
+    assert "tiny: 6 of 6 stages to do" in done.shown and "Traceback" not in done.shown
+    assert re.search(r"[Aa]ccuracy.*%", done.shown) and "a coin" in done.shown
+    assert f"Report: {done.run / 'report.html'}" in done.shown
+
+
+@pytest.mark.parametrize(
+    ("stage", "files"),
+    {
+        "explore": ["inventory.csv", "quarantine.csv", "ignored.json", "class_names.json", "source"],
+        "split": ["split.csv", "class_names.json", "train/disc", "val/cross", "test/square"],
+        "resize": ["images.csv", "class_names.json", "resize.json", "train/disc", "val/cross", "test/square"],
+        "head": ["model.keras", "class_names.json", "model.json", "history.csv", "logs"],
+        "fine_tune": ["model.keras", "class_names.json", "model.json", "history.csv", "logs"],
+        "evaluate": ["predictions.csv", "metrics.json"],
+    }.items(),
+)
+def test_a_stage_leaves_its_files(done, stage, files):
+    for name in [*files, "notebook.ipynb", "stage.json"]:
+        assert (done.run / stage / name).exists(), name
+    assert done.stage(stage)["status"] == "done" and done.stage(stage)["headline"]
+    assert not list((done.run / stage).glob("**/.*")) and not (done.run / stage / "backup").exists()
+
+
+def test_a_broken_file_is_in_quarantine_and_stops_nothing(done):
+    quarantine = pd.read_csv(done.run / "explore/quarantine.csv")
+    assert quarantine[["path", "reason"]].to_numpy().tolist() == [["disc/broken.png", "truncated"]]
+    inventory = pd.read_csv(done.run / "explore/inventory.csv")
+    assert len(inventory) == 48 and inventory["label"].value_counts().to_dict() == {
+        "cross": 16,
+        "disc": 16,
+        "square": 16,
+    }
+
+
+def test_the_parts_are_those_asked_for(done):
+    images = pd.read_csv(done.run / "resize/images.csv")
+    assert images["part"].value_counts().to_dict() == {"train": 24, "val": 12, "test": 12}
+    assert (images.groupby(["part", "label"]).size().unstack().nunique(axis=1) == 1).all()
+    assert images["sha256"].is_unique
+
+
+def test_the_epochs_count_on_through_both_phases(done):
+    first, second = (pd.read_csv(done.run / stage / "history.csv") for stage in ("head", "fine_tune"))
+    assert first["epoch"].to_list() == list(range(1, 26)) and second["epoch"].to_list() == [26, 27]
+    assert set(first["phase"]) == {"head"} and set(second["phase"]) == {"fine_tune"}
+
+
+def test_it_has_learned(done):
+    table = pd.read_csv(done.run / "evaluate/predictions.csv")
+    assert list(table.columns) == ["path", "label", "predicted", "cross", "disc", "square"] and len(table) == 12
+    np.testing.assert_allclose(table[["cross", "disc", "square"]].sum(axis=1), 1, atol=1e-5)
+    assert (table["label"] == table["predicted"]).mean() > 0.6
+    metrics = runs.read_json(done.run / "evaluate/metrics.json")
+    assert metrics["phase"] in ("head", "fine_tune") and metrics["phase_sentence"]
+
+
+def test_the_executed_notebooks_lie_in_the_run(done):
+    for name in STAGES:
+        path = done.run / recipes.find_stage(name).notebook.name
+        notebook = nbformat.read(path, as_version=4)
+        assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        assert not [output for output in outputs if output.output_type == "error"]
+        noise = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+        assert noise == [], f"{path.name} warns its reader: {noise}"
+
+
+def test_the_report_is_one_file_that_holds_everything(done):
+    text = (done.run / "report.html").read_text(encoding="utf-8")
+    assert len(text) > 100_000 and "tiny" in text and "a coin" in text
+    assert not re.search(r'(src|href)="(https?:)?//', text.split("</head>")[0])
+    assert text.count("data:image/png;base64,") >= 10
+
+
+def test_nothing_is_left_over(done):
+    store = done.folder / ".store"
+    assert {path.name.split("-")[0] for path in store.iterdir() if path.is_dir() and path.name != "cache"} == set(
+        STAGES
+    )
+    assert not [path for path in store.rglob("*") if path.suffix in (".partial", ".npy", ".tmp")]
+
+
+# Again
+
+
+def test_a_second_run_does_nothing_and_is_quick(done):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = done.thaw("run", done.recipe)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "tiny: nothing to do, every stage is done." in shown
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 4, "of a processor, where 3 s by the clock are asked for on a machine that does nothing else"
+
+
+def test_show_says_that_all_is_done(done):
+    shown = done.thaw("show", done.recipe)
+    assert shown.count("done") == 6 and "discs" not in shown
+
+
+def test_a_change_of_phase_two_runs_phase_two_and_evaluation(done):
+    stamps = {name: (done.run / name).resolve() for name in STAGES}
+    change = ("--set", "fine_tune.learning_rate=5e-5", "--name", "slower")
+    dry = done.thaw("run", done.recipe, *change, "--dry-run")
+    assert [line.split()[0] for line in dry.splitlines() if "would run" in line] == ["fine_tune", "evaluate"]
+    shown = done.thaw("run", done.recipe, *change)
+    assert re.findall(r"^\d/6 (\w+) ", shown, re.M) == ["fine_tune", "evaluate"]
+    other = done.folder / "slower"
+    assert [name for name in STAGES if (other / name).resolve() == stamps[name]] == [
+        "explore",
+        "split",
+        "resize",
+        "head",
+    ]
+    assert {name: (done.run / name).resolve() for name in STAGES} == stamps
+
+
+# Killed, in a fresh store
+
+
+def test_a_killed_training_goes_on_and_ends_like_an_undisturbed_one(done, killed):
+    assert 5 <= len(killed.history_at_kill) < 25
+    assert "3/6 resize" not in killed.shown and "4/6 head" in killed.shown
+    for stage in ("head", "fine_tune"):
+        whole, resumed = (pd.read_csv(place.run / stage / "history.csv") for place in (done, killed))
+        pd.testing.assert_frame_equal(whole.drop(columns="seconds"), resumed.drop(columns="seconds"), check_exact=True)
+
+
+def test_it_did_not_begin_anew(killed):
+    log = (killed.run / "head" / "notebook.log").read_text()
+    assert (
+        len(re.findall(r"^epoch +1 of 25 ", log, re.M)) == 1 and len(re.findall(r"^epoch +25 of 25 ", log, re.M)) == 1
+    )
+
+
+def test_equal_seeds_in_fresh_stores_give_equal_predictions(done, killed):
+    first, second = ((place.run / "evaluate/predictions.csv").read_bytes() for place in (done, killed))
+    assert first == second
+    assert done.stage("evaluate")["fingerprint"] == killed.stage("evaluate")["fingerprint"]
+
+
+# Predict
+
+
+def test_predict_gives_what_evaluation_gave(done, tmp_path):
+    table = pd.read_csv(done.run / "evaluate/predictions.csv")
+    images = pd.read_csv(done.run / "resize/images.csv").set_index("path")
+    photos = done.recipe.parent / "photos"
+    files = [photos / images.loc[path, "source"] for path in table["path"]]
+    broken = photos / "disc/broken.png"
+    shown = done.thaw("predict", done.run, *files, broken, "--csv", tmp_path / "out.csv", code=1)
+    assert f"{broken}  not read: truncated" in shown
+    found = pd.read_csv(tmp_path / "out.csv")
+    assert found["path"].to_list() == [str(file) for file in files]
+    assert found["predicted"].to_list() == table["predicted"].to_list()
+    names = ["cross", "disc", "square"]
+    np.testing.assert_allclose(found[names], table[names], atol=1e-4)
+    np.testing.assert_allclose(found["confidence"], table[names].max(axis=1), atol=1e-4)
+
+
+# By hand
+
+
+def test_papermill_alone_runs_a_notebook(done, tmp_path):
+    papermill.execute_notebook(
+        recipes.find_stage("resize").notebook,
+        tmp_path / "out.ipynb",
+        {"split": str(done.run / "split"), "image_size": 48, "fit": "pad", "out": str(tmp_path / "resize")},
+        kernel_name="python3",
+        cwd=recipes.NOTEBOOKS,
+        progress_bar=False,
+    )
+    assert runs.read_json(tmp_path / "resize/resize.json") == {"image_size": 48, "fit": "pad", "format": "png"}
+    assert runs.read_json(tmp_path / "resize/stage.json")["made"] == "by hand"
+
+
+# What only a notebook can find out
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, recipe):
+    return Workplace(tmp_path_factory.mktemp("other"), recipe)
+
+
+def test_a_class_with_one_image_is_told(other, image_folder, tmp_path):
+    image_folder(tmp_path / "few", {"cat": 8, "dog": 1})
+    shown = other.thaw("run", other.recipe, "--set", f"explore.source={tmp_path / 'few'}", "--to", "split", code=1)
+    assert "notebooks/01_split.ipynb failed: cell" in shown and "dog" in shown and "Traceback" not in shown
+
+
+def test_a_source_within_the_runs_is_told(other, image_folder):
+    source = image_folder(other.folder / "photos", {"cat": 3, "dog": 3}).parent
+    shown = other.thaw("run", other.recipe, "--set", f"explore.source={source}", "--to", "explore", code=1)
+    assert "lie inside each other. Choose another `out`" in shown

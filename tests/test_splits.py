@@ -336,6 +336,38 @@ def test_oversampled_images_get_links_of_their_own(laid):
     assert split["file"].is_unique and (split["part"] == "train").sum() == 60
 
 
+@pytest.mark.parametrize("format", ["png", "jpg"])
+def test_resized_images_lie_in_the_same_folders(laid, format):
+    folder, split, _ = laid
+    out = folder.parent / "resized"
+    written, quarantine = folders.write_images(out, folder, image_size=32, fit="crop", format=format)
+    assert quarantine.empty and list(written.columns) == ["path", "label", "part", "source", "sha256"]
+    assert set(written["source"]) == set(split["path"]) and written["path"].str.endswith(f".{format}").all()
+    for row in written.itertuples():
+        assert row.path.startswith(f"{row.part}/{row.label}/") and Image.open(out / row.path).size == (32, 32)
+    found = pd.read_csv(out / "images.csv", dtype=str)
+    assert (found["path"] == written["path"]).all() and (out / "resize.json").is_file()
+
+
+def test_interrupted_resizing_goes_on_where_it_stopped(laid):
+    folder, _, _ = laid
+    out = folder.parent / "resized"
+    written, _ = folders.write_images(out, folder, image_size=32, fit="crop")
+    gone, kept = out / written["path"][0], out / written["path"][1]
+    gone.unlink()
+    before = kept.stat().st_mtime_ns
+    again, _ = folders.write_images(out, folder, image_size=32, fit="crop")
+    assert gone.is_file() and kept.stat().st_mtime_ns == before and again.equals(written)
+
+
+def test_an_image_lost_after_the_split_is_quarantined(laid):
+    folder, split, _ = laid
+    (folder.parent / "raw" / split["path"][0]).unlink()
+    written, quarantine = folders.write_images(folder.parent / "resized", folder, image_size=32, fit="crop")
+    assert len(written) == 39 and quarantine.to_dict("records")[0]["path"] == split["path"][0]
+    assert quarantine["reason"][0] == "broken link"
+
+
 def test_the_gate_lets_an_honest_split_pass(laid):
     leaks.check_split(laid[0], laid[1], laid[2], distance=8)
 

