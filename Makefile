@@ -17,7 +17,7 @@ test: env  ## all tests but the slow proofs
 lint: env  ## style of code and notebooks; no outputs in git
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify notebooks/*.ipynb
+	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 
 lab: env  ## JupyterLab with the environment's kernel
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_explore.ipynb

@@ -1,7 +1,7 @@
 """Accuracy on ELPV under the published protocol, mean of several seeds: python benchmarks/elpv.py
 
 Each seed is another split (75 : 25, stratified by probability and module type), another initial head and another order.
-Every run goes through the same notebooks as `thaw run recipes/elpv_full.yaml`; epoch and phase are chosen on validation.
+Every run goes through the same notebooks as `thaw run recipes/elpv_full.yaml`; validation chooses epoch and phase.
 Published (Deitsch et al., Solar Energy 185, 2019): SVM 82.44 %, VGG-19 88.42 %.
 """
 

@@ -105,8 +105,10 @@ def suspects(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
         return np.empty(0, int)
     said = np.clip(probabilities[np.ix_(judged, present)], 1e-9, None)
     said /= said.sum(axis=1, keepdims=True)
-    # One process: those that cleanlab would fork could hang on TensorFlow's threads.
-    wrong = cleanlab_filter.find_label_issues(given, said, n_jobs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that little can be said about a class of few images
+        # One process: those that cleanlab would fork could hang on TensorFlow's threads.
+        wrong = cleanlab_filter.find_label_issues(given, said, n_jobs=1)
     quality = cleanlab_rank.get_label_quality_scores(given, said)
     order = np.argsort(quality, kind="stable")
     return judged[order[wrong[order]]]
@@ -160,8 +162,6 @@ def _best_strength(features: np.ndarray, labels: np.ndarray, learned: np.ndarray
     losses = []
     for strength in STRENGTHS:
         model = _classifier(strength).fit(features[learned], labels[learned])
-        of_label = model.predict_proba(features[asked])[
-            np.arange(len(asked)), np.searchsorted(model.classes_, labels[asked])
-        ]
-        losses.append(-np.log(np.clip(of_label, 1e-9, None)).mean())
+        said, column = model.predict_proba(features[asked]), np.searchsorted(model.classes_, labels[asked])
+        losses.append(-np.log(np.clip(said[np.arange(len(asked)), column], 1e-9, None)).mean())
     return STRENGTHS[int(np.argmin(losses))]

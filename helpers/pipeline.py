@@ -6,6 +6,7 @@ links into the store, so runs share what they have in common and a stage is neve
 """
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -192,6 +193,8 @@ def _execute(step: Step, watch: Callable[[dict[str, Any]], None]) -> None:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    # When Ctrl-C ends the kernel, asyncio would complain of a task of papermill that nobody awaits any more.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     executed, log = step.partial.with_suffix(".ipynb"), step.partial.with_suffix(".log")
     folders = {name: runs.display_path(path) for name, path in step.input_folders.items()}
     parameters = step.parameters | folders | {"out": runs.display_path(step.partial)}

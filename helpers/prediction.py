@@ -13,18 +13,35 @@ BATCH = 32
 
 
 def model_folder(run: str | Path) -> Path:
-    """Return the folder of the run's model: the phase that 05_evaluate found better, else the last one trained.
+    """Return the folder of the run's model: the one that 05_evaluate tested, else the last one trained.
 
     Raises:
         FileNotFoundError: there is no such run, or it has no trained model yet.
     """
     folder = Path(run) if Path(run).is_dir() else runs.resolve(run)
-    evaluated = folder / "evaluate" / "metrics.json"
-    phases = [runs.read_json(evaluated)["phase"]] if evaluated.is_file() else ["fine_tune", "head"]
-    for candidate in [folder, *(folder / phase for phase in phases)]:
+    for candidate in (folder, *(folder / stage for stage in ("evaluate", "fine_tune", "head"))):
         if (candidate / "model.keras").is_file():
             return candidate
     raise FileNotFoundError(f"{runs.display_path(folder)} is not a run with a trained model. Make one with `thaw run`.")
+
+
+def mirrored(model, mirror: str):
+    """Return a model whose probabilities are the mean over an image and its mirror images.
+
+    Args:
+        model: keras.Model, images (batch, H, W, 3) -> probabilities (batch, classes).
+        mirror: "none" (the model itself), "horizontal", "vertical", or "both", which takes all four.
+    """
+    import keras
+
+    if mirror == "none":
+        return model
+    image = keras.Input(model.input_shape[1:], name="image")
+    images = [image]
+    for axis in {"vertical": [1], "horizontal": [2], "both": [1, 2]}[mirror]:
+        images += [keras.ops.flip(one, axis=axis) for one in images]
+    mean = keras.layers.Average(name="mean_probabilities")([model(one) for one in images])
+    return keras.Model(image, mean, name="mirrored")
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:

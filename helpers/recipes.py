@@ -64,7 +64,9 @@ class Parameter:
         if not self.allowed:
             return self.annotation
         if choices := CHOICES.match(self.allowed):
-            return Literal[tuple(re.split(r",\s*", choices["choices"]))]
+            kind = get_args(self.annotation)[0] if get_origin(self.annotation) is list else self.annotation
+            literal = Literal[tuple(kind(text) for text in re.split(r",\s*", choices["choices"]))]
+            return literal if kind is self.annotation else list[literal]
         bounds = _bounds(self.allowed)
         if get_origin(self.annotation) is list:
             return list[Annotated[get_args(self.annotation)[0], pydantic.Field(**bounds)]]

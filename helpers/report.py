@@ -164,8 +164,9 @@ def _training(run: Path, stages: dict) -> dict | None:
     if not histories:
         return None
     history = pd.concat(histories, ignore_index=True)
+    monitors = [stages[name]["parameters"].get("monitor") for name in ("head", "fine_tune") if stages[name]]
     return {
-        "curves": _svg(plots.training_curves, history),
+        "curves": _svg(plots.training_curves, history, monitor=monitors[-1] or "val_loss"),
         "rates": _svg(plots.learning_rates, history)
         if history.get("learning_rate", pd.Series()).notna().any()
         else None,

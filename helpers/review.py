@@ -72,7 +72,7 @@ def build(run: str | Path, out: str | Path | None = None, *, folds: int = 5) -> 
     about = {"backbone": runs.read_json(head / "model.json")["backbone"], "folds": folds, "earlier": _earlier(explore)}
     html = render(run, explore / "source", evidence, found, about)
     path = runs.write_text(Path(out).absolute() if out else run / "review.html", html)
-    counts = ", ".join(f"{section['count']:,} {section['title'].lower()}" for section in found)
+    counts = ", ".join(f"{section['title'].lower()}: {section['count']:,}" for section in found)
     return path, f"{counts or 'nothing looks wrong'} ({len(html) / 1e6:.1f} MB)"
 
 
@@ -125,7 +125,7 @@ def render(run: Path, source: Path, evidence: Evidence, found: list[dict[str, An
         images=len(evidence.table),
         unjudged=int(np.isnan(evidence.probabilities[:, 0]).sum()),
         accuracy=_accuracy(evidence),
-        recipe=runs.display_path(run / "recipe.yaml"),
+        recipe=runs.display_path(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else "",
         style=Markup((TEMPLATES / "review.css").read_text(encoding="utf-8")),
         script=Markup(script),
         digest=digest,

@@ -97,7 +97,7 @@ def test_a_label_without_a_class_is_an_error(resized, tmp_path):
     for name in ("images.csv", "resize.json"):
         (tmp_path / name).write_bytes((resized / name).read_bytes())
     runs.write_json(tmp_path / "class_names.json", ["dog"])
-    with pytest.raises(ValueError, match="labels that class_names.json lacks: cat, owl"):
+    with pytest.raises(ValueError, match=r"labels that class_names\.json lacks: cat, owl"):
         datasets.read(tmp_path, "train")
 
 

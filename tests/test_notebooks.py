@@ -233,7 +233,7 @@ def loads_tensorflow(*lines: str) -> bool:
 def test_the_package_and_the_command_do_not_load_tensorflow():
     assert not loads_tensorflow(
         "import helpers",
-        "from helpers import cli, pipeline, terminal, recipes, runs, store, starter, report, prediction",
+        "from helpers import cli, pipeline, terminal, recipes, runs, store, starter, report, prediction, review",
     )
 
 

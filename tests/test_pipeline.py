@@ -79,7 +79,7 @@ def done(tmp_path_factory, recipe):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, recipe):
-    """A fresh place where `thaw run` and its kernel were killed within phase 1, and the same command was given again."""
+    """A fresh place where `thaw run` and its kernel were killed within phase 1, and `thaw run` was called again."""
     place = Workplace(tmp_path_factory.mktemp("killed"), recipe)
     process = place.start("run", recipe)
     history = _wait_for_epochs(place.folder, 5, process)
@@ -180,6 +180,21 @@ def test_the_report_is_one_file_that_holds_everything(done):
     assert len(text) > 100_000 and "tiny" in text and "a coin" in text
     assert not re.search(r'(src|href)="(https?:)?//', text.split("</head>")[0])
     assert text.count("data:image/png;base64,") >= 10
+
+
+def test_tensorboard_has_curves_pictures_and_the_graph(done):
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    tags = {}
+    for stage in ("head", "fine_tune", "evaluate"):
+        logs = EventMultiplexer().AddRunsFromDirectory(str((done.run / stage / "logs").resolve())).Reload()
+        tags[stage] = {tag for found in logs.Runs().values() for tag in found["tensors"]}
+        tags[stage] |= {"graph" for found in logs.Runs().values() if found["graph"]}
+    for stage in ("head", "fine_tune"):
+        assert {"epoch_loss", "epoch_accuracy", "graph"} <= tags[stage]
+    assert "training images" in tags["head"] and "validation confusion" in tags["fine_tune"]
+    assert "test confusion" in tags["evaluate"]
+    assert {"cross", "disc", "square"} <= {tag.split("/")[0] for tag in tags["fine_tune"] & tags["evaluate"]}
 
 
 def test_nothing_is_left_over(done):

@@ -24,6 +24,8 @@ optimizer: str = "adam"  # the rule {adam, adamw, sgd}
 ratio: list[float] = [0.6, 0.15, 0.25]  # shares; must add up to 1 [0, 1]
 units: list[int] = []  # of the hidden layers [1, 4096]
 names: list[str] = []  # of the classes (cat, dog)
+parts: list[str] = ["val"]  # to look at {train, val, test}
+folds: int = 5  # of the data {3, 5, 10}
 unfreeze: Union[str, int, float, dict] = "none"  # none, all, a layer, a number or {from_index: n}
 limit: Union[int, str] = ""  # a number of images or "smallest" [1, inf)
 keep: bool = False  # keep the cache
@@ -105,7 +107,7 @@ def test_a_line_that_is_not_a_parameter_is_refused_by_its_number(line):
 
 
 def test_a_type_that_nobody_knows_is_refused():
-    with pytest.raises(recipes.RecipeError, match="Line 1 .*'Path'"):
+    with pytest.raises(recipes.RecipeError, match=r"Line 1 .*'Path'"):
         recipes.read_parameters('folder: Path = "x"  # somewhere')
 
 
@@ -153,6 +155,8 @@ def test_a_notebook_without_a_parameters_cell_is_named(toy_notebooks, notebook):
         ("{unfreeze: 3}", "unfreeze", 3),
         ("{limit: smallest}", "limit", "smallest"),
         ("{limit: 5}", "limit", 5),
+        ("{parts: [train, test]}", "parts", ["train", "test"]),
+        ("{folds: 10}", "folds", 10),
         (
             "{augmentation: [{RandomZoom: {height_factor: 0.2}}]}",
             "augmentation",
@@ -182,6 +186,9 @@ def test_accepted(resolve, section, name, value):
         ("{decay: -1e-9}", "head.decay"),
         ("{optimizer: Adam}", "head.optimizer: expected str in {adam, adamw, sgd}, got 'Adam'"),
         ("{optimizer: 3}", "head.optimizer"),
+        ("{parts: [train, tset]}", "head.parts: expected list[str] in {train, val, test}, got ['train', 'tset']"),
+        ("{parts: train}", "head.parts"),
+        ("{folds: 4}", "head.folds: expected int in {3, 5, 10}, got 4"),
         ("{ratio: [0.6, 1.4]}", "head.ratio: expected list[float] in [0, 1], got [0.6, 1.4]"),
         ("{ratio: 0.6}", "head.ratio"),
         ("{ratio: [a]}", "head.ratio"),
@@ -398,7 +405,9 @@ def test_an_override_is_checked_like_the_recipe(refuse, override, expected):
 
 
 def test_a_resolved_recipe_can_be_run_again(toys, write, tmp_path):
-    text = "name: first\ndescription: ü\npublished: {SVM: 82.5}\nhead: {learning_rate: 1e-7, names: ['on', '1'], limit: '5'}"
+    text = (
+        "name: first\ndescription: ü\npublished: {SVM: 82.5}\nhead: {learning_rate: 1e-7, names: [on, '1'], limit: '5'}"
+    )
     recipe = recipes.load(write(text))
     again = recipes.load(write(recipe.as_yaml(), "again.yaml"))
     assert (again.name, again.description, again.published) == ("first", "ü", {"SVM": 82.5})

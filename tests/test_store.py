@@ -125,7 +125,9 @@ def toys(tmp_path, toy_notebooks, notebook, runs_folder, monkeypatch):
     made = Toys(tmp_path, toy_notebooks, notebook)
     monkeypatch.setenv("TOY_LOG", str(made.log))
     monkeypatch.setenv("TOY_TROUBLE", str(made.trouble))
-    monkeypatch.setattr(inventory, "source_fingerprint", lambda p, cache_file: Path(p["source"], "photos.txt").read_text())
+    monkeypatch.setattr(
+        inventory, "source_fingerprint", lambda p, cache_file: Path(p["source"], "photos.txt").read_text()
+    )
     monkeypatch.setattr(pipeline, "check_choices", lambda recipe, steps: None)
     monkeypatch.setattr(report, "build_report", lambda folder: runs.write_text(folder / "report.html", "report"))
     return made
@@ -580,7 +582,8 @@ def test_the_kernel_is_that_of_this_python_whatever_the_machine_has(toys, monkey
 
 def test_progress_and_output_reach_the_terminal_and_the_log(toys):
     toys.trouble.write_text(
-        "runs.report_progress(3, 5, unit='epoch', label='', rate=12.0, loss=0.25)\nprint('said')\nos.system('echo below')"
+        "runs.report_progress(3, 5, unit='epoch', label='', rate=12.0, loss=0.25)\n"
+        "print('said')\nos.system('echo below')"
     )
     seen = []
     step = toys.plan()["explore"]
@@ -588,6 +591,33 @@ def test_progress_and_output_reach_the_terminal_and_the_log(toys):
     (line,) = seen
     assert (line["done"], line["total"], line["unit"], line["metrics"]) == (3, 5, "epoch", {"rate": 12.0, "loss": 0.25})
     assert "said" in (log := (step.folder / "notebook.log").read_text()) and "below" in log
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            {"unit": "epoch", "label": "", "metrics": {"rate": 1234.5, "loss": 0.25}},
+            "epoch 3 of 5  1,234 images/s  loss 0.2500",
+        ),
+        ({"unit": "image", "label": "resize", "metrics": {"rate": 80.0}}, "resize  3 of 5 images  80 images/s"),
+        ({"unit": "step", "label": "cache", "metrics": {}}, "cache  3 of 5 steps"),
+    ],
+)
+def test_progress_is_a_line_where_there_is_no_terminal(monkeypatch, line, expected):
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", -1)
+    shown = io.StringIO()
+    with terminal.Watcher(Console(file=shown, width=200), "4/6 head") as watcher:
+        watcher({"time": 0.0, "done": 3, "total": 5} | line)
+    assert shown.getvalue().strip() == expected
+
+
+def test_progress_is_a_bar_on_a_terminal():
+    shown = io.StringIO()
+    with terminal.Watcher(Console(file=shown, width=200, force_terminal=True), "4/6 head") as watcher:
+        watcher({"done": 3, "total": 5, "unit": "epoch", "label": "", "metrics": {"loss": 0.25}})
+        watcher.bar.refresh()
+    assert "4/6 head" in shown.getvalue() and "epoch 3 of 5  loss 0.2500" in shown.getvalue()
 
 
 # Processes
