@@ -1,0 +1,78 @@
+"""The run's model on new images: which model it is, which files are read, and prediction over mirror images."""
+
+import cv2
+import keras
+import numpy as np
+import pytest
+
+from helpers import models, prediction, runs
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(3)
+    return models.classifier("efficientnet_lite0", 3, image_size=SIZE, weights="none")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(1).integers(0, 256, (4, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def run(tmp_path, model):
+    for stage in ("head", "evaluate"):
+        folder = tmp_path / "run" / stage
+        folder.mkdir(parents=True)
+        model.save(folder / "model.keras")
+        runs.write_json(folder / "class_names.json", ["a", "b", "c"])
+        runs.write_json(folder / "model.json", {"image_size": SIZE, "fit": "crop"})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("mirror", "axes"), [("horizontal", [(), (2,)]), ("vertical", [(), (1,)]), ("both", [(), (1,), (2,), (1, 2)])]
+)
+def test_mirrored_is_the_mean_over_the_mirror_images(model, pixels, mirror, axes, tmp_path):
+    images = pixels.astype("float32")
+    expected = np.mean([model.predict_on_batch(np.flip(images, axis)) for axis in axes], axis=0)
+    both = prediction.mirrored(model, mirror)
+    np.testing.assert_allclose(both.predict_on_batch(images), expected, atol=1e-6)
+    both.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_allclose(loaded.predict_on_batch(images), expected, atol=1e-6)
+
+
+def test_without_mirroring_the_model_is_itself(model):
+    assert prediction.mirrored(model, "none") is model
+
+
+def test_the_tested_model_comes_before_the_trained_ones(run):
+    assert prediction.model_folder(run).name == "evaluate"
+    (run / "evaluate" / "model.keras").unlink()
+    assert prediction.model_folder(run).name == "head"
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a run with a trained model"):
+        prediction.model_folder(tmp_path)
+
+
+def test_files_and_folders_are_predicted_and_what_cannot_be_read_is_named(run, model, pixels, tmp_path):
+    folder = tmp_path / "new"
+    (folder / "deep").mkdir(parents=True)
+    for name, image in zip(("b.png", "deep/a.png"), pixels, strict=False):
+        cv2.imwrite(str(folder / name), image[..., ::-1])
+    (folder / "broken.jpg").write_bytes(b"no image")
+    table, unreadable = prediction.predict(run, [folder])
+    assert [path.removeprefix(f"{folder}/") for path in table["path"]] == ["b.png", "deep/a.png"]
+    assert list(unreadable) == [str(folder / "broken.jpg")]
+    np.testing.assert_allclose(table[["a", "b", "c"]].to_numpy(), model.predict_on_batch(pixels[:2]), atol=1e-5)
+    assert list(table["predicted"]) == ["abc"[k] for k in model.predict_on_batch(pixels[:2]).argmax(axis=1)]
+
+
+def test_a_path_that_does_not_exist_is_an_error(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
+        prediction.predict(run, [tmp_path / "nothing.png"])
