@@ -152,10 +152,9 @@ def test_a_source_that_nothing_can_be_learned_from(thaw, recipe, runs_folder, tm
     assert expected in shown
 
 
-@pytest.mark.parametrize("layer", ["blok7", "{from_index: 9999}"])
-def test_a_layer_that_the_backbone_lacks(thaw, recipe, runs_folder, layer):
-    shown = mistake(thaw, runs_folder, "run", recipe, "--set", f"fine_tune.unfreeze={layer}")
-    assert "fine_tune.unfreeze: " in shown and ("block7" in shown or "9999" in shown)
+def test_a_layer_that_the_backbone_lacks(thaw, recipe, runs_folder):
+    shown = mistake(thaw, runs_folder, "run", recipe, "--set", "fine_tune.unfreeze=blok7")
+    assert "fine_tune.unfreeze: " in shown and "block7" in shown
 
 
 def test_a_backbone_is_checked_whatever_is_unfrozen(thaw, recipe, runs_folder):

@@ -76,3 +76,23 @@ def test_files_and_folders_are_predicted_and_what_cannot_be_read_is_named(run, m
 def test_a_path_that_does_not_exist_is_an_error(run, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         prediction.predict(run, [tmp_path / "nothing.png"])
+
+
+def test_nothing_readable_is_an_empty_table(run, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    table, unreadable = prediction.predict(run, [tmp_path / "broken.png"])
+    assert list(table.columns) == ["path", "predicted", "confidence", "a", "b", "c"] and table.empty
+    assert len(unreadable) == 1
+
+
+def test_many_images_come_back_in_order(run, tmp_path, image_folder):
+    folder = image_folder(tmp_path / "many", {"cat": prediction.BATCH + 3}, size=32)
+    table, _ = prediction.predict(run, [folder])
+    assert table["path"].to_list() == [str(path) for path in sorted(folder.rglob("*.png"))]
+    np.testing.assert_allclose(table[["a", "b", "c"]].max(axis=1), table["confidence"])
+
+
+def test_an_empty_folder_is_an_error(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no images"):
+        prediction.predict(run, [tmp_path / "empty"])
