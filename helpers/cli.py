@@ -111,19 +111,25 @@ def new(
 def predict(
     run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")],
     images: Annotated[list[Path], typer.Argument(help="Images, or folders that are searched for images.")],
-    csv: Annotated[Path | None, typer.Option(help="Write all probabilities to this CSV file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the predictions to this CSV file.")] = None,
+    columns: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Columns of the CSV as a competition asks for them: image, class ...")
+    ] = "",
 ) -> None:
     """Classify IMAGES with the model of RUN."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from helpers import prediction
+    from helpers import labels, prediction
 
+    if columns and not csv:
+        raise ValueError("--columns says how the CSV is to be written: give --csv FILE too.")
     table, unreadable = prediction.predict(run, images)
     for path, predicted, confidence in zip(table["path"], table["predicted"], table["confidence"], strict=True):
         console.print(f"{path}  {predicted}  {confidence:.3f}", markup=False)
     for path, reason in unreadable.items():
         console.print(f"{path}  not read: {reason}", style="yellow", markup=False)
     if csv:
-        runs.write_text(csv, table.to_csv(index=False))
+        written = labels.submission(table, columns.split(",")) if columns else table
+        runs.write_text(csv, written.to_csv(index=False))
         console.print(f"Written: {csv}", markup=False)
     if unreadable:
         raise typer.Exit(1)

@@ -281,6 +281,9 @@ def check_choices(recipe: recipes.Recipe, steps: list[Step]) -> None:
     """
     splits.check_ratio(recipe.resolved("split")["ratio"])
     backbones.spec(recipe.resolved("head")["backbone"])
+    weights = recipe.resolved("head")["weights"]
+    if weights not in ("imagenet", "none") and not runs.resolve(weights).is_file():
+        raise recipes.RecipeError(f"head.weights: there is no file {weights}. Give imagenet, none, or a file.")
     if not {step.stage.name for step in steps} & {"head", "fine_tune"}:
         return
     choice = [recipe.resolved("head")["backbone"], json.dumps(recipe.resolved("fine_tune")["unfreeze"])]

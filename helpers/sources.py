@@ -21,6 +21,7 @@ from helpers import fixes, labels, runs
 from helpers.images import SUFFIXES
 
 IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r"}
+RESERVED = {"path", "label", "predicted", "confidence"}  # columns of the tables of predictions
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 PARTS |= {"test": "test", "testing": "test"}
 
@@ -205,8 +206,13 @@ def _fix(source: Source, file: Path) -> None:
 
 
 def check_classes(labels: pd.Series) -> None:
-    """Raise ValueError unless there are two classes or more, no two of which differ only in case."""
+    """Raise ValueError unless there are two classes or more, with names that can be told apart and can be columns."""
     names = natural_order(labels)
+    if taken := RESERVED & set(names):
+        raise ValueError(
+            f"A class cannot be called {', '.join(sorted(taken))}: predictions.csv has a column of that name beside one"
+            " column for each class. Rename it, for example with a capital letter."
+        )
     if len(names) < 2:
         raise ValueError(f"Only one class is left, {names}: a classifier needs at least two.")
     alike = Counter(name.casefold() for name in names)

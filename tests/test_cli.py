@@ -125,6 +125,7 @@ def mistake(thaw, runs_folder, *arguments):
         (["--from", "head", "--to", "split"], "--from head comes after --to split"),
         (["--set", "explore.source=nowhere"], "source: 'nowhere' is neither a folder"),
         (["--set", "head.backbone=resnet5"], "resnet50"),
+        (["--set", "head.weights=lost.weights.h5"], "head.weights: there is no file lost.weights.h5"),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(thaw, recipe, runs_folder, arguments, expected):
@@ -143,6 +144,7 @@ def test_a_recipe_that_is_not_there(thaw, runs_folder):
         ({}, "holds no labelled image. It is empty. Expected: a folder per class"),
         ({"cat": 3}, "Only one class is left, ['cat']: a classifier needs at least two"),
         ({"cat": 3, "Cat": 3}, "These classes differ only in case: Cat, cat"),
+        ({"cat": 3, "predicted": 3}, "A class cannot be called predicted"),
     ],
 )
 def test_a_source_that_nothing_can_be_learned_from(thaw, recipe, runs_folder, tmp_path, image_folder, counts, expected):
@@ -256,6 +258,14 @@ def test_predict_prints_a_line_an_image_and_writes_the_csv(thaw, predictions, tm
     code, shown = thaw("predict", "runs/x", "a.png", "--csv", tmp_path / "out.csv")
     assert code == 0 and shown.splitlines()[:2] == ["a[1].png  cat  0.900", "b.png  dog  0.600"]
     np.testing.assert_array_equal(pd.read_csv(tmp_path / "out.csv")["cat"], [0.9, 0.4])
+
+
+def test_predict_writes_a_submission_in_the_columns_asked_for(thaw, predictions, tmp_path):
+    code, shown = thaw("predict", "runs/x", "a.png", "--csv", tmp_path / "out.csv", "--columns", "id,animal,cat")
+    assert code == 0, shown
+    assert (tmp_path / "out.csv").read_text().splitlines() == ["id,animal,cat", "a[1],cat,0.9", "b,dog,0.4"]
+    code, shown = thaw("predict", "runs/x", "a.png", "--columns", "id,animal")
+    assert code == 1 and "give --csv FILE too" in shown
 
 
 def test_predict_names_what_it_could_not_read(thaw, predictions):
