@@ -275,7 +275,7 @@ def _hub_features(found: Spec, inputs, imagenet: bool):
     try:
         import keras_hub
     except ImportError as error:
-        raise ImportError(f'{found.name} needs KerasHub: pip install "thaw[hub]".') from error
+        raise ImportError(f'{found.name} needs KerasHub: pip install -e ".[hub]".') from error
     hub = keras_hub.models.Backbone.from_preset(
         found.class_name, load_weights=imagenet, image_shape=tuple(inputs.shape[1:])
     )

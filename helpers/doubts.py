@@ -142,7 +142,7 @@ def cleanlab() -> tuple[Any, Any]:
     try:
         from cleanlab import filter, rank
     except ImportError:
-        raise ImportError("The label review needs cleanlab: pip install 'thaw[review]'") from None
+        raise ImportError("The label review needs cleanlab: pip install -e '.[review]'") from None
     return filter, rank
 
 

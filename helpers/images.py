@@ -264,7 +264,7 @@ def _reason(error: Exception) -> str:
 
 def _unidentified(data: bytes) -> tuple[str, str]:
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheif"):
-        return "format", "HEIC needs an extra: pip install 'thaw[heic]'"
+        return "format", "HEIC needs an extra: pip install -e '.[heic]'"
     if data.startswith((b"\xff\xd8", b"\x89PNG")):
         return "truncated", "the file ends within its header"
     return "not an image", f"the content begins with {data[:12]!r}"

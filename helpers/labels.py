@@ -66,7 +66,7 @@ def _load(file: Path) -> pd.DataFrame:
             return pd.read_parquet(file).map(lambda value: "" if pd.isna(value) else str(value))
         return pd.read_csv(file, sep=_separator(file), dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except ImportError:
-        raise ValueError(f"labels: {file.name} needs a reader of Parquet: pip install 'thaw[parquet]'") from None
+        raise ValueError(f"labels: {file.name} needs a reader of Parquet: pip install -e '.[parquet]'") from None
     except UnicodeDecodeError:
         raise ValueError(f"labels: {file.name} is not UTF-8 text. Save it as UTF-8 and try again.") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, OSError, ValueError) as error:

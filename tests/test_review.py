@@ -240,7 +240,7 @@ def test_a_page_without_doubts_says_so(tmp_path):
 
 def test_what_is_missing_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanlab", None)
-    with pytest.raises(ImportError, match=r"needs cleanlab: pip install 'thaw\[review\]'"):
+    with pytest.raises(ImportError, match=r"needs cleanlab: pip install -e '\.\[review\]'"):
         review.build(run)
     monkeypatch.undo()
     shutil.rmtree(run / "head")
