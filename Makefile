@@ -12,7 +12,7 @@ demo: env  ## the main job: solar cells to a report
 	$(BIN)/thaw run recipes/elpv.yaml
 
 test: env  ## all tests but the slow proofs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: env  ## style of code and notebooks; no outputs in git
 	$(BIN)/ruff check .
