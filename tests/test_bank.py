@@ -172,7 +172,7 @@ def test_an_epoch_holds_every_image_once_and_the_epochs_hold_every_view(tmp_path
 
 @pytest.mark.parametrize("memory", [0, 1 << 40], ids=["from disk", "from memory"])
 def test_batches_hold_what_was_drawn(tmp_path, monkeypatch, memory):
-    monkeypatch.setattr(bank, "_free_memory", lambda: memory)
+    monkeypatch.setattr(bank, "free_memory", lambda: memory)
     made = make(tmp_path)
     data, clock = made.batches(32, seed=1, weights=np.arange(COUNT))
     clock.on_epoch_begin(4)
