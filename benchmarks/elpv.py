@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="STAGE.PARAMETER=VALUE")
     arguments = parser.parse_args()
-    console, found = Console(highlight=False), []
+    console, found = Console(highlight=False, soft_wrap=True), []
     for seed in arguments.seeds:
         seeds = [f"{stage}.seed={seed}" for stage in ("split", "head", "fine_tune")]
         recipe = recipes.load(arguments.recipe, [*arguments.overrides, *seeds])

@@ -14,7 +14,8 @@ from rich.table import Table
 from helpers import recipes, runs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(highlight=False, soft_wrap=True)
+WIDE = 200  # columns of a table that goes into a file or a pipe
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/elpv.yaml.")]
