@@ -6,13 +6,22 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export PYTHONNOUSERSITE = 1
 
-.PHONY: demo test lint lock lab clean env
+.PHONY: demo test lint lock lab clean env systems crash browser
 
 demo: env  ## the main job: solar cells to a report
 	$(BIN)/thaw run recipes/elpv.yaml
 
 test: env  ## all tests but the slow proofs
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+systems: env  ## the five systems' recipes end to end, on built-in images with a small network
+	$(BIN)/python benchmarks/systems.py
+
+crash: env  ## kills, full disks and read-only folders on the real notebooks, minutes
+	$(BIN)/python -m pytest -m crash
+
+browser: env  ## every notebook in a real JupyterLab, and the label review (needs Debian's chromium), minutes
+	$(BIN)/python -m pytest -m browser
 
 lint: env  ## style of code and notebooks; no outputs in git
 	$(BIN)/ruff check .

@@ -25,9 +25,11 @@ import tensorflow as tf
 from filelock import FileLock
 
 from helpers import fingerprint, folding, runs
+from helpers.augmentation import Augmentation
+from helpers.machine import free_memory
 from helpers.views import GROUP, Images, in_views, mixes_images
 
-FORMAT = 1  # raise it when the same settings come to give other files
+FORMAT = 2  # raise it when the same settings come to give other files
 SECONDS_BETWEEN_MARKS = 5
 SHARE_OF_RAM = 0.25  # of the memory that is free: a bank below it is copied to memory
 SHARE_OF_DISK = 0.9  # of the disk that is free
@@ -146,7 +148,7 @@ def fill(
     folder: str | os.PathLike,
     *,
     views: int,
-    augment: keras.layers.Layer | None = None,
+    augment: Augmentation | None = None,
     seed: int = 0,
     cache_gb: float = 20.0,
 ) -> tuple[Bank, Bank] | None:
@@ -162,7 +164,7 @@ def fill(
         val: validation images.
         folder: folder of banks; each bank gets a folder in it.
         views: versions of each training image, at least 1; the first is plain, the others augmented.
-        augment: Keras layer or model, float32 0-255 images -> the same, called with `training=True`.
+        augment: as `augmentation.make` returns it.
         seed: seed of the augmentation.
         cache_gb: disk that the two banks may take, in 1e9 bytes.
 
@@ -206,7 +208,7 @@ def make(
     folder: str | os.PathLike,
     *,
     views: int = 1,
-    augment: keras.layers.Layer | None = None,
+    augment: Augmentation | None = None,
     seed: int = 0,
     dtype: str = "float16",
     label: str = "training images",
@@ -261,7 +263,7 @@ class _Filling:
     images: Images
     home: Path
     views: int
-    augment: keras.layers.Layer | None
+    augment: Augmentation | None
     seed: int
     dtype: str
     label: str
@@ -290,7 +292,11 @@ class _Filling:
         if done:
             return np.lib.format.open_memmap(self.home / f"{name}.npy", mode="r+")
         shape = (self.views, len(self.images.keys), *shape)
-        return np.lib.format.open_memmap(self.home / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+        file = np.lib.format.open_memmap(self.home / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # or a disk that gets full would end the process with SIGBUS
+            with open(self.home / f"{name}.npy", "r+b") as whole:
+                os.posix_fallocate(whole.fileno(), 0, os.fstat(whole.fileno()).st_size)
+        return file
 
     def _checked(self, activations: np.ndarray, rows: slice) -> np.ndarray:
         """Return activations in the bank's type after making sure that it can hold them."""
@@ -305,7 +311,7 @@ class _Filling:
 
 
 def _settings(
-    prefix: keras.Model, images: Images, views: int, augment: keras.layers.Layer | None, seed: int, dtype: str
+    prefix: keras.Model, images: Images, views: int, augment: Augmentation | None, seed: int, dtype: str
 ) -> dict[str, Any]:
     """Return, as JSON values, all that decides what a bank holds."""
     mixes = mixes_images(augment, views)
@@ -320,12 +326,3 @@ def _settings(
         "augment": [GROUP, seed, fingerprint.structure(augment)] if views > 1 else None,
         "dtype": dtype,
     }
-
-
-def free_memory() -> int:
-    """Return the memory in bytes that can be had without swapping, 0 where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0

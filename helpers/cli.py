@@ -78,7 +78,7 @@ def params(
     stage: Annotated[str, typer.Argument(help="A stage, its notebook or its number: head, 03_train_head, 03.")],
 ) -> None:
     """Explain the parameters of a stage, read from its notebook."""
-    found = recipes.find_stage(stage)
+    found = recipes.find_notebook(stage)
     table = Table("parameter", "type", "default", "meaning", box=None, pad_edge=False)
     for p in found.parameters.values():
         table.add_row(
@@ -98,6 +98,27 @@ def list_backbones() -> None:
 
 
 @app.command()
+def bakeoff(
+    recipe: RecipeFile,
+    names: Annotated[str, typer.Option("--backbones", metavar="A,B,...", help="What to compare; see `backbones`.")],
+    overrides: Set = None,
+    name: Name = "",
+    own_size: Annotated[
+        bool, typer.Option(help="Give each backbone images of the size that its weights were trained at.")
+    ] = False,
+) -> None:
+    """Rank backbones by a probe on the validation images of RECIPE, before anything is trained."""
+    from helpers import bakeoff as study
+
+    loaded = recipes.load(recipe, overrides, name)
+    chosen = [part.strip() for part in names.split(",") if part.strip()]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    folder = study.run(loaded, chosen, console, own_size=own_size)
+    console.print(study.as_text(folder), markup=False)
+    console.print(f"Figures: {runs.display_path(folder.parent / 'bakeoff.ipynb')}", markup=False)
+
+
+@app.command()
 def new(
     name: Annotated[str, typer.Argument(help="Name of the recipe and of its run.")],
     source: Annotated[str, typer.Argument(help="A folder of images, or the name of a built-in data set.")],
@@ -114,7 +135,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Images, or folders that are searched for images.")],
     csv: Annotated[Path | None, typer.Option(help="Write the predictions to this CSV file.")] = None,
     columns: Annotated[
-        str, typer.Option(metavar="A,B,...", help="Columns of the CSV as a competition asks for them: image, class ...")
+        str, typer.Option(metavar="A,B,...", help="What a competition asks for, as in id,breed; * is every class.")
     ] = "",
 ) -> None:
     """Classify IMAGES with the model of RUN."""
@@ -124,6 +145,8 @@ def predict(
     if columns and not csv:
         raise ValueError("--columns says how the CSV is to be written: give --csv FILE too.")
     table, unreadable = prediction.predict(run, images)
+    if caution := table.attrs.get("caution"):
+        console.print(caution, style="yellow", markup=False)
     for path, predicted, confidence in zip(table["path"], table["predicted"], table["confidence"], strict=True):
         console.print(f"{path}  {predicted}  {confidence:.3f}", markup=False)
     for path, reason in unreadable.items():
@@ -161,6 +184,116 @@ def board(port: Annotated[int, typer.Option(help="Port on this machine.")] = 600
         raise FileNotFoundError("No run has TensorBoard logs yet. Run `thaw run recipes/elpv.yaml` first.")
     spec = ",".join(f"{path.parts[-3]}/{path.parts[-2]}:{path.resolve()}" for path in logs)
     subprocess.run([sys.executable, "-m", "tensorboard.main", f"--logdir_spec={spec}", f"--port={port}"], check=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Look at everything that a run needs on this machine, compute on each device, and name what to mend."""
+    from helpers import doctor as doctors
+
+    wrong = 0
+    for finding in doctors.examine():
+        wrong += bool(finding.fix)
+        console.print(f"{'WRONG' if finding.fix else 'ok':<6}{finding.topic:<12}{finding.text}", markup=False)
+        if finding.fix:
+            console.print(f"{'':<18}mend it: {finding.fix}", style="yellow", markup=False)
+    console.print(f"{wrong} to mend." if wrong else "Nothing to mend.", style="bold")
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prefetch(
+    wanted: Annotated[list[str], typer.Argument(metavar="BACKBONE|RECIPE...", help="Backbones, or recipes' files.")],
+) -> None:
+    """Fetch ImageNet weights now, so that runs need no network."""
+    from helpers import prefetch as weights
+
+    names = list(dict.fromkeys(name for argument in wanted for name in weights.names_in(argument)))
+    failed = 0
+    for name in names:
+        try:
+            weights.fetch(name)
+            console.print(f"{name}: its ImageNet weights are on this machine", markup=False)
+        except (OSError, ImportError) as error:
+            failed += 1
+            console.print(f"{name}: {error}", style="red", markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")]) -> None:
+    """Read every file of RUN and its images again, and say what is not as it was when it was made."""
+    from helpers import manifest
+
+    wrong = 0
+    for name, problems in manifest.verify(manifest.find(run)).items():
+        wrong += len(problems)
+        console.print(f"{name:<12}{'; '.join(problems) or 'as it was made'}", markup=False)
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    run: Annotated[
+        str, typer.Argument(help="A run, e.g. runs/elpv; its manifest.json and evaluate folder are enough.")
+    ],
+    elsewhere: Annotated[
+        str, typer.Option("--runs", help="Folder of runs to work in; runs/.reproduced if not given.")
+    ] = "",
+    overrides: Set = None,
+) -> None:
+    """Make RUN again from its manifest.json, in a fresh place, and say whether the predictions agree."""
+    from helpers import manifest, pipeline, terminal
+
+    first = manifest.find(run)
+    before = manifest.read(first)
+    place = runs.resolve(elsewhere) if elsewhere else pipeline.runs_folder() / manifest.AGAIN
+    second = place / before["name"]
+    if second.resolve() == first.resolve():
+        raise ValueError(f"{runs.display_path(place)} is where the run lies. Give another folder with --runs.")
+    os.environ["THAW_RUNS"] = str(place)
+    recipe = manifest.recipe_of(before, place / f"{before['name']}.yaml", overrides)
+    terminal.run(recipe, console, rebuild="all" if (second / manifest.FILE).is_file() else "")
+    same, said = manifest.results(first, second)
+    changed = manifest.differences(before, manifest.read(second))
+    console.print("\n".join([*said, *(f"Differs: {line}" for line in changed or ["nothing"])]), markup=False)
+    if not same:
+        raise typer.Exit(1)
+
+
+@app.command("ls")
+def list_runs() -> None:
+    """List the runs, the newest last: date, size, stages that are done, headline."""
+    from helpers import housekeeping, pipeline
+
+    folder = pipeline.runs_folder()
+    table = Table("run", "made", "MB", "done", "headline", box=None, pad_edge=False)
+    for found in housekeeping.runs_in(folder):
+        made = found.created[:16].replace("T", " ")
+        table.add_row(found.name, made, f"{found.size / 1e6:,.1f}", str(len(found.stages)), _text(found.headline))
+    console.print(table)
+    store = housekeeping.size_of(folder / housekeeping.STORE) if (folder / housekeeping.STORE).is_dir() else 0
+    console.print(f"Runs share stages: together the store takes {store / 1e6:,.1f} MB.", style="dim")
+
+
+@app.command()
+def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove it without asking.")] = False) -> None:
+    """Remove what no run needs: stages without a run, interrupted ones, caches; says first what and how much."""
+    from helpers import housekeeping, pipeline
+
+    folder = pipeline.runs_folder()
+    if busy := housekeeping.busy(folder):
+        raise ValueError(f"A `thaw run` is making {', '.join(busy)}. Clean when it has ended.")
+    found = housekeeping.leftovers(folder)
+    for leftover in found:
+        console.print(f"{leftover.size / 1e6:10,.1f} MB  {leftover.paths[0].name}  ({leftover.kind})", markup=False)
+    if not found:
+        console.print("Every file belongs to a run.")
+    elif yes or typer.confirm(f"Remove {len(found)} things, {sum(one.size for one in found) / 1e6:,.1f} MB?"):
+        console.print(f"{housekeeping.remove(folder, found) / 1e6:,.1f} MB removed.")
 
 
 def _text(value: object) -> str:

@@ -1,44 +1,23 @@
-"""Batches of images for Keras: read from a resized folder, augmented and sampled, the same for the same seed.
+"""Batches of images for Keras: read from a resized folder, augmented, mixed and sampled, the same for the same seed.
 
 Every draw (order, augmentation, sampling) follows from the seed, the epoch and the step and from nothing else, so a
 training that was interrupted and goes on at epoch k sees what an undisturbed one would have seen.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from helpers import bank, frontier, models, runs
+from helpers import augmentation, bank, frontier, models, runs
 
 SMALL_STEPS = 16  # of a head on pooled features: measured twice as fast as one by one
 PARTS = ("training images", "validation images")
-
-PRESETS: dict[str, list[dict[str, dict[str, Any]]]] = {
-    "none": [],
-    "default": [
-        {"RandomRotation": {"factor": 0.03, "fill_mode": "reflect"}},
-        {"RandomTranslation": {"height_factor": 0.05, "width_factor": 0.05, "fill_mode": "reflect"}},
-        {"RandomContrast": {"factor": 0.1, "value_range": [0, 255]}},
-    ],
-    "enhanced": [
-        {"RandomRotation": {"factor": 0.08, "fill_mode": "reflect"}},
-        {"RandomShear": {"x_factor": 0.1, "y_factor": 0.1, "fill_mode": "reflect"}},
-        {"RandomZoom": {"height_factor": 0.15, "fill_mode": "reflect"}},
-        {"RandomContrast": {"factor": 0.2, "value_range": [0, 255]}},
-        {"RandomGaussianBlur": {"factor": 0.3, "sigma": 1.0, "value_range": [0, 255]}},
-        {"RandomErasing": {"factor": 0.5, "scale": [0.02, 0.1], "value_range": [0, 255]}},
-    ],
-}
-UNFIT = ("RandomCrop", "AugMix")  # one changes the size, the other draws with Python's `random` whatever the seed
-# Not "horizontal_and_vertical", which makes both flips or none.
-FLIPS = {"none": [], "horizontal": ["horizontal"], "vertical": ["vertical"], "both": ["horizontal", "vertical"]}
 
 
 @dataclass(frozen=True)
@@ -47,8 +26,8 @@ class Folder(bank.Images):
 
     Attributes:
         pixels: every image once, in order, as uint8 batches of shape (<=32, H, W, 3), decoded as they are read.
-        keys: what identifies each image's pixels: the raw file's sha256 and how it was resized.
-        labels: int32 array of shape (n,), indices into `class_names`.
+        keys: what identifies each image's pixels: the raw file's sha256, its box if any, and how it was resized.
+        labels: int32 array of shape (n,), indices into `class_names`; float32 shares (n, classes) as `shares` returns.
         paths: absolute file names.
         class_names: in the model's order.
         image_size: height and width in pixels.
@@ -84,10 +63,11 @@ def read(folder: str | Path, part: str) -> Folder:
         )
     about = runs.read_json(folder / "resize.json")
     made = ":".join(str(about[key]) for key in ("image_size", "fit", "format"))
+    cut = rows["sha256"] + (":" + rows["box"] if "box" in rows else "")
     paths = [str(folder / path) for path in rows["path"]]
     return Folder(
         pixels=_in_order(paths, about["image_size"]),
-        keys=[f"{sha256}:{made}" for sha256 in rows["sha256"]],
+        keys=[f"{one}:{made}" for one in cut],
         labels=rows["label"].map(index).to_numpy(np.int32),
         paths=paths,
         class_names=class_names,
@@ -113,25 +93,37 @@ def labelled(images: Folder, batch_size: int = bank.GROUP) -> tf.data.Dataset:
     return data.apply(tf.data.experimental.assert_cardinality(-(-len(images) // batch_size))).prefetch(2)
 
 
+def shares(images: Folder) -> Folder:
+    """Return the same images with their labels as float32 shares of each class, (n, classes), as mixing needs them."""
+    return replace(images, labels=augmentation.one_hot(images.labels, len(images.class_names)))
+
+
 def training(
-    images: Folder, batch_size: int, *, seed: int, augment: keras.Sequential | None = None, balanced: bool = False
+    images: Folder,
+    batch_size: int,
+    *,
+    seed: int,
+    augment: augmentation.Augmentation | None = None,
+    balanced: bool = False,
 ) -> tuple[tf.data.Dataset, keras.callbacks.Callback]:
     """Return the training data with fresh augmentation in every epoch, and the callback that tells it the epoch.
 
     An epoch holds every image once in a new order, or as many draws, every class equally often, when `balanced`.
+    Images are mixed with images of the same batch; labels are float32 shares (batch, classes) then.
 
     Args:
         images: the training images. They are kept in memory when they fit in a quarter of what is free.
         batch_size: images a step; the last batch of an epoch is smaller and never dropped.
         seed: decides order and augmentation together with the epoch's number.
-        augment: as `augmentation` returns it.
+        augment: as `augmentation.make` returns it.
         balanced: draw with replacement, each class equally likely.
     """
     clock = {"epoch": 0}
     chances = probabilities(images.labels) if balanced else None
-    paths, labels, count = tf.constant(images.paths), tf.constant(images.labels), len(images)
+    targets = shares(images).labels if augment is not None and augment.mixes else images.labels
+    paths, labels, count = tf.constant(images.paths), tf.constant(targets), len(images)
     pixels = tf.concat(list(images.pixels), axis=0) if _fits_in_memory(images) else None
-    change = _keyed(augment) if augment is not None else None
+    change = augment.function() if augment is not None else None
 
     def epoch() -> tuple[np.ndarray, np.int32]:
         rng = np.random.default_rng([seed, clock["epoch"]])
@@ -140,7 +132,7 @@ def training(
 
     def batches(drawn: tf.Tensor, number: tf.Tensor) -> tf.data.Dataset:
         starts = tf.data.Dataset.range(0, count, batch_size, output_type=tf.int32)
-        return starts.map(lambda at: (drawn[at : at + batch_size], tf.stack([seed + number * 7919, at])))
+        return starts.map(lambda at: (drawn[at : at + batch_size], augmentation.key(seed, number, at)))
 
     def load(rows: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         if pixels is not None:
@@ -149,8 +141,8 @@ def training(
             batch = tf.map_fn(
                 lambda f: decode(f, images.image_size), tf.gather(paths, rows), fn_output_signature=tf.uint8
             )
-        batch = tf.cast(batch, tf.float32)
-        return (change(batch, key) if change else batch), tf.gather(labels, rows)
+        batch = tf.cast(batch, tf.float32), tf.gather(labels, rows)
+        return change(*batch, key) if change else batch
 
     begin = tf.data.Dataset.range(1).map(lambda _: tf.numpy_function(epoch, [], (tf.int32, tf.int32)))
     begin = begin.map(lambda drawn, number: (tf.ensure_shape(drawn, [count]), tf.ensure_shape(number, [])))
@@ -198,7 +190,7 @@ def feed(
     views: int,
     batch_size: int,
     seed: int,
-    augment: keras.Sequential | None = None,
+    augment: augmentation.Augmentation | None = None,
     balanced: bool = False,
     cache_gb: float = 20.0,
     next_unfreeze: str | int | float | dict = "none",
@@ -215,14 +207,28 @@ def feed(
         cache_gb: disk that the activations may take, in 1e9 bytes.
         next_unfreeze: what the next phase will thaw. Its activations are then computed first, kept for it, and taken to
             compute this phase's from.
+
+    Where images are mixed, all labels are float32 shares (batch, classes). With views, the first of each image is plain
+    and each other one is mixed with an image of the same group of `bank.GROUP`; the groups are made at random.
+
+    Raises:
+        ValueError: images are to be mixed in views and drawn in balance, which would balance one of each pair only.
     """
+    mixes = augment is not None and augment.mixes
+    if mixes and balanced and views:
+        raise ValueError(
+            "balanced_batches cannot balance images that were mixed when their views were made: the other one of each"
+            " pair was taken whatever its class. Take views: 0, imbalance: class_weight, or mix: none."
+        )
+    val = shares(val) if mixes else val
     steps = -(-len(train) // batch_size)
     cut = frontier.cut(model) if views else None
     banks = None
     computes = cut is not None and cut.prefix is not None and cut.shape != model.input_shape[1:]  # more than it scales
     if computes:
         lower = _lower_cut(model, next_unfreeze) or cut
-        banks = bank.fill(lower.prefix, train, val, cache, views=views, augment=augment, seed=seed, cache_gb=cache_gb)
+        kept = shares(_in_random_order(train, seed)) if mixes else train
+        banks = bank.fill(lower.prefix, kept, val, cache, views=views, augment=augment, seed=seed, cache_gb=cache_gb)
         if banks and lower is not cut:
             middle = frontier.cut(lower.suffix).prefix
             banks = [bank.lift(part, middle, cache, label=name) for part, name in zip(banks, PARTS, strict=True)]
@@ -261,16 +267,15 @@ def sample(images: Folder, count: int, seed: int = 0) -> pd.DataFrame:
     return rows.assign(turn=turn).sort_values("turn", kind="stable").head(count).drop(columns="turn")
 
 
-def augmented_copies(paths: Sequence[str], augment: keras.Sequential | None, image_size: int, copies: int = 6) -> list:
-    """Return, image by image, the plain image and `copies` - 1 augmented ones as uint8 arrays (H, W, 3)."""
-    shown = []
-    for number, path in enumerate(paths):
-        plain = decode(path, image_size)
-        batch = tf.repeat(tf.cast(plain, tf.float32)[None], copies - 1, axis=0)
-        if augment is not None:
-            batch = _keyed(augment)(batch, tf.constant([number, 0]))
-        shown += [plain.numpy(), *tf.cast(tf.clip_by_value(batch, 0, 255), tf.uint8).numpy()]
-    return shown
+def examples(
+    images: Folder, *, classes: int | None = None, each: int = 1, seed: int = 0
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (class name, uint8 images (k, H, W, 3)) with up to `each` images of each of the first `classes` classes."""
+    order = np.random.default_rng(seed).permutation(len(images))
+    for number, name in enumerate(images.class_names[:classes]):
+        rows = [row for row in order if images.labels[row] == number][:each]
+        if rows:
+            yield name, np.stack([decode(images.paths[row], images.image_size).numpy() for row in rows])
 
 
 def probabilities(labels: np.ndarray) -> np.ndarray:
@@ -279,66 +284,11 @@ def probabilities(labels: np.ndarray) -> np.ndarray:
     return 1.0 / (counts[labels] * np.count_nonzero(counts))
 
 
-def augmentation(
-    spec: str | Sequence[dict[str, dict[str, Any]]] = "default", flip: str = "none"
-) -> keras.Sequential | None:
-    """Return a chain of Keras augmentation layers, float32 images 0-255 -> the same; None when it would do nothing.
-
-    Args:
-        spec: a preset ("none", "default", "enhanced") or a list of {layer name: arguments}, e.g.
-            `[{"RandomZoom": {"height_factor": 0.2}}]`.
-        flip: "none", "horizontal", "vertical" or "both"; never part of a preset, since only the user knows whether a
-            mirrored image still belongs to its class.
-
-    Raises:
-        ValueError: an unknown preset or layer, or arguments that the layer refuses.
-    """
-    if isinstance(spec, str) and spec not in PRESETS:
-        raise ValueError(f"augmentation: {spec!r} is not a preset. Take one of {', '.join(PRESETS)}, or list layers.")
-    flips = [{"RandomFlip": {"mode": mode}} for mode in FLIPS[flip]]
-    items = flips + list(PRESETS[spec] if isinstance(spec, str) else spec)
-    layers = [_layer(item, seed) for seed, item in enumerate(items)]
-    return keras.Sequential(layers, name="augmentation") if layers else None
-
-
-class _KeyedSeed(keras.random.SeedGenerator):
-    """A seed generator that counts on from a key while it has one, so that parallel calls draw what they should."""
-
-    key: tf.Tensor | None = None
-
-    def next(self, ordered: bool = True) -> tf.Tensor:
-        if self.key is None:
-            return super().next(ordered)
-        self.key = self.key + tf.constant([104729, 0])
-        return self.key
-
-
-def _keyed(augment: keras.Sequential) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-    """Return `augment` as a function (images, int32 key of shape (2,)) whose draws follow from the key alone."""
-
-    def change(images: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
-        for number, layer in enumerate(augment.layers):
-            layer.generator.key = key + tf.constant([1299709 * number, 0])
-            images = layer(images, training=True)
-            layer.generator.key = None
-        return images
-
-    return change
-
-
-def _layer(item: dict[str, dict[str, Any]], seed: int) -> keras.layers.Layer:
-    if not isinstance(item, dict) or len(item) != 1:
-        raise ValueError(f"augmentation: expected {{layer name: {{argument: value}}}}, got {item!r}.")
-    (name, arguments), *_ = item.items()
-    known = [n for n in dir(keras.layers) if n.startswith(("Rand", "Auto")) and n not in UNFIT]
-    if name not in known:
-        raise ValueError(f"augmentation: keras.layers has no augmentation {name!r}. There are: {', '.join(known)}.")
-    try:
-        layer = getattr(keras.layers, name)(**(arguments or {}))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"augmentation: {name} refused its arguments: {error}") from None
-    layer.generator = _KeyedSeed(seed=seed)
-    return layer
+def _in_random_order(images: Folder, seed: int) -> Folder:
+    order = np.random.default_rng(seed).permutation(len(images))
+    paths, keys = ([values[row] for row in order] for values in (images.paths, images.keys))
+    pixels = _in_order(paths, images.image_size)
+    return replace(images, pixels=pixels, keys=keys, labels=images.labels[order], paths=paths)
 
 
 def _fits_in_memory(images: Folder) -> bool:

@@ -24,11 +24,9 @@ def embed(head: Path, resized: Path) -> tuple[pd.DataFrame, np.ndarray]:
     Returns:
         A table of path (relative to the source's root), label, part and sha256, and float32 features (images, n).
     """
-    import keras
+    from helpers import datasets, folding, frontier, hardware, models
 
-    from helpers import datasets, folding, frontier, models
-
-    model = keras.models.load_model(head / "model.keras")
+    model = hardware.load(head / "model.keras")
     models.unfreeze(model, "none")
     run = folding.fast(frontier.cut(model).prefix)
     listed = pd.read_csv(resized / "images.csv", dtype=str, keep_default_na=False)

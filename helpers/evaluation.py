@@ -244,17 +244,22 @@ def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: st
     the head: fine-tuning then gained nothing.
 
     Args:
-        head, fine_tune: history.csv of each phase; None or no rows if phase 2 was not run.
+        head, fine_tune: history.csv of each phase; no rows, or None, if it was not trained.
         monitor: a column of both; lower is better if its name holds "loss", otherwise higher.
 
     Returns:
         {"phase": "head" or "fine_tune", "monitor", "head", "fine_tune" (best values, or None), "sentence"}.
     """
-    best = {"head": _best(head, monitor, "head"), "fine_tune": None}
-    if fine_tune is not None and len(fine_tune):
-        best["fine_tune"] = _best(fine_tune, monitor, "fine_tune")
+    histories = {"head": head, "fine_tune": fine_tune}
+    trained = {name: table for name, table in histories.items() if table is not None and len(table)}
+    best = dict.fromkeys(histories) | {name: _best(table, monitor, name) for name, table in trained.items()}
     words = monitor.replace("val_", "validation ").replace("_", " ")
-    if best["fine_tune"] is None:
+    if not trained:
+        raise ValueError("neither phase was trained: both histories are empty")
+    if best["head"] is None:
+        phase, words = "fine_tune", f"its best {words} is {best['fine_tune']:.4f}"
+        sentence = f"Phase 1 was not trained, so phase 2 is the run's model: {words}."
+    elif best["fine_tune"] is None:
         sentence, phase = f"Only phase 1 was trained: its best {words}, {best['head']:.4f}, is the run's model.", "head"
     else:
         better = best["fine_tune"] < best["head"] if "loss" in monitor else best["fine_tune"] > best["head"]
@@ -272,7 +277,7 @@ def headline(result: dict, published: dict[str, float] | None = None) -> str:
     """One line for the end of a run: accuracy with its interval, beside published figures if there are any.
 
     Args:
-        result: from `metrics`.
+        result: from `metrics`; a key `part` says "val" when it was not the test part.
         published: name -> accuracy, in percent or as a fraction.
     """
     value, low, high = (percent(result["accuracy"][key]) for key in ("value", "low", "high"))
@@ -280,7 +285,7 @@ def headline(result: dict, published: dict[str, float] | None = None) -> str:
         f"accuracy {value} (95 % interval {low} to {high})",
         f"balanced accuracy {percent(result['balanced_accuracy']['value'])}",
         f"macro F1 {percent(result['macro_f1']['value'])}",
-        f"{result['n']:,} test pictures",
+        f"{result['n']:,} {'validation' if result.get('part') == 'val' else 'test'} pictures",
     ]
     known = [f"{name} {percent(as_fraction(value), 2)}" for name, value in (published or {}).items()]
     return ", ".join(parts) + (f"; published: {', '.join(known)}" if known else "")

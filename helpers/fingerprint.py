@@ -25,7 +25,7 @@ def structure(operation: Any) -> Any:
     graph = frontier.graph_of(operation)
     if graph is None:
         config = operation.get_config() if isinstance(operation, keras.layers.Layer) else vars(operation)
-        return [type(operation).__name__, _plain(config)]
+        return [type(operation).__name__, getattr(operation, "compute_dtype", None), _plain(config)]
     places = {id(tensor): [-1, index] for index, tensor in enumerate(graph.inputs)}
     calls = []
     for index, node in enumerate(frontier.nodes_of(graph)):

@@ -44,7 +44,7 @@ def write_split(out: Path, table: pd.DataFrame, root: Path) -> pd.DataFrame:
             link.symlink_to(root / path)
         splitfolders.split.copy_files([(named, part)], named[0].parent, out, None, "symlink")
     shutil.rmtree(staging, ignore_errors=True)
-    split = split[SPLIT_COLUMNS].reset_index(drop=True)
+    split = split[SPLIT_COLUMNS + _box_column(split)].reset_index(drop=True)
     split.to_csv(out / "split.csv", index=False)
     return split
 
@@ -113,31 +113,46 @@ def write_images(
     for folder in sorted({PurePosixPath(path).parent for path in table["path"]}):
         (out / folder).mkdir(parents=True, exist_ok=True)
     convert = partial(_convert, source=source, out=out, image_size=image_size, fit=fit, quality=quality)
-    files = list(zip(table["file"], table["path"], strict=True))
+    boxes = table["box"] if "box" in table else [""] * len(table)
+    files = list(zip(table["file"], table["path"], boxes, strict=True))
     problems = pd.DataFrame(images.for_each(convert, files, workers=workers, label="resize"), index=table.index)
     table[["reason", "detail"]] = problems
     bad = table["reason"] != ""
     quarantine = table.assign(path=table["source"]).loc[bad, QUARANTINE_COLUMNS].reset_index(drop=True)
-    table = table.loc[~bad, IMAGE_COLUMNS].reset_index(drop=True)
+    table = table.loc[~bad, IMAGE_COLUMNS + _box_column(table)].reset_index(drop=True)
     table.to_csv(out / "images.csv", index=False)
     quarantine.to_csv(out / "quarantine.csv", index=False)
-    runs.write_json(out / "resize.json", {"image_size": image_size, "fit": fit, "format": format})
+    about = {"image_size": image_size, "fit": fit, "format": format}
+    crop = {"crop": runs.read_json(source / "crop.json")} if (source / "crop.json").is_file() else {}
+    runs.write_json(out / "resize.json", about | crop)
     return table, quarantine
 
 
 def _convert(
-    files: tuple[str, str], *, source: Path, out: Path, image_size: int, fit: images.Fit, quality: int
+    files: tuple[str, str, str], *, source: Path, out: Path, image_size: int, fit: images.Fit, quality: int
 ) -> tuple[str, str]:
-    """Resize a file below `source` into one below `out`; return why it cannot be done, or two empty strings."""
-    target = out / files[1]
+    """Resize a file (or its box) of `source` into one of `out`; return why it cannot be done, or two empty strings."""
+    target, box = out / files[1], images.read_box(files[2])
     if target.is_file():  # by an interrupted run, and a file appears only whole
         return "", ""
     try:
-        pixels = images.load(source / files[0], image_size, fit, max_pixels=None)
+        pixels = images.load(source / files[0], image_size, fit, box=box, max_pixels=None)
     except ImageError as error:
         return error.reason, error.detail
     images.write(target, pixels, quality)
     return "", ""
+
+
+def hand_on(source: Path, out: Path, *names: str) -> None:
+    """Copy the JSON files of an earlier stage that a later one needs; one that is not there is passed over."""
+    for name in names:
+        if (source / name).is_file():
+            runs.write_json(out / name, runs.read_json(source / name))
+
+
+def _box_column(table: pd.DataFrame) -> list[str]:
+    """Return the name of the column that says which part of an image to keep, where 00b_crop has made one."""
+    return ["box"] if "box" in table else []
 
 
 def _cut(text: str, size: int) -> str:

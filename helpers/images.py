@@ -9,6 +9,7 @@ Anything that stops a file from becoming the right pixels raises `ImageError`; n
 
 import contextlib
 import io
+import math
 import os
 import threading
 import warnings
@@ -24,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from helpers import runs
 
 Fit = Literal["crop", "pad", "squash"]
+Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels of the upright image, right and bottom outside
 FITS = ("crop", "pad", "squash")
 SMALLEST = 32  # pixels: below this no backbone of the suite has anything left to see
 MAX_PIXELS = 200_000_000  # the largest phone photos have 200 megapixels; a decompression bomb has billions
@@ -59,7 +61,12 @@ class ImageError(ValueError):
 
 
 def load(
-    path: str | os.PathLike, image_size: int, fit: Fit = "crop", *, max_pixels: int | None = MAX_PIXELS
+    path: str | os.PathLike,
+    image_size: int,
+    fit: Fit = "crop",
+    *,
+    box: Box | None = None,
+    max_pixels: int | None = MAX_PIXELS,
 ) -> np.ndarray:
     """Read an image file as the model sees it.
 
@@ -67,6 +74,7 @@ def load(
         path: a file in any of `FORMATS`; of an animation, the first frame.
         image_size: side of the square that is returned, in pixels.
         fit: "crop" cuts the middle square out, "pad" adds black borders, "squash" ignores the proportions.
+        box: the part of the image to take in place of all of it.
         max_pixels: refuse a file whose header promises more; None for files that were checked before.
 
     Returns:
@@ -78,7 +86,11 @@ def load(
     """
     check_size(image_size, fit)
     image = open_image(read_bytes(path), max_pixels=max_pixels)
-    return resize(decode(image, at_least=_inner_size(image.size, image_size, fit)), image_size, fit)
+    if box is None:
+        pixels = decode(image, at_least=_inner_size(image.size, image_size, fit))
+    else:
+        pixels = decode_part(image, box, _inner_size((box[2] - box[0], box[3] - box[1]), image_size, fit))
+    return resize(pixels, image_size, fit)
 
 
 def check_size(image_size: int, fit: str) -> None:
@@ -138,6 +150,36 @@ def decode(image: Image.Image, at_least: tuple[int, int] | None = None, mode: st
     """
     read_pixels(image, at_least, mode)
     return upright(image, mode)
+
+
+def decode_part(image: Image.Image, box: Box, at_least: tuple[int, int]) -> np.ndarray:
+    """Decode the part of an opened image within `box`, upright.
+
+    Args:
+        image: as `open_image` returns it.
+        box: the part.
+        at_least: (width, height) of the part that is enough, as for `decode`.
+
+    Returns:
+        uint8 RGB array of shape (height, width, 3), at full size or at 1/2, 1/4 or 1/8 of it.
+
+    Raises:
+        ImageError: the file is cut off or damaged, or the box lies outside.
+    """
+    left, top, right, bottom = box
+    scale = max(at_least[0] / (right - left), at_least[1] / (bottom - top))
+    stored = max(image.size)
+    pixels = decode(image, at_least=tuple(math.ceil(side * scale) for side in image.size))
+    reduced = round(stored / max(pixels.shape[:2]))
+    part = pixels[top // reduced : -(-bottom // reduced), left // reduced : -(-right // reduced)]
+    if not part.size:
+        raise ImageError("box outside", f"{box} is not within {pixels.shape[1]} x {pixels.shape[0]} pixels")
+    return part
+
+
+def read_box(text: str) -> Box | None:
+    """Return the box that a CSV file holds as "left top right bottom"; None when the text is empty."""
+    return tuple(int(side) for side in text.split()) if text else None
 
 
 def read_pixels(image: Image.Image, at_least: tuple[int, int] | None = None, mode: str = "RGB") -> None:

@@ -26,6 +26,7 @@ FACTS = (
     "taken",
     "part",
     "file",
+    "box",
 )
 
 
@@ -144,8 +145,8 @@ def submission(predictions: pd.DataFrame, columns: Sequence[str]) -> pd.DataFram
     Args:
         predictions: path, predicted, and a column of probabilities for each class.
         columns: the wanted columns in order. The first identifies the image: by its file name without suffix, or as it
-            stands when the column is called path. A class name is that class's probability; any other name is the
-            predicted class.
+            stands when the column is called path. A class name is that class's probability, `*` stands for all of
+            them in the model's order, and any other name is the predicted class.
 
     Raises:
         ValueError: fewer than two columns are asked for.
@@ -154,7 +155,8 @@ def submission(predictions: pd.DataFrame, columns: Sequence[str]) -> pd.DataFram
         raise ValueError(
             f"columns: {list(columns)}; expected the image's column and one more at least, as in id,breed."
         )
-    identity, *rest = columns
+    class_names = [name for name in predictions if name not in ("path", "predicted", "confidence")]
+    identity, *rest = (name for column in columns for name in (class_names if column == "*" else [column]))
     paths = predictions["path"]
     filled = {identity: paths if identity == "path" else [PurePosixPath(path).stem for path in paths]}
     filled |= {name: predictions[name if name in predictions else "predicted"] for name in rest}

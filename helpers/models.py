@@ -2,16 +2,12 @@
 
 A classifier is input -> sub-model "backbone" (called with training=False) -> head: ``head_pool``, ``head_dropout``,
 optional dense layers, ``probabilities``. `unfreeze` says what of the backbone trains; the head always does.
-
-``python -m helpers.models check BACKBONE UNFREEZE [IMAGE_SIZE]`` checks a choice before a run: UNFREEZE is JSON
-or a bare name; a wrong choice prints one message and exits with 2.
 """
 
 import difflib
-import json
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import pandas as pd
@@ -19,6 +15,7 @@ import pandas as pd
 from helpers import backbones
 
 DENSE_DEFAULTS = {"activation": "relu", "dropout": 0.0, "batch_norm": False, "l1": 0.0, "l2": 0.0}
+OUTPUT_DEFAULTS = {"batch_norm": False, "l1": 0.0, "l2": 0.0}
 SHOWN_BLOCKS = 20  # of those, a message lists the last: NASNet has some seventy
 
 
@@ -60,7 +57,7 @@ def classifier(
         ...            dense=[{"units": 1024, "dropout": 0.5, "batch_norm": True}, 512])
     """
     _whole(n_classes, 2, 10**6, "n_classes")
-    hidden = [_dense_spec(entry) for entry in dense]
+    hidden = check_dense(dense)
     body = backbones.build(backbone, image_size, weights)
     body.trainable = False
     for part in _parts(body):
@@ -77,13 +74,55 @@ def classifier(
     return keras.Model(inputs, outputs, name="classifier")
 
 
+def check_dense(dense: Sequence[int | dict]) -> list[dict]:
+    """Returns the hidden layers of `classifier` with everything written out.
+
+    Raises:
+        ValueError: an unknown key or activation, or a value out of its range.
+    """
+    return [_dense_spec(entry) for entry in dense]
+
+
 def _dense_spec(entry: int | dict) -> dict:
     given = dict(entry) if isinstance(entry, dict) else {"units": entry}
     unknown = given.keys() - {"units", *DENSE_DEFAULTS}
     if unknown:
         raise ValueError(f"A dense layer has no {sorted(unknown)}; it takes units, {', '.join(DENSE_DEFAULTS)}.")
     _whole(given.get("units"), 1, 10**6, "units of a dense layer")
-    return DENSE_DEFAULTS | given
+    spec = DENSE_DEFAULTS | given
+    try:
+        keras.activations.get(spec["activation"])
+    except (TypeError, ValueError):
+        raise ValueError(f"A dense layer's activation is one of Keras, such as relu; got {given!r}.") from None
+    _check_head(spec, "a dense layer")
+    _share_dropped(spec["dropout"])
+    return spec
+
+
+def output_settings(output: Mapping[str, Any]) -> dict:
+    """Returns what 03's parameter `output` means as arguments of `classifier`: batch_norm, l1 and l2.
+
+    Args:
+        output: any of ``batch_norm``, of the pooled features, and ``l1`` and ``l2``, of the last layer.
+
+    Raises:
+        ValueError: an unknown key, or a value out of its range.
+    """
+    unknown = [key for key in output if key not in OUTPUT_DEFAULTS]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), OUTPUT_DEFAULTS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"output has no {unknown[0]!r}.{hint} It takes {', '.join(OUTPUT_DEFAULTS)}.")
+    return _check_head(OUTPUT_DEFAULTS | dict(output), "output")
+
+
+def _check_head(spec: dict, what: str) -> dict:
+    for name in ("l1", "l2"):
+        if isinstance(spec[name], bool) or not isinstance(spec[name], int | float) or spec[name] < 0:
+            raise ValueError(f"{name} of {what} is a number of at least 0; got {spec[name]!r}.")
+    if not isinstance(spec["batch_norm"], bool):
+        raise ValueError(f"batch_norm of {what} is true or false; got {spec['batch_norm']!r}.")
+    return spec
 
 
 def _hidden(x, suffix: str, layer: dict):
@@ -94,11 +133,15 @@ def _hidden(x, suffix: str, layer: dict):
 
 
 def _regularised(x, suffix: str, dropout: float, batch_norm: bool):
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is a share in [0, 1); got {dropout!r}.")
+    _share_dropped(dropout)
     if dropout:
         x = keras.layers.Dropout(dropout, name="head_dropout" + suffix)(x)
     return keras.layers.BatchNormalization(name="head_norm" + suffix)(x) if batch_norm else x
+
+
+def _share_dropped(dropout: float) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout is a share in [0, 1); got {dropout!r}.")
 
 
 def _penalty(l1: float, l2: float):
@@ -144,6 +187,21 @@ def unfreeze(model: keras.Model, what: str | int | float | dict) -> pd.DataFrame
 
 def _weight_ids(layers: list) -> set[int]:
     return {id(weight) for layer in layers for weight in layer.weights}
+
+
+def layer_shares(model: keras.Model, decay: float) -> dict[int, float]:
+    """The share of the learning rate for each weight that trains, less with each layer of the backbone downwards.
+
+    Args:
+        model: a classifier whose trainable flags are set.
+        decay: the share of a layer with weights that train, as a share of the next such layer above it, in (0, 1]. The
+            backbone's uppermost has `decay` itself; the head has 1.
+
+    Returns:
+        id of the variable -> share; the head's are not in it.
+    """
+    layers = [layer for layer in reversed(backbone_of(model).layers) if layer.trainable_weights]
+    return {id(weight): decay**depth for depth, layer in enumerate(layers, 1) for weight in layer.trainable_weights}
 
 
 def trainable_table(model: keras.Model) -> pd.DataFrame:
@@ -272,44 +330,3 @@ def block_names(layers: Sequence[keras.layers.Layer]) -> list[str]:
 def _parts(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """The layer and all within it. Keras has no public walk through layers that are not models."""
     return list(layer._flatten_layers())
-
-
-def check_unfreeze(backbone: str, what: str | int | float | dict, image_size: int | None = None) -> pd.DataFrame:
-    """Checks a choice of `unfreeze` before a run, on a backbone with random weights.
-
-    Args:
-        backbone: name.
-        what: see `unfreeze`.
-        image_size: pixels; by default the size of the backbone's ImageNet training.
-
-    Returns:
-        The table of `trainable_table`.
-
-    Raises:
-        ValueError: an unknown backbone, a size that is too small, or a wrong choice.
-    """
-    size = image_size or backbones.spec(backbone).size or 224
-    return unfreeze(backbones.build(backbone, size, "none"), what)
-
-
-def _main(arguments: list[str]) -> int:
-    if len(arguments) not in (3, 4) or arguments[0] != "check":
-        print("usage: python -m helpers.models check BACKBONE UNFREEZE [IMAGE_SIZE]")
-        return 2
-    try:
-        check_unfreeze(arguments[1], _json_or_text(arguments[2]), *map(int, arguments[3:]))
-    except (ValueError, ImportError) as error:
-        print(error)
-        return 2
-    return 0
-
-
-def _json_or_text(text: str):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text  # a name without quotes
-
-
-if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))

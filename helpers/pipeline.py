@@ -6,24 +6,20 @@ links into the store, so runs share what they have in common and a stage is neve
 """
 
 import json
-import logging
 import os
-import shutil
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
-from helpers import backbones, inventory, recipes, runs, splits, store
+from helpers import backbones, crop, efficientnet_lite, inventory, prefetch, recipes, runs, splits, store, warm_start
 
 REBUILD = "asked for with --rebuild"
+# Parameters that are checked with Keras; those of the head and of fine_tune together.
+CHECKED = ("backbone", "dense", "epochs", "from_run", "label_smoothing", "loss", "monitor", "next_unfreeze", "output")
+CHECKED += ("optimizer", "profile_steps", "schedule", "steps", "stop_smoothed", "unfreeze", "views")
 
 State = Literal["done", "to do", "by hand"]
 
@@ -66,14 +62,21 @@ def plan(recipe: recipes.Recipe, rebuild: str = "") -> list[Step]:
 
     Raises:
         StageError: a stored stage was changed by hand, or a stage made by hand is unfinished.
-        ValueError: the source of the images is missing or empty.
+        ValueError: the source of the images is missing or empty, or the recipe leaves out the stage to rebuild.
     """
-    steps: dict[str, Step] = {}
+    if rebuild not in ("", "all", *recipe.chain()):
+        raise ValueError(f"The recipe leaves {rebuild} out: it has no section of that name, so nothing can be rebuilt.")
+    steps: list[Step] = []
+    readable: dict[str, Step] = {}  # by the stage that a notebook names as its input
     again = False
-    for name in recipes.stages():
+    for name in recipe.chain():
         again = again or rebuild in (name, "all")
-        steps[name] = _step(recipe, name, steps, again)
-    return list(steps.values())
+        step = _step(recipe, name, readable, again)
+        steps.append(step)
+        readable[name] = step
+        if step.stage.optional:  # it takes the place of what it reads
+            readable |= dict.fromkeys(step.stage.inputs.values(), step)
+    return steps
 
 
 def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: bool) -> Step:
@@ -88,8 +91,8 @@ def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: boo
     if files := _named_files(parameters):
         ingredients["files"] = files
     if not inputs:
-        shelf.mkdir(parents=True, exist_ok=True)
-        ingredients["source"] = inventory.source_fingerprint(parameters, shelf / "hashes.json")
+        remembered = shelf / "hashes.json" if store.is_writable(shelf) else None
+        ingredients["source"] = inventory.source_fingerprint(parameters, remembered)
     fingerprint = store.fingerprint(ingredients)
     folder, link = shelf / f"{name}-{fingerprint}", run / name
     state, why = ("to do", REBUILD) if again else _state(folder, link, ingredients, recipe)
@@ -103,6 +106,8 @@ def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: boo
 def _named_files(parameters: dict[str, Any]) -> dict[str, str]:
     """Return the hash of each file that a parameter names, such as weights; of a stage's folder, that of its record."""
     paths = {name: runs.resolve(value) for name, value in parameters.items() if isinstance(value, str) and value}
+    with suppress(FileNotFoundError):  # what is missing is told by `check_choices`
+        paths |= {"from_run": warm_start.find(parameters["from_run"])} if parameters.get("from_run") else {}
     files = {name: path / runs.STAGE_FILE if path.is_dir() else path for name, path in paths.items()}
     return {name: store.sha256_of(path) for name, path in files.items() if path.is_file()}
 
@@ -150,115 +155,13 @@ def _why_stale(link: Path, ingredients: dict[str, Any]) -> str:
     return "; ".join(shown) or "not made yet"
 
 
-def make(step: Step, watch: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> float:
-    """Make one stage, or wait for another `thaw run` that is making it; return the seconds it took.
-
-    Args:
-        step: what to make.
-        watch: called with each line of progress (see `runs.report_progress`).
-        say: called with a sentence when there is something to tell.
-
-    Raises:
-        StageError: a cell failed or the kernel died. The unfinished stage is kept, so that the next try goes on there.
-    """
-    step.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(step.folder.with_suffix(".lock"))
-    start = time.time()
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"another thaw run is making {step.stage.name}; waiting for it")
-        lock.acquire()
-    try:
-        if step.why == REBUILD:
-            shutil.rmtree(step.partial, ignore_errors=True)
-        made_meanwhile = step.why != REBUILD and (step.folder / runs.STAGE_FILE).is_file()
-        if not made_meanwhile or store.dangling_link(step.folder):
-            store.check_disk(step.folder.parent)
-            _execute(step, watch)
-            shutil.move(step.partial.with_suffix(".ipynb"), step.partial / "notebook.ipynb")
-            step.partial.with_suffix(".log").replace(step.partial / "notebook.log")
-            seconds = round(time.time() - start, 1)
-            record = {"stage": step.stage.name, "fingerprint": step.fingerprint, "ingredients": step.ingredients}
-            store.keep(step.partial, step.folder, record | {"seconds": seconds})
-    finally:
-        lock.release()
-    link_stage(step)
-    return time.time() - start
-
-
-def _execute(step: Step, watch: Callable[[dict[str, Any]], None]) -> None:
-    """Run the notebook by papermill into the partial folder."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    # When Ctrl-C ends the kernel, asyncio would complain of a task of papermill that nobody awaits any more.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    executed, log = step.partial.with_suffix(".ipynb"), step.partial.with_suffix(".log")
-    folders = {name: runs.display_path(path) for name, path in step.input_folders.items()}
-    parameters = step.parameters | folders | {"out": runs.display_path(step.partial)}
-    with _kernel_environment(step.folder.parent, watch), open(log, "a", encoding="utf-8") as stream:
-        try:
-            papermill.execute_notebook(
-                step.stage.notebook,
-                executed,
-                parameters,
-                kernel_name="python3",
-                cwd=str(runs.ROOT),
-                progress_bar=False,
-                stdout_file=stream,
-                stderr_file=stream,
-                start_timeout=180,
-                kernel_manager_class=_kernel_that_logs_to(stream),
-            )
-        except PapermillExecutionError as error:
-            trace = "\n".join(error.traceback)
-            stream.write(trace + "\n")
-            # Its index counts from 0, but also the cell that papermill put in after the parameters cell.
-            cell = f"cell {error.cell_index}, {error.ename}: {error.evalue.strip()}"
-            raise StageError(_failure(step, executed, log, cell)) from None
-        except DeadKernelError:
-            cause = "its kernel died, most often because memory ran out"
-            raise StageError(_failure(step, executed, log, cause)) from None
-    if runs.stage_status(step.partial) != "done":
-        raise StageError(_failure(step, executed, log, "it ended without runs.finish_stage in its last cell"))
-
-
-def _kernel_that_logs_to(stream: TextIO) -> type:
-    """Return a kernel manager whose kernel's own output, which is not a cell's, goes to `stream`."""
-    from jupyter_client.manager import AsyncKernelManager
-
-    class LoggedKernelManager(AsyncKernelManager):
-        async def _async_start_kernel(self, **settings: Any) -> None:
-            await super()._async_start_kernel(stdout=stream, stderr=stream, **settings)
-
-        start_kernel = _async_start_kernel
-
-    return LoggedKernelManager
-
-
-def _failure(step: Step, executed: Path, log: Path, cause: str) -> str:
-    """Leave the executed copy in the run's folder and say what happened and how to go on."""
-    copy = step.link.parent / step.stage.notebook.name
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.unlink(missing_ok=True)
-    shutil.copy(executed, copy)
-    return (
-        f"notebooks/{step.stage.notebook.name} failed: {cause}\n"
-        f"  executed copy: {runs.display_path(copy)}\n"
-        f"  log: {runs.display_path(log)}\n"
-        "  When the cause is mended, the same command goes on from here."
-    )
-
-
 def link_stage(step: Step) -> None:
     """Point the run's links to this stage and its notebook at the store; what was made by hand is left alone."""
     if step.state == "by hand":
         return
     step.link.parent.mkdir(parents=True, exist_ok=True)
-    if step.link.is_dir() and not step.link.is_symlink():
-        shutil.rmtree(step.link)
+    if not step.link.is_symlink():
+        runs.discard(step.link)
     store.link(step.link, step.folder)
     store.link(step.link.parent / step.stage.notebook.name, step.link / "notebook.ipynb")
 
@@ -266,97 +169,100 @@ def link_stage(step: Step) -> None:
 def unlink_stale(steps: list[Step]) -> None:
     """Take the links of stages that are to be made anew out of the run; what they lead to stays in the store."""
     for step in steps:
-        if step.state == "to do" and step.link.is_symlink():
-            step.link.unlink()
-            (step.link.parent / step.stage.notebook.name).unlink(missing_ok=True)
+        if step.state == "to do":
+            _unlink(step.link, step.stage)
+
+
+def unlink_left_out(recipe: recipes.Recipe) -> None:
+    """Take the links of optional stages that `recipe` leaves out of its run, where it once had them."""
+    for name in recipes.stages().keys() - set(recipe.chain()):
+        _unlink(runs_folder() / recipe.name / name, recipes.stages()[name])
+
+
+def _unlink(link: Path, stage: recipes.Stage) -> None:
+    if link.is_symlink():
+        link.unlink()
+        (link.parent / stage.notebook.name).unlink(missing_ok=True)
 
 
 def check_choices(recipe: recipes.Recipe, steps: list[Step]) -> None:
-    """Check what no schema can: that the ratios add up, and that the backbone exists and has the layer to unfreeze.
+    """Check what no schema can: ratios that add up, boxes that exist, a backbone that has the layer to unfreeze.
 
-    The last two are asked of Keras, in a process of its own; what was found good is remembered.
+    Layers, optimisers, schedules and losses are asked of Keras, in a process of its own; what was found good is
+    remembered.
 
     Raises:
         ValueError: something is wrong; the message says what.
     """
     splits.check_ratio(recipe.resolved("split")["ratio"])
+    if "crop" in recipe.stages:
+        crop.check(recipe.resolved("crop"))
+    _check_measured(recipe)
     backbones.spec(recipe.resolved("head")["backbone"])
     weights = recipe.resolved("head")["weights"]
     if weights not in ("imagenet", "none") and not runs.resolve(weights).is_file():
         raise recipes.RecipeError(f"head.weights: there is no file {weights}. Give imagenet, none, or a file.")
+    if weights == "imagenet" and "head" in {step.stage.name for step in steps}:
+        _fetch_weights(recipe.resolved("head")["backbone"])
     if not {step.stage.name for step in steps} & {"head", "fine_tune"}:
         return
-    choice = [recipe.resolved("head")["backbone"], json.dumps(recipe.resolved("fine_tune")["unfreeze"])]
-    choice.append(str(recipe.resolved("resize")["image_size"]))
-    checked = runs_folder() / ".store" / "checked-layers.json"
-    code = [store.sha256_of(runs.ROOT / "helpers" / name) for name in ("backbones.py", "models.py")]
-    key = store.fingerprint([choice, code])
+    _check_from_run(recipe)
+    choices = {stage: recipe.resolved(stage) for stage in ("head", "fine_tune")}
+    chosen = [{name: given.get(name) for name in CHECKED} for given in choices.values()]
+    choices["image_size"] = recipe.resolved("resize")["image_size"]
+    checked = runs_folder() / ".store" / "checked-choices.json"
+    modules = ("backbones", "choices", "compiling", "models", "profiling", "thawing", "training")
+    code = [store.sha256_of(runs.ROOT / "helpers" / f"{name}.py") for name in modules]
+    key = store.fingerprint([chosen, choices["image_size"], code])
     good = runs.read_json(checked) if checked.is_file() else []
     if key in good:
         return
-    command = [sys.executable, "-m", "helpers.models", "check", *choice]
+    command = [sys.executable, "-m", "helpers.choices", json.dumps(choices)]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     found = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, env=environment, check=False)
     if found.returncode:
-        raise recipes.RecipeError(f"fine_tune.unfreeze: {found.stdout.strip() or found.stderr.strip()[-2000:]}")
+        raise recipes.RecipeError(found.stdout.strip() or found.stderr.strip()[-2000:])
     runs.write_json(checked, [*good, key])
 
 
-def write_manifest(recipe: recipes.Recipe, steps: list[Step], command: str) -> bool:
-    """Write the run's recipe.yaml and manifest.json; return whether anything differs from what they said before."""
+def _check_measured(recipe: recipes.Recipe) -> None:
+    split, part = recipe.resolved("split"), recipe.resolved("evaluate")["part"]
+    shares = {"ratio": split["ratio"], "hash": split["ratio"], "fixed": split["counts"]}.get(split["method"])
+    if shares and not shares[splits.PARTS.index(part)]:
+        raise recipes.RecipeError(
+            f"evaluate.part: {part} would be empty, by split: {list(shares)} for train, val and test. Give it a share,"
+            " or measure on validation: evaluate.part=val."
+        )
+
+
+def _check_from_run(recipe: recipes.Recipe) -> None:
+    taken = recipe.resolved("head")["from_run"]
+    if not taken:
+        return
     run = runs_folder() / recipe.name
-    stages = {step.stage.name: step.fingerprint for step in steps}
-    path, resolved, text = run / "manifest.json", run / "recipe.yaml", recipe.as_yaml()
-    written = path.is_file() and resolved.is_file() and resolved.read_text(encoding="utf-8") == text
-    if written and runs.read_json(path).get("stages") == stages:
-        return False
-    runs.write_text(resolved, text)
-    runs.write_json(path, {"name": recipe.name, "command": command, "stages": stages, "versions": runs.versions()})
-    return True
+    if taken == recipe.name or runs.resolve(taken) in (run, run / "head"):
+        raise recipes.RecipeError(f"head.from_run: {taken} is this run itself. Take another --name, or another run.")
+    warm_start.find(taken)
 
 
-@contextmanager
-def _kernel_environment(shelf: Path, watch: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Make "python3" mean this Python whatever kernels the machine has, and follow the progress it reports."""
-    from ipykernel.kernelspec import write_kernel_spec
+def _fetch_weights(backbone: str) -> None:
+    """Fetch ImageNet weights, or say why they cannot be had, in a process of its own and once for each folder of runs.
 
-    place = shelf / f"kernel-{os.getpid()}"
-    # Without the first, log lines of native libraries would stand in the notebook as if they were errors.
-    quiet = ["--IPKernelApp.capture_fd_output=False", "--IPKernelApp.log_level=ERROR"]
-    write_kernel_spec(place / "kernels" / "python3", extra_arguments=quiet)
-    progress = place / "progress.jsonl"
-    progress.touch()
-    search = os.pathsep.join(filter(None, [str(place), os.environ.get("JUPYTER_PATH")]))
-    changed = {"JUPYTER_PATH": search, runs.PROGRESS_VARIABLE: str(progress), "TF_CPP_MIN_LOG_LEVEL": "2"}
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    finished = threading.Event()
-    follower = threading.Thread(target=_follow, args=(progress, watch, finished), daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        follower.join()
-        shutil.rmtree(place, ignore_errors=True)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
-
-
-def _follow(progress: Path, watch: Callable[[dict[str, Any]], None], finished: threading.Event) -> None:
-    with open(progress, encoding="utf-8") as stream:
-        unfinished = ""
-        while True:
-            last = finished.is_set()
-            *lines, unfinished = (unfinished + stream.read()).split("\n")
-            for line in lines:
-                watch(json.loads(line))
-            if last:
-                return
-            finished.wait(0.2)
+    Raises:
+        FileNotFoundError: they are not on this machine, and there is no network.
+    """
+    if backbone in efficientnet_lite.SCALES:
+        efficientnet_lite.weights_file(backbone)
+        return
+    known = runs_folder() / ".store" / "fetched-weights.json"
+    fetched = runs.read_json(known) if known.is_file() else []
+    if [backbone, str(prefetch.home())] in fetched:
+        return
+    command = [sys.executable, "-m", "helpers.prefetch", backbone]
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=runs.ROOT, check=False)
+    if asked.returncode:
+        raise FileNotFoundError(f"head.weights: {asked.stdout.strip()}")
+    runs.write_json(known, [*fetched, [backbone, str(prefetch.home())]])
 
 
 def _shown(recipe: recipes.Recipe) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from PIL import Image, ImageOps
 
 # Blue and vermilion of Okabe and Ito (2008): told apart by every kind of colour vision, and light against dark in grey.
@@ -81,6 +81,25 @@ def class_sheet(
         y = row * _pitch(0)[1] + TILE / 2
         _text(ax, -GAP, y, shorten(name, 20), ha="right", va="center", fontsize=8.5, color=INK)
     return _headed(ax, heading)
+
+
+def before_and_after(
+    before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, columns: int = 6, heading: str = ""
+) -> Axes:
+    """Two sheets of pictures side by side: as they were at the left, what became of each at the right.
+
+    Args:
+        before, after: as many pictures each, arrays as in `contact_sheet`.
+        columns: pictures in a row of each sheet.
+        heading: a line above the sheets.
+    """
+    if len(before) == 0 or len(before) != len(after):
+        raise ValueError(f"expected as many pictures before as after, at least one; got {len(before)}, {len(after)}")
+    columns, gap = min(columns, len(before)), np.full((1, 1, 3), 255, np.uint8)
+    empty = [gap] * (-len(before) % columns)
+    left, right = ([*images, *empty] for images in (before, after))
+    rows = [[*left[at : at + columns], gap, *right[at : at + columns]] for at in range(0, len(left), columns)]
+    return _headed(_mosaic(rows, columns=2 * columns + 1, caption_lines=0, ax=None), heading)
 
 
 def mistakes(table: pd.DataFrame, root: str | Path = "", *, columns: int = 6, ax: Axes | None = None) -> Axes:
@@ -300,7 +319,7 @@ def per_class(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.scatter(table["f1"], rows, s=70, color=INK, label="F1", zorder=2, marker="|", clip_on=False)
     names = [f"{shorten(name, 26)} ({int(support):,})" for name, support in table["support"].items()]
     _name_axis(ax, "y", names, limit=40)
-    ax.set(xlim=(0, 1.0), ylim=(-0.6, len(table) - 0.4), xlabel="score on the test part (pictures in brackets)")
+    ax.set(xlim=(0, 1.0), ylim=(-0.6, len(table) - 0.4), xlabel="score (pictures in brackets)")
     ax.xaxis.set_major_formatter(PERCENT)
     _grid(ax, "both")
     return _legend(ax)
@@ -326,6 +345,97 @@ def reliability(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_formatter(PERCENT)
     ax.yaxis.set_major_formatter(PERCENT)
     _grid(ax, "both")
+    return ax
+
+
+def intervals(table: pd.DataFrame, value: str = "accuracy", *, label: str = "", ax: Axes | None = None) -> Axes:
+    """One row a name with a value and its interval, best at the top: a dot on a line.
+
+    Args:
+        table: columns low, high and the one that `value` names (fractions of 1); the first column holds the names.
+            Rows without a value are left out.
+        value: the column of the dots.
+        label: of the axis; the name of the column by default.
+    """
+    _require(table, value, "low", "high")
+    table = table[table[value].notna()].sort_values(value, kind="stable")
+    _require(table, value)
+    ax = _new(ax, (WIDTH, _tall(len(table))))
+    rows = np.arange(len(table))
+    ax.hlines(rows, table["low"], table["high"], color="#8CB9D9", linewidth=3, zorder=1)
+    ax.scatter(table[value], rows, s=42, color=BLUE, zorder=3)
+    _name_axis(ax, "y", [str(name) for name in table.iloc[:, 0]], limit=40)
+    ax.set(ylim=(-0.6, len(table) - 0.4), xlabel=f"{label or value.replace('_', ' ')} (line: 95 % interval)")
+    ax.xaxis.set_major_formatter(PERCENT)
+    _grid(ax, "x")
+    return ax
+
+
+def accuracy_and_speed(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Accuracy against images/s on a logarithmic axis, a dot for each backbone: above and to the right is better.
+
+    Args:
+        table: columns backbone, accuracy (0-1) and images_per_second; rows without them are left out.
+    """
+    _require(table, "backbone", "accuracy", "images_per_second")
+    table = table.dropna(subset=["accuracy", "images_per_second"])
+    _require(table, "backbone")
+    ax = _new(ax, (WIDTH, 3.6))
+    ax.scatter(table["images_per_second"], table["accuracy"], s=46, color=BLUE, zorder=3)
+    for row in table.itertuples(index=False):
+        ax.annotate(shorten(row.backbone, 26), (row.images_per_second, row.accuracy), (6, 4), fontsize=8.5, color=INK,
+                    textcoords="offset points", parse_math=False)  # fmt: skip
+    ax.set(xscale="log", xlabel="images/s of the forward pass", ylabel="accuracy on validation")
+    ax.margins(x=0.25, y=0.2)
+    wide = table["images_per_second"].max() > 4 * table["images_per_second"].min()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if wide else MaxNLocator(5))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    ax.tick_params(which="minor", length=0, labelbottom=False)
+    ax.yaxis.set_major_formatter(PERCENT)
+    _grid(ax, "both")
+    return ax
+
+
+def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Accuracy against training images per class: dots where it was measured, a line where it is drawn on.
+
+    Args:
+        table: columns per_class, measured (0-1, NaN where nothing was), accuracy, low and high (of the curve).
+    """
+    _require(table, "per_class", "measured", "accuracy", "low", "high")
+    known = table[table["measured"].notna()]
+    ax = _new(ax, (WIDTH, 3.6))
+    ax.fill_between(
+        table["per_class"], table["low"], table["high"], color="#CFE1EE", linewidth=0, label="95 % interval"
+    )
+    ax.plot(table["per_class"], table["accuracy"], color=BLUE, linewidth=1.6, linestyle=(0, (4, 3)), label="drawn on")
+    ax.plot(
+        table["per_class"][: len(known)], table["accuracy"][: len(known)], color=BLUE, linewidth=1.6, label="fitted"
+    )
+    ax.plot(known["per_class"], known["measured"], "o", color=VERMILION, markersize=6, label="measured")
+    ax.set(xscale="log", xlabel="training images per class (mean)", ylabel="accuracy on validation")
+    ax.set_xticks(table["per_class"], [f"{number:,.0f}" for number in table["per_class"]])
+    ax.tick_params(which="minor", length=0, labelbottom=False)
+    ax.yaxis.set_major_formatter(PERCENT)
+    _grid(ax, "both")
+    return _legend(ax)
+
+
+def loader_workers(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Seconds to load one epoch against the number of loader threads, each bar with its images/s.
+
+    Args:
+        table: index workers, columns images/s and seconds.
+    """
+    _require(table, "images/s", "seconds")
+    ax = _new(ax, (WIDTH, 2.6))
+    rows = np.arange(len(table))
+    ax.bar(rows, table["seconds"], width=0.62, color=BLUE)
+    for row, (seconds, rate) in enumerate(zip(table["seconds"], table["images/s"], strict=True)):
+        ax.text(row, seconds, f"{rate:,.0f} images/s", ha="center", va="bottom", fontsize=8.5, color=GREY)
+    ax.set_xticks(rows, [str(number) for number in table.index])
+    ax.set(xlabel="loader workers (threads)", ylabel="seconds an epoch", ylim=(0, 1.15 * table["seconds"].max()))
+    _grid(ax, "y")
     return ax
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from helpers import images, runs, sources
+from helpers import crop, images, runs, sources
 
 BATCH = 32
 
@@ -26,20 +26,28 @@ def model_folder(run: str | Path) -> Path:
 
 
 def mirrored(model, mirror: str):
-    """Return a model whose probabilities are the mean over an image and its mirror images.
+    """Return a model whose probabilities are the mean over symmetries of an image.
 
     Args:
         model: keras.Model, images (batch, H, W, 3) -> probabilities (batch, classes).
-        mirror: "none" (the model itself), "horizontal", "vertical", or "both", which takes all four.
+        mirror: "none" (the model itself), "horizontal", "vertical", "both", which takes all four mirror images, or
+            "dihedral", which takes all eight flips and quarter turns.
+
+    Raises:
+        ValueError: "dihedral" for images that are not square, which quarter turns do not fit.
     """
     import keras
 
     if mirror == "none":
         return model
     image = keras.Input(model.input_shape[1:], name="image")
+    if mirror == "dihedral" and image.shape[1] != image.shape[2]:
+        raise ValueError(f"mirror: dihedral turns images and needs square ones; the model takes {image.shape[1:]}.")
     images = [image]
-    for axis in {"vertical": [1], "horizontal": [2], "both": [1, 2]}[mirror]:
+    for axis in {"vertical": [1], "horizontal": [2], "both": [1, 2], "dihedral": [1, 2]}[mirror]:
         images += [keras.ops.flip(one, axis=axis) for one in images]
+    if mirror == "dihedral":
+        images += [keras.ops.transpose(one, (0, 2, 1, 3)) for one in images]
     mean = keras.layers.Average(name="mean_probabilities")([model(one) for one in images])
     return keras.Model(image, mean, name="mirrored")
 
@@ -73,23 +81,24 @@ def predict(run: str | Path, paths: Iterable[str | Path]) -> tuple[pd.DataFrame,
 
     Returns:
         A table with the columns path, predicted, confidence and one probability per class, and a mapping of each file
-        that is not a readable image to the reason.
+        that is not a readable image to the reason. `attrs["caution"]` of the table says what should be known about it.
 
     Raises:
         FileNotFoundError: the run, its model, or a path does not exist.
     """
     folder = model_folder(run)
     files = find_images(paths)
-    import keras  # takes seconds, which a wrong path need not
+    from helpers import hardware  # takes seconds, which a wrong path need not
 
     about, class_names = runs.read_json(folder / "model.json"), runs.read_json(folder / "class_names.json")
-    model = keras.models.load_model(folder / "model.keras")
+    model = hardware.load(folder / "model.keras")
+    part_of = crop.cutter(about["crop"]) if "crop" in about else lambda path: None
     read, probabilities, unreadable = [], [], {}
     for start in range(0, len(files), BATCH):
         pixels = []
         for path in files[start : start + BATCH]:
             try:
-                pixels.append(images.load(path, about["image_size"], about["fit"]))
+                pixels.append(images.load(path, about["image_size"], about["fit"], box=part_of(path)))
                 read.append(str(path))
             except images.ImageError as error:
                 unreadable[str(path)] = str(error)
@@ -100,4 +109,6 @@ def predict(run: str | Path, paths: Iterable[str | Path]) -> tuple[pd.DataFrame,
     table.insert(0, "confidence", scores.max(axis=1) if len(scores) else [])
     table.insert(0, "predicted", [class_names[index] for index in scores.argmax(axis=1)])
     table.insert(0, "path", read)
+    if boxes := about.get("crop", {}).get("boxes"):
+        table.attrs["caution"] = f"The model learned on images cut to the boxes of {boxes}; these are taken whole."
     return table, unreadable

@@ -8,6 +8,9 @@ The parameters cell of a notebook is the only place where a parameter is declare
 The annotation is its type, the comment its meaning, and an interval or a set at the comment's end what it may be. (A
 `Literal` would say the same as the set, but papermill cannot read it.) A default `runs/demo/<stage>` names the folder
 that another notebook writes, which is how the order of the stages is known.
+
+A notebook with a letter after its number, such as 00b_crop, is optional: it runs when the recipe has its section, and
+the stages after it then read its folder in place of the one that it read itself.
 """
 
 import ast
@@ -92,6 +95,16 @@ class Stage:
     model: type[pydantic.BaseModel]
 
     @property
+    def number(self) -> str:
+        """The number of the notebook: "03", or "00b" for an optional one."""
+        return self.notebook.name.split("_")[0]
+
+    @property
+    def optional(self) -> bool:
+        """Whether it runs only for a recipe that has its section."""
+        return self.number[-1].isalpha()
+
+    @property
     def settings(self) -> dict[str, Parameter]:
         """The parameters that a recipe may set: all but the folders, which the pipeline gives."""
         return {name: p for name, p in self.parameters.items() if not p.made_by}
@@ -107,6 +120,10 @@ class Recipe:
     published: dict[str, float] = field(default_factory=dict)
     path: Path | None = None
 
+    def chain(self) -> list[str]:
+        """Return the names of the stages that this recipe runs, in order: all but the optional ones it leaves out."""
+        return [stage.name for stage in stages().values() if not stage.optional or stage.name in self.stages]
+
     def resolved(self, stage: str) -> dict[str, Any]:
         """Return every parameter of `stage` with the value that will be in force."""
         given = self.stages.get(stage, {})
@@ -116,7 +133,7 @@ class Recipe:
         """Return the recipe with every parameter written out."""
         content: dict[str, Any] = {"name": self.name}
         content |= {key: value for key in ("description", "published") if (value := getattr(self, key))}
-        content |= {stage: self.resolved(stage) for stage in stages()}
+        content |= {stage: self.resolved(stage) for stage in self.chain()}
         stream = io.StringIO()
         _yaml().dump(content, stream)
         return stream.getvalue()
@@ -125,8 +142,24 @@ class Recipe:
 @cache
 def stages() -> dict[str, Stage]:
     """Return the stages in the notebooks' order, each read from its notebook's parameters cell."""
-    found = [_read_stage(path) for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
+    paths = [path for path in NOTEBOOKS.glob("*_*.ipynb") if re.match(r"\d\d[a-z]?_", path.name)]
+    found = [_read_stage(path) for path in sorted(paths)]
     return {stage.name: stage for stage in found}
+
+
+def studies() -> dict[str, Stage]:
+    """Return the notebooks that belong to no chain: those without a number, which answer a question about a recipe."""
+    found = [_read_stage(path) for path in sorted(NOTEBOOKS.glob("[a-z]*.ipynb"))]
+    return {study.name: study for study in found}
+
+
+def find_notebook(text: str) -> Stage:
+    """Return a study by its name, or a stage as `find_stage` does.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    return studies()[text] if text in studies() else find_stage(text)
 
 
 def find_stage(text: str) -> Stage:
@@ -136,8 +169,7 @@ def find_stage(text: str) -> Stage:
         RecipeError: there is no such stage.
     """
     for stage in stages().values():
-        number = stage.notebook.name[:2]
-        if text in (stage.name, stage.notebook.stem, number, number.lstrip("0") or "0"):
+        if text in (stage.name, stage.notebook.stem, stage.number, stage.number.removeprefix("0")):
             return stage
     raise RecipeError(f"There is no stage {text!r}.{_did_you_mean(text, stages())}")
 
@@ -190,11 +222,12 @@ def in_force(stage: str, namespace: Mapping[str, Any]):
     """
     import pandas as pd
 
-    parameters = stages()[stage].parameters
+    made = find_notebook(stage)
+    parameters = made.parameters
     values = {name: namespace[name] for name in parameters}
-    problems = _problems(stages()[stage], values, everything=True)
+    problems = _problems(made, values, everything=True)
     if problems:
-        raise RecipeError(f"notebooks/{stages()[stage].notebook.name}: " + "; ".join(problems))
+        raise RecipeError(f"notebooks/{made.notebook.name}: " + "; ".join(problems))
     pd.set_option("display.max_colwidth", None)  # the meanings are sentences
     rows = {name: [values[name], p.default, p.meaning] for name, p in parameters.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default", "meaning"]).astype(object)
@@ -221,7 +254,11 @@ def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -
     if problems:
         raise RecipeError("\n".join([f"{runs.display_path(file)} cannot be run:", *(f"  - {p}" for p in problems)]))
     about = {key: content[key] for key in ("name", "description", "published") if key in content}
-    sections = {stage: dict(content[stage]) for stage in stages() if content.get(stage)}
+    sections = {
+        name: dict(content[name])
+        for name, stage in stages().items()
+        if content.get(name) or (stage.optional and content.get(name) is not None)
+    }
     return Recipe(stages=sections, path=file, **about)
 
 

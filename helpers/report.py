@@ -26,6 +26,7 @@ from helpers import evaluation, fixes, plots, recipes, runs
 
 STAGES = {
     "explore": ("Explore", "00_explore"),
+    "crop": ("Crop", "00b_crop"),
     "split": ("Split", "01_split"),
     "resize": ("Resize", "02_resize"),
     "head": ("Train the head", "03_train_head"),
@@ -115,11 +116,12 @@ def _steps(stages: dict[str, dict | None]) -> list[dict]:
     return [
         {"title": title, "notebook": notebook, "done": bool(stages[name]), "record": stages[name] or {}, "name": name}
         for name, (title, notebook) in STAGES.items()
+        if stages[name] or not recipes.stages()[name].optional
     ]
 
 
 def _results(run: Path, stages: dict, recipe: dict) -> dict | None:
-    """Headline, confusions and mistakes on the test part."""
+    """Headline, confusions and mistakes on the test part, or on what was measured in its place."""
     if not stages["evaluate"]:
         return None
     folder = run / "evaluate"
@@ -130,6 +132,7 @@ def _results(run: Path, stages: dict, recipe: dict) -> dict | None:
     frame = pd.DataFrame(metrics["per_class"])
     return {
         "metrics": metrics,
+        "kind": "validation" if metrics.get("part") == "val" else "test",
         "cards": [(key, evaluation.NAMES[key], metrics[key]) for key in evaluation.NAMES if key in metrics],
         "published": _published(metrics["accuracy"], recipe.get("published") or {}),
         "confusion": _svg(plots.confusion_matrix, metrics["confusion_matrix"], names),
@@ -192,13 +195,15 @@ def _data(run: Path, stages: dict) -> dict | None:
     }
     changes = run / "explore" / "fixes.csv"
     data["fixes"] = fixes.sentence(_table(changes)) if changes.is_file() else ""
+    data["crop"] = stages["crop"]["headline"] if stages["crop"] else ""
     if stages["explore"]:
-        inventory = _table(run / "explore" / "inventory.csv")
+        listed = run / ("crop" if stages["crop"] else "explore")
+        inventory = _table(listed / "inventory.csv")
         sizes = inventory[["width", "height"]].astype(float).astype(int)
         data["pictures"], data["sizes"] = len(inventory), _svg(plots.image_sizes, sizes["width"], sizes["height"])
         data["counts"] = inventory[["label"]]
         data["quarantine"] = _quarantine(run)
-        data["groups"], data["alike"] = _alike(run, inventory)
+        data["groups"], data["alike"] = _alike(run, listed / "groups.json", inventory)
         ignored = run / "explore" / "ignored.json"
         data["ignored"] = runs.read_json(ignored) if ignored.is_file() else {}
     if stages["split"]:
@@ -216,9 +221,8 @@ def _data(run: Path, stages: dict) -> dict | None:
     return data
 
 
-def _alike(run: Path, inventory: pd.DataFrame) -> tuple[dict, list[dict]]:
+def _alike(run: Path, figures: Path, inventory: pd.DataFrame) -> tuple[dict, list[dict]]:
     """What must stay together: the figures of groups.json, and the largest groups as pictures."""
-    figures = run / "explore" / "groups.json"
     if not figures.is_file():
         return {}, []
     sizes = inventory["group"].value_counts()

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE_FILE = "stage.json"
+TEMPORARY, DISCARDED = ".tmp", ".discarded"  # ends of the hidden names of what an interruption may leave behind
 PROGRESS_VARIABLE = "THAW_PROGRESS"
 VERSIONED = ("tensorflow", "keras", "numpy", "opencv-python", "pillow", "scikit-learn", "split-folders", "papermill")
 
@@ -53,10 +54,23 @@ def write_json(path: str | os.PathLike, content: Any) -> Path:
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """Write `text` as UTF-8; the file appears whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return path
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of ours. It is renamed first, so that an interruption never leaves half of it in its place."""
+    if folder.is_dir():
+        away = folder.with_name(f".{folder.name}.{os.getpid()}{DISCARDED}")
+        shutil.rmtree(away, ignore_errors=True)  # of a process that was killed and had the same number
+        folder.rename(away)
+        shutil.rmtree(away)
 
 
 def require(folder: str | os.PathLike, *files: str, made_by: str) -> Path:
@@ -87,7 +101,7 @@ def require(folder: str | os.PathLike, *files: str, made_by: str) -> Path:
 
 def stage_status(folder: Path) -> str:
     """Return "done", "open" (begun, not finished), "absent" or "foreign" (a folder that no notebook opened)."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or all(path.name.endswith(TEMPORARY) for path in folder.iterdir()):
         return "absent"
     try:
         return read_json(folder / STAGE_FILE)["status"]
@@ -118,7 +132,7 @@ def open_stage(out: str | os.PathLike, parameters: dict[str, Any] | None = None)
             f"{display_path(path)} holds files that Thaw did not write, so it is left alone. Choose another `out`."
         )
     if status == "done" or (status == "open" and read_json(path / STAGE_FILE).get("signature") != signature):
-        shutil.rmtree(path)
+        discard(path)
     path.mkdir(parents=True, exist_ok=True)
     opened = {"status": "open", "stage": path.name, "parameters": _plain(parameters), "signature": signature}
     write_json(path / STAGE_FILE, opened | {"opened": time.time()})
@@ -136,7 +150,7 @@ def finish_stage(out: Path, *, files: Iterable[str], headline: str, next_noteboo
     if missing:
         raise FileNotFoundError(f"{display_path(out)} should hold {', '.join(missing)} by now. Run the cells above.")
     opened = read_json(out / STAGE_FILE)
-    seconds = round(time.time() - opened["opened"], 1)
+    seconds = max(round(time.time() - opened["opened"], 1), 0.0)  # the clock may have been set back
     done = {"status": "done", "made": "by hand", "headline": headline, "seconds": seconds}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(out / STAGE_FILE, opened | done | {"created": created, "versions": versions()})
@@ -184,12 +198,12 @@ def track(items: Iterable[T], *, total: int, unit: str = "image", label: str = "
                 yield item
                 bar.update(min(step, total - bar.n))
         return
-    told = start = time.time()
+    told = start = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
         done = min(number * step, total)
-        if done == total or time.time() - told > 0.5:
-            told = time.time()
+        if done == total or time.monotonic() - told > 0.5:
+            told = time.monotonic()
             report_progress(done, total, unit=unit, label=label, rate=done / max(told - start, 1e-6))
 
 

@@ -186,7 +186,7 @@ def _deal(
     kept: pd.Series | None = None,
 ) -> pd.Series:
     """Deal groups to the parts `names` by `shares`: settled ones, then those of several images, then single ones."""
-    codes, classes = pd.factorize(table["label"])
+    codes, classes = pd.factorize(table["label"], sort=True)  # sums of floats depend on the order of the classes
     settled = np.full(len(table), -1) if kept is None else pd.Index(names).get_indexer(kept)
     line = _line(table, stratify, seed)
     is_single = [len(rows) == 1 and settled[rows[0]] < 0 for rows in line]

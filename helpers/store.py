@@ -5,6 +5,7 @@ and their hashes are on record. A run is a folder of relative links into the sto
 """
 
 import ast
+import errno
 import hashlib
 import json
 import os
@@ -87,7 +88,10 @@ def contents(folder: Path) -> dict[str, list]:
 
 
 def changed_files(folder: Path) -> list[str]:
-    """Return the files of a stored stage that are missing or whose content is not what it was when it was made."""
+    """Return the files of a stored stage that are missing or whose content is not what it was when it was made.
+
+    A file of the size and the modification time on record is taken to be as it was; `differences` reads every file.
+    """
     changed = []
     for name, (size, modified, sha256) in runs.read_json(folder / runs.STAGE_FILE)["files"].items():
         try:
@@ -98,6 +102,20 @@ def changed_files(folder: Path) -> list[str]:
         if (found.st_size, found.st_mtime_ns) != (size, modified) and sha256_of(folder / name) != sha256:
             changed.append(name)
     return changed
+
+
+def differences(folder: Path) -> list[str]:
+    """Read every file of a stored stage and say in words what is not as it was when the stage was made."""
+    record = runs.read_json(folder / runs.STAGE_FILE)
+    before, now = (
+        {name: sha256 for name, (*_, sha256) in files.items()} for files in (record["files"], contents(folder))
+    )
+    found = [f"{name} is missing" for name in before if name not in now]
+    found += [f"{name} was changed" for name in before if name in now and now[name] != before[name]]
+    found += [f"{name} was added" for name in now if name not in before]
+    if fingerprint(record["ingredients"]) != record["fingerprint"] or not folder.name.endswith(record["fingerprint"]):
+        found.append(f"{runs.STAGE_FILE} was changed")
+    return found
 
 
 def dangling_link(folder: Path) -> Path | None:
@@ -112,13 +130,14 @@ def dangling_link(folder: Path) -> Path | None:
 
 def keep(partial: Path, folder: Path, record: dict[str, Any]) -> None:
     """Record what the finished stage in `partial` is, protect its files, and move it to `folder`."""
+    for path in partial.rglob(f".*{runs.TEMPORARY}"):  # what a process left that was killed while it wrote
+        path.unlink()
     record = runs.read_json(partial / runs.STAGE_FILE) | record | {"made": "thaw run", "files": contents(partial)}
     runs.write_json(partial / runs.STAGE_FILE, record)
     for path in partial.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
-    if folder.exists():
-        shutil.rmtree(folder)
+    runs.discard(folder)
     partial.replace(folder)
 
 
@@ -126,9 +145,29 @@ def link(path: Path, target: Path) -> None:
     """Make `path` a relative link to `target`, in one step, so that a reader sees the old link or the new one."""
     relative = os.path.relpath(target, path.parent)
     if not path.is_symlink() or os.readlink(path) != relative:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}{runs.TEMPORARY}")
+        temporary.unlink(missing_ok=True)  # of a process that was killed and had the same number
         temporary.symlink_to(relative)
         os.replace(temporary, path)
+
+
+def is_writable(folder: Path) -> bool:
+    """Make `folder` if it can be made and say whether it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    return os.access(folder, os.W_OK)
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` if need be, and raise a PermissionError when it cannot be written to."""
+    if not is_writable(folder):
+        raise PermissionError(
+            f"{runs.display_path(folder)} cannot be written to. Give yourself the right to, or set THAW_RUNS to a"
+            " folder of your own."
+        )
 
 
 def check_disk(folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from helpers import pipeline, recipes, runs
+from helpers import execution, manifest, pipeline, recipes, runs, store
 
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal to draw on
 
@@ -16,7 +16,7 @@ class Watcher:
     """Shows the progress of one stage: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, console: Console, label: str):
-        self.console, self.label, self.told = console, label, time.time()
+        self.console, self.label, self.told = console, label, time.monotonic()
         columns = ("{task.description}", BarColumn(24), "{task.fields[state]}", TimeRemainingColumn())
         self.bar = Progress(
             *[TextColumn(c) if isinstance(c, str) else c for c in columns], console=console, transient=True
@@ -42,8 +42,8 @@ class Watcher:
         shown += [f"{name} {value:.4f}" for name, value in metrics.items()]
         state = "  ".join(filter(None, [line["label"], *shown]))
         self.bar.update(self.task, total=line["total"], completed=line["done"], state=state)
-        if not self.console.is_terminal and time.time() - self.told > SECONDS_BETWEEN_LINES:
-            self.told = time.time()
+        if not self.console.is_terminal and time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
+            self.told = time.monotonic()
             self.console.print(f"      {state}", markup=False)
 
 
@@ -73,21 +73,24 @@ def run(
         return
     run_folder = pipeline.runs_folder() / recipe.name
     if todo:
+        store.check_writable(run_folder.parent / ".store")
         console.print(f"{recipe.name}: {len(todo)} of {len(steps)} stages to do, in {runs.display_path(run_folder)}")
         pipeline.check_choices(recipe, todo)
+        store.check_writable(run_folder)
     for number, step in enumerate(steps, 1):
         place = f"{number}/{len(steps)} {step.stage.name}"
         if step not in todo:
             pipeline.link_stage(step)
             continue
         with Watcher(console, place) as watcher:
-            seconds = pipeline.make(step, watcher, lambda text: console.print(f"      {text}", markup=False))
+            seconds = execution.make(step, watcher, lambda text: console.print(f"      {text}", markup=False))
         headline = runs.read_json(step.folder / runs.STAGE_FILE)["headline"]
         console.print(f"{place:<14} {seconds:6.1f} s  {headline}", markup=False)
     later = planned[len(steps) :]
     pipeline.unlink_stale(later)
+    pipeline.unlink_left_out(recipe)
     kept = [step for step in later if step.state != "to do"]
-    fresh = pipeline.write_manifest(recipe, [*steps, *kept], command=" ".join(sys.argv))
+    fresh = manifest.write(recipe, [*steps, *kept], command=" ".join(sys.argv))
     report = run_folder / "report.html"
     if fresh or todo or not report.is_file():
         from helpers import report as reports
@@ -105,6 +108,8 @@ def run(
 
 def _between(steps: list[pipeline.Step], first: str, last: str) -> list[pipeline.Step]:
     names = [step.stage.name for step in steps]
+    if left_out := [name for name in (first, last) if name and name not in names]:
+        raise ValueError(f"The recipe has no section {left_out[0]}, so it leaves that stage out: {', '.join(names)}.")
     begin = names.index(first) if first else 0
     end = names.index(last) + 1 if last else len(names)
     if begin >= end:

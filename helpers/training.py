@@ -1,52 +1,23 @@
-"""What `compile` and `fit` are given: optimisers, class weights, and the callbacks that record, resume and stop."""
+"""What `fit` is given: class weights, and the callbacks that record, resume and stop; and what it leaves."""
 
 import os
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
 import pandas as pd
 from sklearn.utils.class_weight import compute_class_weight
 
-from helpers import runs
+from helpers import compiling, hardware, profiling, runs, thawing
 
-OPTIMIZERS = {
-    "adam": keras.optimizers.Adam,
-    "adamw": keras.optimizers.AdamW,
-    "sgd": keras.optimizers.SGD,
-    "rmsprop": keras.optimizers.RMSprop,
-}
 HISTORY_COLUMNS = ("epoch", "phase", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
-
-
-def optimizer(name: str, learning_rate: Any, **settings: Any) -> keras.optimizers.Optimizer:
-    """Return the Keras optimiser `name`; "sgd" has momentum 0.9.
-
-    Args:
-        name: a key of OPTIMIZERS.
-        learning_rate: a number or a keras.optimizers.schedules.LearningRateSchedule.
-        settings: further arguments of the Keras class.
-    """
-    if name == "sgd":
-        settings = {"momentum": 0.9} | settings
-    return OPTIMIZERS[name](learning_rate=learning_rate, **settings)
-
-
-def schedule(name: str, learning_rate: float, *, steps: int, warmup_steps: int = 0) -> Any:
-    """Return a learning rate for `steps` steps: "constant", or "cosine" falling to a hundredth of the start."""
-    if name == "constant":
-        return learning_rate
-    start = learning_rate / 100 if warmup_steps else learning_rate
-    return keras.optimizers.schedules.CosineDecay(
-        start,
-        decay_steps=max(steps - warmup_steps, 1),
-        alpha=0.01,
-        warmup_target=learning_rate if warmup_steps else None,
-        warmup_steps=warmup_steps,
-    )
+HISTORY_TYPES = dict.fromkeys(HISTORY_COLUMNS, float) | {"epoch": int, "phase": str}
 
 
 def class_weights(labels: np.ndarray) -> dict[int, float]:
@@ -62,58 +33,150 @@ def verbosity() -> int:
 
 
 def first_epoch(out: Path, default: int = 0) -> int:
-    """Return the epoch at which a training in `out` goes on: the last one backed up, else `default`."""
+    """Return the epoch at which a training in `out` goes on: the last one backed up after `default`, else `default`."""
     backups = sorted((out / "backup").glob("epoch-*.weights.h5"))
-    return int(backups[-1].name[6:12]) if backups else default
+    return max(default, int(backups[-1].name[6:12])) if backups else default
 
 
 def callbacks(
-    out: Path, *, phase: str, images: int, last_epoch: int, monitor: str = "val_loss", patience: int = 0
+    out: Path,
+    *,
+    phase: str,
+    images: int,
+    begin: int = 0,
+    end: int,
+    monitor: str = "val_loss",
+    patience: int = 0,
+    stop_smoothed: dict | None = None,
+    optimizer: str | dict = "adam",
+    schedule: str | dict = "constant",
+    profile_steps: Sequence[int] = (),
 ) -> list[keras.callbacks.Callback]:
-    """Return the callbacks of a phase, in the order in which they must run.
+    """Return the callbacks of a phase, in the order in which they must run; when `fit` ends, the best weights are back.
 
     Args:
-        out: the stage's folder: history.csv and logs/ go there, and backup/ until `finish` removes it.
-        phase: "head" or "fine_tune".
+        out: the stage's folder: history.csv and logs/ go there, and backup/ until `save` removes it.
+        phase: what history.csv calls it: "head" or "fine_tune".
         images: training images an epoch, for the images/s.
-        last_epoch: the epoch count at which this phase ends.
-        monitor: the metric that decides which epoch is best, "val_loss" or "val_accuracy".
+        begin, end: epochs before this phase, and after it: `fit`'s initial_epoch and epochs.
+        monitor: the metric that decides which epoch is best, e.g. "val_loss" or "val_accuracy".
         patience: stop after so many epochs without a better `monitor`; 0 never stops early.
+        stop_smoothed: arguments of `SmoothedStopping` but for the monitor; nothing does without.
+        optimizer, schedule: as `compiling` got them; some need a callback.
+        profile_steps: first and last step that the TensorFlow Profiler looks at.
     """
-    file, mode = str(out / "backup" / "best.weights.h5"), "min" if monitor.endswith("loss") else "max"
-    best = keras.callbacks.ModelCheckpoint(
-        file, monitor=monitor, mode=mode, save_best_only=True, save_weights_only=True
-    )
-    stopping = keras.callbacks.EarlyStopping(monitor=monitor, mode=mode, patience=patience or last_epoch + 1)
+    file, mode = str(out / "backup" / "best.weights.h5"), compiling.better(monitor)
+    best = Best(file, monitor=monitor, mode=mode, save_best_only=True, save_weights_only=True)
+    watchers = [keras.callbacks.EarlyStopping(monitor=monitor, mode=mode, patience=patience or end + 1)]
+    watchers += [SmoothedStopping(monitor, **stop_smoothed)] if stop_smoothed else []
+    watchers += compiling.plateau(schedule, monitor)
+    averages = isinstance(optimizer, dict) and optimizer.get("use_ema", False)
+    average = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)] if averages else []
     return [
-        Recorder(out, phase=phase, images=images, last_epoch=last_epoch),
+        Recorder(out, phase=phase, images=images, last_epoch=end),
         keras.callbacks.TerminateOnNaN(),
-        keras.callbacks.TensorBoard(str(out / "logs"), write_graph=True),
+        profiling.tensorboard(out / "logs", profile_steps),
+        *average,
         best,
-        stopping,
-        Backup(out, best=best, stopping=stopping),
+        *watchers,
+        Backup(out, begin=begin, best=best, watchers=watchers, average=average),
     ]
 
 
-def load_best(model: keras.Model, out: Path, monitor: str = "val_loss") -> str:
-    """Give the trained `model` the weights of its best epoch and return a sentence about it.
+def best_epoch(history: pd.DataFrame, monitor: str) -> pd.Series:
+    """Return the row of a history whose `monitor` is best.
+
+    Raises:
+        ValueError: it is not a number in any epoch.
+    """
+    if history[monitor].isna().all():
+        raise ValueError(f"There is no epoch whose {monitor} is a number. Take a smaller learning_rate.")
+    find = pd.Series.idxmin if compiling.better(monitor) == "min" else pd.Series.idxmax
+    return history.loc[find(history[monitor])]
+
+
+def load_best(model: keras.Model, out: Path, monitor: str = "val_loss", whole: keras.Model | None = None) -> str:
+    """Give the trained `model` the weights of its best epoch, also when `fit` was interrupted, and say which it was.
+
+    Args:
+        model: what was trained: the suffix above the frozen frontier, or the whole classifier.
+        out: the stage's folder.
+        monitor: as in `callbacks`.
+        whole: the classifier, needed where several steps were trained: the best epoch may be of an earlier one.
 
     Raises:
         ValueError: the loss was not a number in any epoch.
     """
-    file, history = out / "backup" / "best.weights.h5", read_history(out)
-    if history[monitor].isna().all():
-        raise ValueError(f"There is no epoch whose {monitor} is a number. Take a smaller learning_rate.")
-    model.load_weights(file)
-    row = history.loc[history[monitor].idxmin() if monitor.endswith("loss") else history[monitor].idxmax()]
+    history = read_history(out)
+    row = best_epoch(history, monitor)
+    earlier = sorted(out.glob("backup/after-*.weights.h5"))
+    if earlier and row["epoch"] <= int(earlier[-1].name[6:12]):
+        _bare(whole).load_weights(earlier[-1])
+    else:
+        model.load_weights(out / "backup" / "best.weights.h5")
     return (
         f"Best of {len(history)} epochs by {monitor}: epoch {row['epoch']:.0f},"
         f" validation accuracy {row['val_accuracy']:.4f}, validation loss {row['val_loss']:.4f}"
     )
 
 
+def remaining(
+    plan: Sequence[thawing.Step], model: keras.Model, out: Path, monitor: str = "val_loss"
+) -> Iterator[thawing.Step]:
+    """Yield the steps of a plan that are still to be trained, each when `model` has the best weights of all before it.
+
+    Args:
+        plan: from `thawing.plan`.
+        model: the classifier.
+        out: the stage's folder, where the weights after each of several steps are kept until `save`.
+        monitor: what decides which epoch is best.
+    """
+    for step in plan:
+        before, after = (out / "backup" / f"after-{epoch:06d}.weights.h5" for epoch in (step.begin, step.end))
+        if not after.is_file():
+            yield step
+            if step is plan[-1]:
+                return
+            if best_epoch(read_history(out), monitor)["epoch"] <= step.begin:
+                _bare(model).load_weights(before)
+            _save_weights(_bare(model), after)
+        _bare(model).load_weights(after)
+
+
+def _bare(model: keras.Model) -> keras.Model:
+    """Return the same layers as a model that was never compiled, so that no optimiser is saved or asked for."""
+    return keras.Model(model.input, model.output, name=model.name)
+
+
+def _save_weights(model: keras.Model, path: Path) -> None:
+    """Write the weights; the file appears whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name("writing.weights.h5")
+    with uninterrupted():
+        model.save_weights(temporary, overwrite=True)
+    os.replace(temporary, path)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put a KeyboardInterrupt off until the block ends: a weights file left open could not be written again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
 def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
     """Save the whole model as out/model.keras, prove that it predicts the same when loaded, and remove the backup.
+
+    It is saved without optimiser and loss, so that plain Keras loads it.
 
     Args:
         model: the classifier.
@@ -124,17 +187,20 @@ def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
         RuntimeError: the loaded model predicts something else.
     """
     path = out / "model.keras"
-    model.save(path)
-    expected, found = (m.predict_on_batch(images) for m in (model, keras.models.load_model(path)))
-    if not np.allclose(expected, found, atol=1e-5):
+    _bare(model).save(path)
+    expected, found = (m.predict_on_batch(images) for m in (model, hardware.load(path)))
+    if not np.allclose(expected, found, atol=hardware.tolerance()):
         raise RuntimeError(f"{path} does not predict what was trained: off by {np.abs(expected - found).max():.2g}.")
     shutil.rmtree(out / "backup", ignore_errors=True)
     return path
 
 
 def read_history(out: Path) -> pd.DataFrame:
-    """Return history.csv: one row an epoch, columns as HISTORY_COLUMNS; epochs count from 1 and go on in phase 2."""
-    return pd.read_csv(out / "history.csv", float_precision="round_trip")
+    """Return history.csv: one row an epoch, columns as HISTORY_COLUMNS; epochs count from 1 and go on in phase 2.
+
+    learning_rate is that of the epoch's first step.
+    """
+    return pd.read_csv(out / "history.csv", float_precision="round_trip", dtype=HISTORY_TYPES)
 
 
 class Recorder(keras.callbacks.Callback):
@@ -145,16 +211,17 @@ class Recorder(keras.callbacks.Callback):
         self.file, self.phase, self.images, self.last_epoch = out / "history.csv", phase, images, last_epoch
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        self.begun = time.time()
+        self.begun = time.monotonic()
+        self.rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        seconds = time.time() - self.begun
-        rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        row = {"epoch": epoch + 1, "phase": self.phase, "learning_rate": rate, "seconds": round(seconds, 3)} | (
-            logs or {}
-        )
-        frame = pd.DataFrame([row]).reindex(columns=HISTORY_COLUMNS)
-        frame.to_csv(self.file, mode="a", header=not self.file.exists(), index=False)
+        seconds = time.monotonic() - self.begun
+        about = {"epoch": epoch + 1, "phase": self.phase, "learning_rate": self.rate, "seconds": round(seconds, 3)}
+        row = about | (logs or {})
+        others = [name for name in row if name not in HISTORY_COLUMNS]
+        frame = pd.DataFrame([row]).reindex(columns=[*HISTORY_COLUMNS, *others])
+        earlier = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+        runs.write_text(self.file, earlier + frame.to_csv(header=not earlier, index=False))
         shown = {name: row[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy") if name in row}
         if not verbosity():
             figures = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
@@ -162,46 +229,127 @@ class Recorder(keras.callbacks.Callback):
         runs.report_progress(epoch + 1, self.last_epoch, unit="epoch", label="", rate=self.images / seconds, **shown)
 
 
+class Best(keras.callbacks.ModelCheckpoint):
+    """ModelCheckpoint of the best weights that gives them back to the model when the training ends."""
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        with uninterrupted():
+            super().on_epoch_end(epoch, logs)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        if os.path.isfile(self.filepath):
+            with uninterrupted():
+                self.model.load_weights(self.filepath)
+
+
+class SmoothedStopping(keras.callbacks.Callback):
+    """Stops when the exponential moving average of a metric has not improved enough for some epochs.
+
+    Args:
+        monitor: the metric.
+        alpha: share of the newest value in the average (0, 1].
+        gain: least improvement that counts, as a share of the best average so far.
+        epochs: epochs to wait for it.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, monitor: str, *, alpha: float = 0.3, gain: float = 0.02, epochs: int = 10):
+        super().__init__()
+        if not 0 < alpha <= 1 or not 0 <= gain < 1 or not (isinstance(epochs, int) and epochs >= 1):
+            raise ValueError(
+                "stop_smoothed: alpha is a share in (0, 1], gain one in [0, 1), epochs a whole number from 1 on;"
+                f" got alpha {alpha!r}, gain {gain!r}, epochs {epochs!r}."
+            )
+        self.monitor, self.alpha, self.gain, self.epochs = monitor, alpha, gain, epochs
+        self.falls = compiling.better(monitor) == "min"
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self.average = self.best = None
+        self.waited = 0
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        value = (logs or {})[self.monitor]
+        self.average = value if self.average is None else self.alpha * value + (1 - self.alpha) * self.average
+        if self.best is None or self._is_gain():
+            self.best, self.waited = self.average, 0
+            return
+        self.waited += 1
+        if self.waited >= self.epochs:
+            self.model.stop_training = True
+
+    def _is_gain(self) -> bool:
+        if self.falls:
+            return self.average < self.best * (1 - self.gain)
+        return self.average > self.best * (1 + self.gain)
+
+
 class Backup(keras.callbacks.BackupAndRestore):
     """BackupAndRestore with a backup of one file: no kill can leave weights and an epoch that do not belong together.
 
-    It also brings back what Keras leaves out: the best value and the waiting count of the other callbacks, by replaying
-    history.csv to them, and the random numbers of dropout, by letting each epoch's follow from its number.
+    It also brings back what Keras leaves out: the state of the other callbacks, by replaying history.csv to them, and
+    the random numbers of dropout, by letting each epoch's follow from its number. What it does not bring back is the
+    learning rate: that is what the model was compiled with, less what a plateau has taken off, so that it can be
+    changed by hand.
     """
 
-    def __init__(self, out: Path, *, best: keras.callbacks.ModelCheckpoint, stopping: keras.callbacks.EarlyStopping):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        begin: int,
+        best: keras.callbacks.ModelCheckpoint,
+        watchers: Sequence[keras.callbacks.Callback],
+        average: Sequence[keras.callbacks.SwapEMAWeights] = (),
+    ):
         super().__init__(str(out / "backup"), delete_checkpoint=False)
-        self.out, self.best, self.stopping = out, best, stopping
+        self.out, self.begin, self.best, self.watchers, self.average = out, begin, best, watchers, average
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         for state, seed in self.random_states:
             state.assign([*np.random.SeedSequence([seed, epoch]).generate_state(1), 0])
 
+    def on_train_end(self, logs: dict | None = None) -> None:
+        for state, seed in self.random_states:  # so that a next step draws what it would in a new process
+            state.assign([seed, 0])
+
     def on_train_begin(self, logs: dict | None = None) -> None:
         states = [value for value in self.model.variables if value.path.endswith("seed_generator_state")]
         self.random_states = [(state, int(keras.ops.convert_to_numpy(state)[0])) for state in states]
-        epoch, history = first_epoch(self.out), self.out / "history.csv"
-        if not epoch:
-            history.unlink(missing_ok=True)
-            return
-        rows = read_history(self.out)
-        rows = rows[rows["epoch"] <= epoch]
-        runs.write_text(history, rows.to_csv(index=False))
-        self.model.optimizer.build(self.model.trainable_variables)
-        self.model.load_weights(self._file(epoch))
+        epoch, history = first_epoch(self.out, self.begin), self.out / "history.csv"
         self.model._initial_epoch = epoch
+        rows = read_history(self.out) if history.is_file() else pd.DataFrame({"epoch": []})
+        rows = rows[rows["epoch"] <= epoch]
+        if rows.empty:
+            history.unlink(missing_ok=True)
+        else:
+            runs.write_text(history, rows.to_csv(index=False))
+        if epoch == self.begin:
+            Path(self.best.filepath).unlink(missing_ok=True)  # an earlier step's
+        else:
+            self._restore(epoch, rows[rows["epoch"] > self.begin])
+
+    def _restore(self, epoch: int, rows: pd.DataFrame) -> None:
+        optimizer = self.model.optimizer
+        optimizer.build(self.model.trainable_variables)
         for row in rows.to_dict("records"):
-            self.stopping.on_epoch_end(row["epoch"] - 1, row)
+            for watcher in self.watchers:
+                watcher.on_epoch_end(row["epoch"] - 1, dict(row))
         if self.model.stop_training:  # `fit` would ask only after one more epoch
             self.model._initial_epoch = self.params["epochs"]
         values = rows[self.best.monitor]
-        self.best.best = values.min() if self.best.monitor.endswith("loss") else values.max()
+        self.best.best = values.min() if compiling.better(self.best.monitor) == "min" else values.max()
+        rate = optimizer.learning_rate
+        number = float(keras.ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None
+        self.model.load_weights(self._file(epoch))
+        if number is not None:
+            optimizer.learning_rate = number
+        for swap in self.average:
+            swap._ema_weights_in_model = True  # as it was at the end of the epoch, when the backup was written
 
     def _save_model(self) -> None:
-        self.out.joinpath("backup").mkdir(exist_ok=True)
-        temporary = self.out / "backup" / "writing.weights.h5"
-        self.model.save_weights(temporary, overwrite=True)
-        os.replace(temporary, self._file(self._current_epoch))
+        _save_weights(self.model, self._file(self._current_epoch))
         for old in self.out.glob("backup/epoch-*.weights.h5"):
             if old != self._file(self._current_epoch):
                 old.unlink()

@@ -1,16 +1,15 @@
 """Images in a fixed order and their augmented views, the same for the same seed wherever the work begins."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-GROUP = 32  # images that are augmented together: a layer draws for a whole batch, so another number gives other views
-MIXING = (keras.layers.MixUp, keras.layers.CutMix)
+from helpers.augmentation import Augmentation, key
+
+GROUP = 32  # images that are augmented together: they share a seed and are mixed with one another
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Images:
 
 
 def in_views(
-    images: Images, start: int, views: int, augment: keras.layers.Layer | None, seed: int
+    images: Images, start: int, views: int, augment: Augmentation | None, seed: int
 ) -> Iterator[tuple[int, slice, np.ndarray, np.ndarray]]:
     """Yield (view, rows, float32 images, labels), group by group, each made while the one before it is used.
 
@@ -50,7 +49,7 @@ def in_views(
         images: the images.
         start: index of the first image, a multiple of `GROUP`.
         views: versions of each image; the first is plain.
-        augment: Keras layer or model, needed for more than one view.
+        augment: needed for more than one view.
         seed: seed of the augmentation.
 
     Raises:
@@ -58,7 +57,8 @@ def in_views(
     """
 
     def each() -> Iterator:
-        n, at, change = len(images.keys), start, _seeded(augment)
+        n, at = len(images.keys), start
+        change = tf.function(augment.function(), reduce_retracing=True) if views > 1 else None
         for pixels in images.groups(start):
             rows = slice(at, at + len(pixels))
             at = rows.stop
@@ -67,7 +67,8 @@ def in_views(
             plain, labels = pixels.astype("float32"), images.labels[rows]
             yield 0, rows, plain, labels
             for view in range(1, views):
-                yield view, rows, *change(plain, labels, [seed, view, rows.start])
+                changed, shares = change(plain, labels, key(seed, view, rows.start))
+                yield view, rows, changed.numpy(), shares.numpy()
         if at != n:
             raise ValueError(f"There must be one image for each of {n} keys; there are {at}{' or more' * (at > n)}.")
 
@@ -83,31 +84,6 @@ def _ahead(items: Iterator) -> Iterator:
             yield item
 
 
-def _seeded(augment: keras.layers.Layer | None) -> Callable | None:
-    """Return `augment` as a function (images, labels, seed numbers) that gives the same for the same seed numbers."""
-    if augment is None:
-        return None
-    mixes, states = (
-        mixes_images(augment),
-        [part for part in augment.variables if part.path.endswith("seed_generator_state")],
-    )
-
-    def call(images: Any, labels: Any) -> tuple:
-        if mixes:
-            mixed = augment({"images": images, "labels": labels}, training=True)
-            return mixed["images"], mixed["labels"]
-        return augment(images, training=True), labels
-
-    compiled = tf.function(call, reduce_retracing=True) if keras.backend.backend() == "tensorflow" else call
-
-    def run(images: np.ndarray, labels: np.ndarray, seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        for state, number in zip(states, np.random.SeedSequence(seed).generate_state(len(states) or 1), strict=False):
-            state.assign([number, 0])
-        changed = compiled(images, labels.astype("float32") if mixes else labels)
-        return tuple(map(keras.ops.convert_to_numpy, changed))
-
-    return run
-
-
-def mixes_images(augment: keras.layers.Layer | None, views: int = 2) -> bool:
-    return views > 1 and augment is not None and any(isinstance(part, MIXING) for part in augment._flatten_layers())
+def mixes_images(augment: Augmentation | None, views: int) -> bool:
+    """Return whether views hold blends, whose labels are shares of the classes."""
+    return views > 1 and augment is not None and augment.mixes

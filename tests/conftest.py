@@ -39,6 +39,16 @@ def notebook() -> Callable[..., Path]:
     return _notebook
 
 
+@pytest.fixture(scope="session")
+def by_hand() -> Callable[..., dict]:
+    """A function (stage, **parameters) that runs a notebook's cells in this process and returns what they leave.
+
+    No kernel is started, which would take seconds. `before` maps a cell's id to a function that is given what there is
+    by then.
+    """
+    return _by_hand
+
+
 @pytest.fixture
 def toy_notebooks(tmp_path, monkeypatch) -> Path:
     """An empty folder that takes the place of `notebooks/`."""
@@ -48,6 +58,24 @@ def toy_notebooks(tmp_path, monkeypatch) -> Path:
     recipes.stages.cache_clear()
     yield folder
     recipes.stages.cache_clear()
+
+
+def _by_hand(stage: str, *, before: Mapping[str, Callable[[dict], None]] | None = None, **parameters) -> dict:
+    import matplotlib.pyplot as plt
+
+    found = recipes.find_notebook(stage)
+    cells = [cell for cell in nbformat.read(found.notebook, as_version=4).cells if cell.cell_type == "code"]
+    before = before or {}
+    assert set(before) <= {cell.id for cell in cells}, f"{found.notebook.name} has no cell {', '.join(before)}"
+    wrong = set(parameters) - set(found.parameters)
+    assert not wrong, f"{found.notebook.name} has no parameters {wrong}"
+    left = {name: p.default for name, p in found.parameters.items()} | parameters
+    for cell in cells[1:]:
+        if cell.id in before:
+            before[cell.id](left)
+        exec(compile(cell.source, f"{found.notebook.name}, cell {cell.id}", "exec"), left)
+        plt.close("all")
+    return left
 
 
 def _image_folder(folder: Path, counts: Mapping[str, int], *, size: int = 64, seed: int = 0) -> Path:

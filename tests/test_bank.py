@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from helpers import bank, datasets, folding, runs
+from helpers import augmentation, bank, folding, runs
 
 COUNT = 70  # two whole groups and a smaller one
 
@@ -19,17 +19,13 @@ def model(seed: int = 1) -> keras.Model:
     return keras.Sequential([keras.Input((8, 8, 3)), *layers])
 
 
-def augmentation() -> keras.Sequential:
-    return keras.Sequential([keras.layers.RandomFlip(), keras.layers.RandomRotation(0.2)])
-
-
 def images(count: int = COUNT) -> bank.Images:
     rng = np.random.default_rng(3)
     pixels = rng.integers(0, 256, (COUNT, 8, 8, 3), dtype="uint8")[:count]
     return bank.Images(pixels, [f"image {i}" for i in range(count)], np.arange(count, dtype="int32") % 3)
 
 
-AUGMENTATION = datasets.augmentation("default", flip="both")
+AUGMENTATION = augmentation.make("default", flip="both")
 
 
 def make(folder, **changes) -> bank.Bank:
@@ -97,7 +93,7 @@ def test_a_bank_is_found_again_whatever_the_layers_are_called(tmp_path, monkeypa
     first = make(tmp_path)
     monkeypatch.setattr(folding, "fast", lambda prefix: pytest.fail("computed again"))
     assert make(tmp_path).folder == first.folder  # model() makes new layers, with other automatic names
-    assert make(tmp_path, augment=datasets.augmentation("default", flip="both")).folder == first.folder
+    assert make(tmp_path, augment=augmentation.make("default", flip="both")).folder == first.folder
     assert "are there already" in capsys.readouterr().out
 
 
@@ -109,10 +105,11 @@ def test_a_bank_is_found_again_whatever_the_layers_are_called(tmp_path, monkeypa
         {"images": dataclasses.replace(images(), keys=[f"other {i}" for i in range(COUNT)])},
         {"views": 2},
         {"seed": 6},
-        {"augment": keras.Sequential([keras.layers.RandomFlip("vertical"), keras.layers.RandomRotation(0.2)])},
+        {"augment": augmentation.make("default", flip="dihedral")},
+        {"augment": augmentation.make([*augmentation.DEFAULT[:2], {"RandomContrast": {"factor": 0.2}}], flip="both")},
         {"dtype": "float32"},
     ],
-    ids=["weights", "architecture", "images", "views", "seed", "augmentation", "dtype"],
+    ids=["weights", "architecture", "images", "views", "seed", "flip", "layer", "dtype"],
 )
 def test_another_bank_is_made_when_anything_that_matters_changes(tmp_path, change):
     assert make(tmp_path).folder != make(tmp_path, **change).folder
@@ -129,7 +126,7 @@ def test_labels_and_trainable_flags_do_not_matter(tmp_path):
 
 def test_float32_where_float16_would_clip(tmp_path, capsys):
     large = keras.Sequential([model(), keras.layers.Rescaling(1e6)])
-    train, val = bank.fill(large, images(), images(20), tmp_path, views=2, augment=augmentation())
+    train, val = bank.fill(large, images(), images(20), tmp_path, views=2, augment=AUGMENTATION)
     assert train.activations.dtype == val.activations.dtype == np.float32
     assert "float16 cannot hold the activations of the validation images" in capsys.readouterr().out
     np.testing.assert_allclose(train.activations[0], keras.ops.convert_to_numpy(large(images().pixels)), rtol=1e-3)
@@ -147,7 +144,7 @@ def test_the_bound_takes_views_away_and_then_the_cache(tmp_path, capsys):
     val_size = one_view * 20 / COUNT
 
     def fill(cache_gb, **changes):
-        given = {"views": 8, "augment": augmentation()} | changes
+        given = {"views": 8, "augment": AUGMENTATION} | changes
         return bank.fill(model(), images(), val, tmp_path, cache_gb=cache_gb, **given)
 
     assert fill(val_size + 8.01 * one_view)[0].views == 8
@@ -228,7 +225,7 @@ def test_a_resumed_training_sees_what_an_undisturbed_one_sees(tmp_path):
 
 def test_mixed_images_bring_mixed_labels(tmp_path):
     shares = np.eye(3, dtype="float32")[images().labels]
-    mixing = keras.layers.MixUp(alpha=0.4, seed=1)
+    mixing = augmentation.make("none", mix="mixup")
     made = make(tmp_path, images=dataclasses.replace(images(), labels=shares), augment=mixing, views=2)
     assert made.labels.shape == (2, COUNT, 3)
     np.testing.assert_array_equal(made.labels[0], shares)
@@ -241,7 +238,7 @@ def test_mixed_images_bring_mixed_labels(tmp_path):
 
 def test_mixing_needs_shares_as_labels(tmp_path):
     with pytest.raises(ValueError, match="one-hot; got shape"):
-        make(tmp_path, augment=keras.layers.CutMix())
+        make(tmp_path, augment=augmentation.make("none", mix="cutmix"))
 
 
 @pytest.mark.parametrize("count", [COUNT - 1, 64, COUNT + 1, 200])

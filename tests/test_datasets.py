@@ -8,7 +8,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import bank, datasets, models, runs
+from helpers import augmentation, bank, datasets, models, runs
 
 SIZE = 32
 COUNTS = {"train": {"cat": 7, "dog": 3, "owl": 1}, "val": {"cat": 2, "dog": 2, "owl": 1}, "test": {"cat": 1, "dog": 1}}
@@ -141,7 +141,7 @@ def test_the_length_of_an_epoch_is_known(train):
 @pytest.mark.parametrize("spec", ["none", "default"])
 def test_an_epoch_follows_from_seed_and_number_alone(train, spec, balanced):
     def options():  # new layers each time, as in a new process
-        return {"augment": datasets.augmentation(spec, "both"), "balanced": balanced}
+        return {"augment": augmentation.make(spec, "both"), "balanced": balanced}
 
     first, second, third = epochs(train, 0, 1, 2, **options())
     assert not equal(first, second) and not equal(second, third)
@@ -151,13 +151,13 @@ def test_an_epoch_follows_from_seed_and_number_alone(train, spec, balanced):
 
 
 def test_another_epoch_augments_the_same_image_otherwise(train):
-    one, two = epochs(train, 0, 1, augment=datasets.augmentation("default"), batch_size=11)
+    one, two = epochs(train, 0, 1, augment=augmentation.make("default"), batch_size=11)
     order = [np.argsort(np.random.default_rng([7, epoch]).permutation(11)) for epoch in (0, 1)]
     assert not np.isclose(whole(one)[order[0]], whole(two)[order[1]], atol=0.5).all(axis=(1, 2, 3)).any()
 
 
 def test_images_that_do_not_fit_in_memory_give_the_same_batches(train, monkeypatch):
-    augment = datasets.augmentation("default")
+    augment = augmentation.make("default")
     kept = epochs(train, 0, 1, augment=augment)
     monkeypatch.setattr(bank, "SHARE_OF_RAM", 0)
     assert all(equal(a, b) for a, b in zip(kept, epochs(train, 0, 1, augment=augment), strict=True))
@@ -165,7 +165,7 @@ def test_images_that_do_not_fit_in_memory_give_the_same_batches(train, monkeypat
 
 @pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
 def test_every_seed_that_a_recipe_may_give_works(train, seed):
-    augment = datasets.augmentation("default")
+    augment = augmentation.make("default")
     assert equal(*(epochs(train, 9_999, seed=seed, augment=augment)[0] for _ in range(2)))
 
 
@@ -186,62 +186,6 @@ def test_chances_add_up_and_are_equal_for_every_class(labels):
     np.testing.assert_allclose(by_class, 1 / len(by_class))
 
 
-# Augmentation
-
-
-@pytest.mark.parametrize("name", datasets.PRESETS)
-def test_presets_change_images_and_keep_their_range(name, train, pixels):
-    augment = datasets.augmentation(name)
-    if name == "none":
-        assert augment is None
-        return
-    changed = augment(pixels.astype("float32"), training=True).numpy()
-    assert changed.shape == pixels.shape and changed.dtype == np.float32
-    assert np.abs(changed - pixels).mean() > 1 and changed.min() >= -1 and changed.max() <= 256
-
-
-@pytest.mark.parametrize(
-    ("flip", "axes"), [("horizontal", [(2,)]), ("vertical", [(1,)]), ("both", [(1,), (2,), (1, 2)])]
-)
-def test_flips_are_mirror_images_and_nothing_else(flip, axes, pixels):
-    batch = np.repeat(pixels, 8, axis=0).astype("float32")
-    changed = datasets.augmentation("none", flip)(batch, training=True).numpy()
-    possible = [batch, *(np.flip(batch, axis) for axis in axes)]
-    kinds = np.array([(changed == other).all(axis=(1, 2, 3)) for other in possible])
-    assert kinds.any(axis=0).all() and kinds.any(axis=1).all()
-
-
-def test_layers_may_be_listed(pixels):
-    augment = datasets.augmentation([{"RandomBrightness": {"factor": [0.5, 0.5]}}, {"RandomInvert": {"factor": 0.0}}])
-    assert [type(layer).__name__ for layer in augment.layers] == ["RandomBrightness", "RandomInvert"]
-    changed = augment(pixels.astype("float32"), training=True).numpy()
-    np.testing.assert_allclose(changed, np.clip(pixels + 127.5, 0, 255), atol=0.1)
-
-
-def test_an_empty_list_is_no_augmentation():
-    assert datasets.augmentation([]) is None and datasets.augmentation("none", "none") is None
-
-
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [
-        ("defualt", "'defualt' is not a preset. Take one of none, default, enhanced, or list layers"),
-        ([{"RandomZom": {}}], "keras.layers has no augmentation 'RandomZom'. There are: .*RandomZoom"),
-        ([{"Dense": {"units": 3}}], "keras.layers has no augmentation 'Dense'"),
-        ([{"RandomCrop": {"height": 8, "width": 8}}], "keras.layers has no augmentation 'RandomCrop'"),
-        ([{"AugMix": {}}], "keras.layers has no augmentation 'AugMix'"),
-        ([{"RandomFlip": {"axis": "x"}}], "RandomFlip refused its arguments: .*axis"),
-        ([{"RandomRotation": {"factor": "much"}}], "RandomRotation refused its arguments"),
-        ([{"RandomZoom": 0.2}], "RandomZoom refused its arguments"),
-        (["RandomZoom"], "expected {layer name: {argument: value}}, got 'RandomZoom'"),
-        ([{"RandomZoom": {}, "RandomFlip": {}}], "expected {layer name"),
-    ],
-)
-def test_a_wrong_augmentation_says_what_is_wrong(spec, expected):
-    with pytest.raises(ValueError, match=f"augmentation: {expected}"):
-        datasets.augmentation(spec)
-
-
 # Looking
 
 
@@ -255,14 +199,12 @@ def test_a_sample_shows_every_class_as_often_as_can_be(train):
     assert len(datasets.sample(train, 100)) == 11
 
 
-def test_copies_begin_with_the_plain_image(train, pixels):
-    copies = datasets.augmented_copies(train.paths[:2], datasets.augmentation("enhanced"), SIZE, copies=3)
-    assert len(copies) == 6 and all(copy.dtype == np.uint8 and copy.shape == (SIZE, SIZE, 3) for copy in copies)
-    np.testing.assert_array_equal(copies[0], pixels[0])
-    np.testing.assert_array_equal(copies[3], pixels[1])
-    assert (copies[1] != copies[0]).any() and (copies[1] != copies[2]).any()
-    plain = datasets.augmented_copies(train.paths[:1], None, SIZE, copies=3)
-    np.testing.assert_array_equal(plain[2], pixels[0])
+def test_examples_hold_every_class_as_often_as_asked_for(train, pixels):
+    found = dict(datasets.examples(train, each=3, seed=1))
+    assert {name: len(images) for name, images in found.items()} == {"dog": 3, "cat": 3, "owl": 1}
+    held = {name: pixels[train.labels == number] for number, name in enumerate(train.class_names)}
+    assert all((image == held[name]).all((1, 2, 3)).any() for name in found for image in found[name])
+    assert list(dict(datasets.examples(train, classes=2))) == ["dog", "cat"]
 
 
 # Feeds
@@ -284,14 +226,14 @@ def feed(model, train, val, tmp_path):
 
 
 def test_a_feed_without_views_computes_the_whole_model(feed, model, pixels, val):
-    fed = feed(0, augment=datasets.augmentation("default"))
+    fed = feed(0, augment=augmentation.make("default"))
     assert fed.model is model and fed.banks == [] and fed.steps == 3 and "views is 0" in fed.summary
     assert next(iter(fed.train))[0].shape == (4, SIZE, SIZE, 3)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in fed.val]), val.labels)
 
 
 def test_a_feed_with_views_starts_at_the_frontier(feed, model, val):
-    fed = feed(3, augment=datasets.augmentation("default"))
+    fed = feed(3, augment=augmentation.make("default"))
     activations = next(iter(fed.train))[0]
     assert fed.model is not model and activations.shape[1:] == fed.model.input_shape[1:] and fed.steps == 3
     assert "3 views of 11 training images and 5 validation images" in fed.summary
@@ -307,7 +249,7 @@ def test_a_feed_with_views_starts_at_the_frontier(feed, model, val):
 @pytest.mark.parametrize("views", [0, 3])
 def test_a_feed_draws_the_same_when_it_goes_on(feed, views):
     def seen(*numbers):
-        fed = feed(views, augment=datasets.augmentation("default"), balanced=True)
+        fed = feed(views, augment=augmentation.make("default"), balanced=True)
         return [
             fed.clock.on_epoch_begin(number) or [(images.numpy(), labels.numpy()) for images, labels in fed.train]
             for number in numbers
@@ -317,10 +259,53 @@ def test_a_feed_draws_the_same_when_it_goes_on(feed, views):
     assert equal(begun[1], resumed[0]) and not equal(begun[0], begun[1])
 
 
+def seen(fed, *numbers):
+    """The images or activations, and the labels, of the epochs `numbers`."""
+    epochs = [fed.clock.on_epoch_begin(number) or list(fed.train.as_numpy_iterator()) for number in numbers]
+    return [tuple(np.concatenate(part) for part in zip(*epoch, strict=True)) for epoch in epochs]
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_mixed_images_have_shares_of_the_classes_as_labels(feed, views):
+    def mixing():
+        return feed(views, augment=augmentation.make("none", mix="mixup"))
+
+    fed = mixing()
+    (_, labels), (_, more) = seen(fed, 0, 1)
+    both = np.concatenate([labels, more])
+    assert both.dtype == np.float32 and both.shape == (22, 3) and 1 < both.max(1).sum() < 22
+    np.testing.assert_allclose(both.sum(1), 1, atol=1e-5)
+    assert equal(seen(mixing(), 1), [(_, more)])  # whatever was before, and from the bank as it is found again
+    val = np.concatenate([labels for _, labels in fed.val])
+    np.testing.assert_array_equal(val, np.eye(3)[[1, 1, 0, 0, 2]])
+    if views:
+        plain = np.concatenate([labels for labels in both if labels.max() == 1]).reshape(-1, 3)
+        assert len(plain) >= 11 and plain.sum(0).min() >= 1  # the first view of each image is not mixed
+
+
+def test_blends_and_balance_go_together_only_in_fresh_batches(feed, train):
+    mixing = augmentation.make("none", mix="cutmix")
+    with pytest.raises(ValueError, match=r"balanced_batches cannot balance .* Take views: 0, imbalance: class_weight"):
+        feed(2, augment=mixing, balanced=True)
+    fed = feed(0, augment=mixing, balanced=True)
+    shares = np.mean([labels.mean(0) for _, labels in seen(fed, *range(12))], axis=0)
+    np.testing.assert_allclose(shares, 1 / 3, atol=0.1)  # of the images, 7, 3 and 1
+
+
+def test_a_blend_has_the_weight_of_its_larger_class():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, activation="softmax")])
+    model.compile(keras.optimizers.SGD(0.0), "categorical_crossentropy")
+    images, labels = np.ones((2, 2)), np.array([[0.6, 0.4, 0.0], [0.1, 0.2, 0.7]], "float32")
+    expected = model.evaluate(images, labels, sample_weight=np.array([2.0, 5.0]), verbose=0)
+    data = tf.data.Dataset.from_tensor_slices((images, labels)).batch(2)
+    found = model.fit(data, class_weight={0: 2.0, 1: 3.0, 2: 5.0}, verbose=0).history["loss"][0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_training_the_suffix_trains_the_model(feed, model):
     keras.utils.set_random_seed(1)
     before = [value.numpy() for value in model.trainable_variables]
-    fed = feed(2, augment=datasets.augmentation("none", "horizontal"))
+    fed = feed(2, augment=augmentation.make("none", "horizontal"))
     fed.model.compile("adam", "sparse_categorical_crossentropy")
     fed.model.fit(fed.train, epochs=1, shuffle=False, callbacks=[fed.clock], verbose=0)
     assert any((old != new.numpy()).any() for old, new in zip(before, model.trainable_variables, strict=True))

@@ -272,6 +272,11 @@ def test_a_submission_has_the_columns_asked_for():
         "y": [0.1, 0.8],
         "x": [0.9, 0.2],
     }
+    assert labels.submission(predictions, ["id", "*"]).to_dict("list") == {
+        "id": ["a", "b.c"],
+        "x": [0.9, 0.2],
+        "y": [0.1, 0.8],
+    }
     with pytest.raises(ValueError, match="columns"):
         labels.submission(predictions, ["id"])
 

@@ -1,18 +1,12 @@
 """Classifiers and thawing: the head, exactly which weights train, BatchNormalization, saving."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
 from helpers import backbones, models
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +65,8 @@ def test_height_and_width_may_differ():
 def test_head_of_stanford_cars():
     """S4: GAP, Dropout, BatchNorm, [Dense 1024, Dropout, BatchNorm], [Dense 516, Dropout, BatchNorm], softmax."""
     dense = [{"units": units, "dropout": 0.5, "batch_norm": True} for units in (1024, 516)]
-    model = models.classifier(
-        "resnet50", 196, image_size=32, weights="none", dropout=0.3, batch_norm=True, dense=dense, l2=1e-3
-    )
+    output = models.output_settings({"batch_norm": True, "l2": 1e-3})
+    model = models.classifier("resnet50", 196, image_size=32, weights="none", dropout=0.3, dense=dense, **output)
     head = [type(layer).__name__ for layer in model.layers[2:]]
     block = ["Dense", "Dropout", "BatchNormalization"]
     assert head == ["GlobalAveragePooling2D", "Dropout", "BatchNormalization", *block, *block, "Dense"]
@@ -107,6 +100,8 @@ def test_mixed_precision_keeps_float32_probabilities():
         ({"dense": [0]}, "units of a dense layer must be a whole number from 1"),
         ({"dense": [{"activation": "relu"}]}, "units of a dense layer .* got None"),
         ({"dense": [{"units": 8, "droput": 0.5}]}, r"no \['droput'\]; it takes units, activation, dropout"),
+        ({"dense": [{"units": 8, "activation": "rellu"}]}, "activation is one of Keras, such as relu; got"),
+        ({"dense": [{"units": 8, "l2": "1"}]}, "l2 of a dense layer is a number of at least 0; got '1'"),
         ({"backbone": "mobilenetv3_small"}, "Did you mean mobilenet_v3_small"),
     ],
 )
@@ -114,6 +109,19 @@ def test_wrong_heads(wrong, message):
     values = {"backbone": "mobilenet_v3_small", "n_classes": 2, "image_size": 32, "weights": "none"} | wrong
     with pytest.raises(ValueError, match=message):
         models.classifier(values.pop("backbone"), values.pop("n_classes"), **values)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"batchnorm": True}, "output has no 'batchnorm'. Did you mean batch_norm"),
+        ({"l1": -1.0}, "l1 of output is a number of at least 0; got -1.0"),
+        ({"batch_norm": 1}, "batch_norm of output is true or false; got 1"),
+    ],
+)
+def test_wrong_outputs(output, message):
+    with pytest.raises(ValueError, match=message):
+        models.output_settings(output)
 
 
 # Which weights train, counted from the papers' layer tables
@@ -319,36 +327,3 @@ def test_saved_models_predict_the_same_and_remember_what_trains(small, tmp_path)
     assert models.trainable_table(loaded).equals(models.trainable_table(small))
     for what in ("all", 0.3, "none"):
         assert models.unfreeze(loaded, what).equals(models.unfreeze(small, what))
-
-
-# The check before a run
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["vgg16", '"block6"'], "no block or layer 'block6'"),
-        (["vgg16", "block6"], "no block or layer 'block6'"),
-        (["resnet5", '"conv5"'], "Unknown backbone 'resnet5'"),
-        (["xception", "0.5", "64"], "needs images of at least 71 px"),
-        ([], "usage: python -m helpers.models check"),
-    ],
-)
-def test_check_prints_the_message(arguments, message, capsys):
-    assert models._main(["check", *arguments]) == 2
-    assert message in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("what", ['"block5"', "block5", '{"from_index": 15}', "0.4", "3", '"none"'])
-def test_check_accepts(what, capsys):
-    assert models._main(["check", "vgg16", what, "32"]) == 0
-    assert capsys.readouterr().out == ""
-
-
-def test_check_as_a_command():
-    command = [sys.executable, "-m", "helpers.models", "check", "mobilenet", '"conv_pw_14"', "32"]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout.startswith("The backbone has no block or layer 'conv_pw_14'. Did you mean conv_pw_4")
-    assert len(done.stdout.splitlines()) == 1

@@ -72,6 +72,18 @@ def test_names_are_thinned_out_when_the_axes_are_small():
     assert overlapping(ax.get_yticklabels(), drawn(ax), "y") == 0
 
 
+def test_before_and_after_stand_side_by_side():
+    before, after = ([np.full((9, 9, 3), value, np.uint8)] * 8 for value in (40, 200))
+    axes = plots.before_and_after(before, after, columns=6, heading="kind")
+    drawn(axes)
+    canvas = axes.images[0].get_array()
+    middle = canvas.shape[1] // 2
+    assert (canvas[:160, :160] == 40).all() and (canvas[:160, -160:] == 200).all() and (canvas[:, middle] == 255).all()
+    assert not (canvas[:, :middle] == 200).any() and (canvas[170:, 330:400] == 255).all()
+    with pytest.raises(ValueError, match="as many pictures before as after, at least one; got 8, 7"):
+        plots.before_and_after(before, after[:7])
+
+
 @pytest.mark.parametrize("n", [2, 12, 13])
 def test_confusion_cells_carry_numbers_only_when_they_can_be_read(n):
     axes = plots.confusion_matrix(5 * np.eye(n, dtype=int), names_of(n))

@@ -32,17 +32,31 @@ def run(tmp_path, model):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize(
-    ("mirror", "axes"), [("horizontal", [(), (2,)]), ("vertical", [(), (1,)]), ("both", [(), (1,), (2,), (1, 2)])]
-)
-def test_mirrored_is_the_mean_over_the_mirror_images(model, pixels, mirror, axes, tmp_path):
-    images = pixels.astype("float32")
-    expected = np.mean([model.predict_on_batch(np.flip(images, axis)) for axis in axes], axis=0)
-    both = prediction.mirrored(model, mirror)
-    np.testing.assert_allclose(both.predict_on_batch(images), expected, atol=1e-6)
-    both.save(tmp_path / "m.keras")
-    loaded = keras.models.load_model(tmp_path / "m.keras")
+SYMMETRIES = {
+    "horizontal": [lambda x: x, lambda x: x[:, :, ::-1]],
+    "vertical": [lambda x: x, lambda x: x[:, ::-1]],
+    "both": [lambda x: x, lambda x: x[:, ::-1], lambda x: x[:, :, ::-1], lambda x: x[:, ::-1, ::-1]],
+    "dihedral": [lambda x, k=k, s=s: np.rot90(x, k, (1, 2))[:, ::s] for k in range(4) for s in (1, -1)],
+}
+
+
+@pytest.mark.parametrize("mirror", SYMMETRIES)
+def test_mirrored_is_the_mean_over_the_symmetries(pixels, mirror, tmp_path):
+    images = pixels[:, :8, :8].astype("float32") / 255
+    layers = [keras.layers.Conv2D(4, 3), keras.layers.Flatten(), keras.layers.Dense(3, "softmax")]
+    model = keras.Sequential([keras.Input((8, 8, 3)), *layers])
+    expected = np.mean([model.predict_on_batch(change(images)) for change in SYMMETRIES[mirror]], axis=0)
+    mean = prediction.mirrored(model, mirror)
+    np.testing.assert_allclose(mean.predict_on_batch(images), expected, atol=1e-6)
+    mean.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras", safe_mode=True)
     np.testing.assert_allclose(loaded.predict_on_batch(images), expected, atol=1e-6)
+
+
+def test_only_square_images_are_turned():
+    wide = keras.Sequential([keras.Input((4, 6, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match=r"dihedral turns images and needs square ones; the model takes \(4, 6, 3\)"):
+        prediction.mirrored(wide, "dihedral")
 
 
 def test_without_mirroring_the_model_is_itself(model):

@@ -21,7 +21,7 @@ import papermill
 import pytest
 from rich.console import Console
 
-from helpers import inventory, pipeline, recipes, report, runs, store, terminal
+from helpers import execution, inventory, pipeline, recipes, report, runs, store, terminal
 
 EXPLORE = """
 source: str = "photos"  # a folder with a file that stands for the images
@@ -587,7 +587,7 @@ def test_progress_and_output_reach_the_terminal_and_the_log(toys):
     )
     seen = []
     step = toys.plan()["explore"]
-    pipeline.make(step, seen.append, seen.append)
+    execution.make(step, seen.append, seen.append)
     (line,) = seen
     assert (line["done"], line["total"], line["unit"], line["metrics"]) == (3, 5, "epoch", {"rate": 12.0, "loss": 0.25})
     assert "said" in (log := (step.folder / "notebook.log").read_text()) and "below" in log
@@ -624,7 +624,7 @@ def test_progress_is_a_bar_on_a_terminal():
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> str:
-    for _ in range(300):
+    for _ in range(1200):
         if path.exists() and path.read_text():
             return path.read_text()
         assert process.poll() is None, process.communicate()[0]

@@ -1,14 +1,16 @@
 """Training: what is recorded, and that a training which was killed ends as if nothing had happened."""
 
 import os
+import signal
 
+import h5py
 import keras
 import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
 
-from helpers import runs, training
+from helpers import compiling, frontier, models, profiling, runs, thawing, training
 
 EPOCHS = 8
 
@@ -52,25 +54,24 @@ def data():
     return features, labels
 
 
-def make_model(rate=0.05, begin=0, optimizer="adam"):
+def make_model(rate=0.05, optimizer="adam", schedule="cosine", monitor="val_loss"):
     """A new model, as in a new process, with dropout so that training draws random numbers."""
     keras.utils.set_random_seed(7)
     inputs = keras.Input((8,))
     value = keras.layers.Dense(16, activation="relu")(inputs)
     value = keras.layers.Dropout(0.5)(value)
     model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax")(value))
-    schedule = training.schedule("cosine", rate, steps=5 * EPOCHS)
-    model.compile(training.optimizer(optimizer, schedule), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    rate = compiling.schedule(schedule, rate, epochs=EPOCHS, steps=5)
+    model.compile(compiling.optimizer(optimizer, rate), compiling.loss(), metrics=compiling.metrics(monitor))
     return model
 
 
-def train(out, data, *, kill=None, place=0, begin=0, monitor="val_loss", patience=0, **options):
-    """Train a new model in a folder; return it, its history and the folder. `kill` ends it before its time."""
+def train(out, data, *, kill=None, place=0, begin=0, rate=0.05, model=None, **options):
+    """Train in a folder; return the model, its history and the folder. `kill` ends it before its time."""
     out.mkdir(exist_ok=True)
-    model, (x, y) = make_model(**options), data
-    row = training.callbacks(
-        out, phase="head", images=50, last_epoch=begin + EPOCHS, monitor=monitor, patience=patience
-    )
+    compiled = {name: options[name] for name in ("optimizer", "schedule", "monitor") if name in options}
+    model, (x, y) = model or make_model(rate, **compiled), data
+    row = training.callbacks(out, phase="head", images=50, begin=begin, end=begin + EPOCHS, **options)
     row.insert(place, kill or keras.callbacks.Callback())
     batches = tf.data.Dataset.from_tensor_slices((x[:50], y[:50])).batch(10)
     settings = {"initial_epoch": begin, "epochs": begin + EPOCHS, "shuffle": False, "verbose": 0}
@@ -88,9 +89,8 @@ def fit(data, tmp_path):
 def undisturbed(data, tmp_path_factory):
     """A training that nothing has interrupted, and the sentence about its best epoch."""
     model, history, out = train(tmp_path_factory.mktemp("undisturbed"), data)
-    last = model.get_weights()
-    sentence = training.load_best(model, out)
-    return {"history": history, "last": last, "sentence": sentence, "best": model.get_weights()}
+    best, sentence = model.get_weights(), training.load_best(model, out)
+    return {"history": history, "sentence": sentence, "best": best}
 
 
 @pytest.fixture
@@ -125,7 +125,8 @@ def test_the_history_has_a_row_an_epoch(fit):
     assert tuple(history.columns) == training.HISTORY_COLUMNS
     assert history["epoch"].to_list() == list(range(1, EPOCHS + 1)) and set(history["phase"]) == {"head"}
     assert history["loss"].iloc[-1] < history["loss"].iloc[0] and (history["seconds"] > 0).all()
-    assert history["learning_rate"].is_monotonic_decreasing and history["learning_rate"].max() <= 0.05
+    planned = compiling.rates(compiling.schedule("cosine", 0.05, epochs=EPOCHS, steps=5), epochs=EPOCHS, steps=5)
+    np.testing.assert_allclose(history["learning_rate"], planned["learning_rate"], rtol=1e-6)
     assert list((out / "logs").rglob("events*"))
 
 
@@ -153,13 +154,15 @@ def test_a_person_gets_the_bar_of_keras(monkeypatch):
 # The best epoch
 
 
-@pytest.mark.parametrize("monitor", ["val_loss", "val_accuracy"])
+@pytest.mark.parametrize("monitor", ["val_loss", "val_accuracy", "val_macro_f1"])
 def test_the_best_epoch_is_kept(fit, data, monitor):
     model, history, out = fit(monitor=monitor, rate=0.5)
     best = history[monitor].min() if monitor == "val_loss" else history[monitor].max()
+    found = model.evaluate(data[0][50:], data[1][50:], verbose=0, return_dict=True)
+    assert best == pytest.approx(found[monitor.removeprefix("val_")], rel=1e-5), (
+        "fit itself gives the best weights back"
+    )
     sentence = training.load_best(model, out, monitor)
-    loss, accuracy = model.evaluate(data[0][50:], data[1][50:], verbose=0)
-    assert best == pytest.approx(loss if monitor == "val_loss" else accuracy, rel=1e-5)
     assert f"Best of {EPOCHS} epochs by {monitor}: epoch {history.index[history[monitor] == best][0] + 1}," in sentence
 
 
@@ -167,6 +170,26 @@ def test_early_stopping_waits_for_patience(fit):
     _, history, _ = fit(patience=1, rate=1.0)
     losses = history["val_loss"].to_list()
     assert len(losses) < EPOCHS and losses[-1] >= min(losses[:-1])
+
+
+def test_smoothed_stopping_waits_for_a_relative_gain():
+    """Expected by hand for alpha 1, where the average is the value: 2 % of the best must be gained within 3 epochs."""
+
+    def last_epoch(values, monitor, **options):
+        callback = training.SmoothedStopping(monitor, gain=0.02, epochs=3, **options)
+        callback.set_model(keras.Sequential())
+        callback.on_train_begin()
+        for epoch, value in enumerate(values):
+            callback.on_epoch_end(epoch, {monitor: value})
+            if getattr(callback.model, "stop_training", False):
+                return epoch
+        return None
+
+    assert last_epoch([1.0, 0.99, 0.981, 0.97, 0.96, 0.955, 0.951], "val_loss", alpha=1.0) == 6
+    assert last_epoch([0.5, 0.505, 0.509, 0.511, 0.515, 0.52, 0.522], "val_accuracy", alpha=1.0) is None
+    assert last_epoch([0.5, 0.505, 0.509, 0.5099], "val_accuracy", alpha=1.0) == 3
+    assert last_epoch([1.0, 0.5, 5.0, 5.0, 5.0], "val_loss", alpha=0.3) == 4, "0.85 is the best average"
+    assert last_epoch([1.0, 0.5, 5.0, 0.1, 0.1, 0.1, 0.1], "val_loss", alpha=0.3) == 4
 
 
 def test_numbers_that_are_none_end_the_training_with_a_reason(fit):
@@ -182,7 +205,7 @@ def test_numbers_that_are_none_end_the_training_with_a_reason(fit):
 def test_equal_seeds_train_equally(fit, undisturbed):
     model, history, _ = fit()
     same_history(history, undisturbed["history"])
-    same_weights(model, undisturbed["last"])
+    same_weights(model, undisturbed["best"])
 
 
 @pytest.mark.parametrize(
@@ -198,7 +221,7 @@ def test_equal_seeds_train_equally(fit, undisturbed):
 def test_a_kill_at_any_moment_changes_nothing(fit_with_kills, undisturbed, moment, place):
     resumed, history, out = fit_with_kills(Kill(2, moment), place=place)
     same_history(history, undisturbed["history"])
-    same_weights(resumed, undisturbed["last"])
+    same_weights(resumed, undisturbed["best"])
     assert training.load_best(resumed, out) == undisturbed["sentence"]
     same_weights(resumed, undisturbed["best"])
 
@@ -211,13 +234,175 @@ def test_many_kills_change_nothing_in_phase_two_either(fit, fit_with_kills):
     same_weights(resumed, whole.get_weights())
 
 
-@pytest.mark.parametrize("monitor", ["val_loss", "val_accuracy"])
-def test_patience_is_remembered(fit, fit_with_kills, monitor):
+def test_patience_is_remembered(fit, fit_with_kills):
+    monitor = "val_accuracy"
     _, expected, _ = fit(patience=2, rate=0.1, monitor=monitor)
     assert len(expected) < EPOCHS
     last = len(expected) - 1
     _, history, _ = fit_with_kills(Kill(last - 1, "batch"), Kill(last, "batch"), patience=2, rate=0.1, monitor=monitor)
     same_history(expected, history)
+
+
+AVERAGED = {"name": "adam", "use_ema": True, "ema_momentum": 0.8}
+
+
+def test_averaged_weights_are_validated_and_kept_but_not_trained_on(fit, undisturbed, data):
+    model, history, out = fit(optimizer=AVERAGED)
+    np.testing.assert_allclose(history["loss"], undisturbed["history"]["loss"], rtol=1e-3)
+    assert not np.allclose(history["val_loss"], undisturbed["history"]["val_loss"], rtol=1e-2)
+    for _ in range(2):  # as `fit` leaves them, and as they are loaded
+        loss, _ = model.evaluate(data[0][50:], data[1][50:], verbose=0)
+        assert loss == pytest.approx(history["val_loss"].min(), rel=1e-5)
+        training.load_best(model, out)
+
+
+def test_averages_plateaus_and_smoothed_stopping_survive_kills(fit, fit_with_kills):
+    schedule = {"name": "plateau", "factor": 0.5, "patience": 1, "min_delta": 0.05}
+    smoothed = {"alpha": 0.5, "gain": 0.05, "epochs": 4}
+    options = {"optimizer": AVERAGED, "schedule": schedule, "stop_smoothed": smoothed, "rate": 0.1}
+    whole, expected, _ = fit(**options)
+    assert 4 < len(expected) < EPOCHS and expected["learning_rate"].nunique() > 2
+    resumed, history, _ = fit_with_kills(Kill(1, "end"), Kill(len(expected) - 2, "batch"), place=1, **options)
+    same_history(history, expected)
+    same_weights(resumed, whole.get_weights())
+
+
+# By hand
+
+
+class Stop(Kill):
+    """The square in Jupyter."""
+
+    def _kill_in(self, moment):
+        if (self.now, self.moment) == (self.epoch, moment):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("schedule", "moment"), [("constant", "batch"), ("cosine", "saving")])
+def test_stopped_by_hand_it_goes_on_at_another_rate(fit, monkeypatch, schedule, moment):
+    """Also when the square is pressed while weights are written, with HDF5's file open."""
+    interrupted, stop, save = make_model(0.05, schedule=schedule), Stop(4, moment), keras.Model.save_weights
+
+    def save_weights(model, path, **options):
+        with h5py.File(f"{path}.open", "w"):
+            stop._kill_in("saving")
+            save(model, path, **options)
+
+    monkeypatch.setattr(keras.Model, "save_weights", save_weights)
+    with pytest.raises(KeyboardInterrupt) as kept:  # with its frames, as a notebook keeps them
+        fit(kill=stop, model=interrupted, schedule=schedule)
+    stop.epoch = None
+    interrupted.compile(
+        compiling.optimizer("adam", compiling.schedule(schedule, 0.01, epochs=EPOCHS, steps=5)),
+        compiling.loss(),
+        metrics=compiling.metrics(),
+    )
+    _, history, _ = fit(model=interrupted, schedule=schedule)
+    assert kept.tb and history["epoch"].to_list() == list(range(1, EPOCHS + 1))
+    planned = [compiling.schedule(schedule, rate, epochs=EPOCHS, steps=5) for rate in (0.05, 0.01)]
+    old, new = (compiling.rates(rate, epochs=EPOCHS, steps=5)["learning_rate"] for rate in planned)
+    np.testing.assert_allclose(history["learning_rate"], [*old[:4], *new[4:]], rtol=1e-6)
+    assert history["loss"][4:].max() < history["loss"][0], "it did not begin anew"
+
+
+# Several steps
+
+
+def thawed(out, data, *, steps, kill=None, at=0):
+    """Train a plan with 04's own loop, each step on the suffix above its frontier; `kill` ends step number `at`."""
+    out.mkdir(exist_ok=True)
+    keras.utils.set_random_seed(3)
+    inputs, outer = keras.Input((8,)), keras.Input((8,))
+    body = keras.Model(inputs, keras.layers.Dense(8, name="block2")(keras.layers.Dense(8, name="block1")(inputs)),
+                       name="backbone")  # fmt: skip
+    value = keras.layers.Dropout(0.3)(body(outer))
+    model = keras.Model(outer, keras.layers.Dense(3, activation="softmax")(value))
+    plan, (x, y) = thawing.plan(steps, DEFAULTS, begin=5), data
+    for step in training.remaining(plan, model, out):
+        models.unfreeze(model, step.unfreeze)
+        cut = frontier.cut(model)
+        below = cut.prefix.predict(x, verbose=0) if cut.prefix else x
+        cut.suffix.compile(thawing.optimizer(step, model, steps=5, layer_decay=0.5), compiling.loss(),
+                           metrics=compiling.metrics())  # fmt: skip
+        row = training.callbacks(out, **step.about, images=50)
+        row += [kill] if kill and step is plan[at] else []
+        batches = tf.data.Dataset.from_tensor_slices((below[:50], y[:50])).batch(step.batch_size)
+        cut.suffix.fit(batches, validation_data=(below[50:], y[50:]), initial_epoch=step.begin, epochs=step.end,
+                       callbacks=row, shuffle=False, verbose=0)  # fmt: skip
+    sentence = training.load_best(cut.suffix, out, whole=model)
+    model.compile(loss=compiling.loss(), metrics=[])
+    return (
+        training.read_history(out),
+        sentence,
+        model.evaluate(x[50:], y[50:], verbose=0, return_dict=True)["loss"],
+        model.get_weights(),
+    )
+
+
+DEFAULTS = {"unfreeze": "none", "epochs": 3, "learning_rate": 0.05, "optimizer": "adam", "schedule": "constant"}
+DEFAULTS |= {"batch_size": 10}
+STEPS = [
+    {},
+    {"unfreeze": "block2", "epochs": 2, "optimizer": "sgd"},
+    {"unfreeze": "all", "epochs": 2, "batch_size": 25},
+]
+
+
+def test_several_steps_count_on_and_survive_a_kill(data, tmp_path):
+    history, sentence, _, weights = thawed(tmp_path / "whole", data, steps=STEPS)
+    assert history["epoch"].to_list() == list(range(6, 13))
+    assert history["phase"].to_list() == ["fine_tune"] * 3 + ["fine-tune 2"] * 2 + ["fine-tune 3"] * 2
+    with pytest.raises(Killed):
+        thawed(tmp_path / "killed", data, steps=STEPS, kill=Kill(9, "batch"), at=1)
+    again, same_sentence, _, resumed = thawed(tmp_path / "killed", data, steps=STEPS)
+    same_history(again, history)
+    assert same_sentence == sentence
+    for one, other in zip(resumed, weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_step_that_makes_it_worse_is_undone(data, tmp_path):
+    steps = [{}, {"unfreeze": "all", "epochs": 1, "learning_rate": 9.0}]
+    history, sentence, loss, _ = thawed(tmp_path, data, steps=steps)
+    assert history["val_loss"].iloc[-1] > history["val_loss"].iloc[:3].min() == pytest.approx(loss, rel=1e-5)
+    assert "Best of 4 epochs" in sentence
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"unfreze": "all"}, "steps 2: there is no 'unfreze'. Did you mean unfreeze"),
+        ({"epochs": 0}, r"steps 2: fine_tune.epochs: expected int in \[1, 10000\], got 0"),
+        ({"views": 2}, "steps 2: there is no 'views'"),
+    ],
+)
+def test_a_wrong_step_is_told(step, message):
+    with pytest.raises(ValueError, match=message):
+        thawing.plan([{}, step], DEFAULTS)
+
+
+def test_the_plan_is_shown_before_training():
+    table = thawing.table(thawing.plan(STEPS, DEFAULTS, begin=5))
+    assert table[["from epoch", "to"]].to_numpy().tolist() == [[6, 8], [9, 10], [11, 12]]
+    schedule = {"name": "table", "below": {1: 1e-3}, "then": 1e-4}
+    rates = thawing.rates(thawing.plan([{}, {"epochs": 2}], DEFAULTS | {"schedule": schedule}, begin=5), images=25)
+    np.testing.assert_allclose(rates["learning_rate"], [1e-3, 1e-4, 1e-4, 1e-3, 1e-4], rtol=1e-6)
+    assert rates["epoch"].to_list() == [6, 7, 8, 9, 10]
+
+
+# The profiler
+
+
+def test_the_profile_names_the_operations(fit):
+    _, _, out = fit(profile_steps=[3, 12])
+    table = profiling.write_profile(out)
+    assert table["op"].str.contains("MatMul").any() and (table["calls"] > 0).all()
+    written = pd.read_csv(out / "profile.csv")
+    assert written["share"].sum() == pytest.approx(1, abs=0.01) and written["milliseconds"].is_monotonic_decreasing
+    calls = written.set_index("op")["calls"]
+    assert calls["SoftmaxCrossEntropyWithLogits"] == 12, "ten steps, and the validation after two epochs"
+    with pytest.raises(ValueError, match=r"expected \[first, last\] step"):
+        profiling.tensorboard(out, [12, 3])
 
 
 @pytest.mark.parametrize("patience", [0, 1])
@@ -246,37 +431,7 @@ def test_a_saved_model_predicts_the_same_and_leaves_no_backup(fit, data):
     assert path.name == "model.keras" and not (out / "backup").exists()
 
 
-# Optimisers, schedules, weights
-
-
-@pytest.mark.parametrize("name", training.OPTIMIZERS)
-def test_optimizers_are_those_of_keras(name):
-    made = training.optimizer(name, 0.25)
-    assert type(made).__name__.lower() == name and float(made.learning_rate) == 0.25
-
-
-def test_sgd_has_momentum():
-    assert training.optimizer("sgd", 0.1).momentum == 0.9
-    assert training.optimizer("sgd", 0.1, momentum=0.0).momentum == 0.0
-
-
-def test_a_constant_schedule_is_a_number():
-    assert training.schedule("constant", 0.1, steps=10) == 0.1
-
-
-def test_a_cosine_falls_to_a_hundredth():
-    rate = training.schedule("cosine", 0.1, steps=100)
-    values = [float(rate(step)) for step in range(101)]
-    expected = 0.1 * (0.99 * (1 + np.cos(np.pi * np.arange(101) / 100)) / 2 + 0.01)
-    np.testing.assert_allclose(values, expected, rtol=1e-4)
-    assert values[0] == pytest.approx(0.1) and values[-1] == pytest.approx(0.001)
-
-
-def test_a_warm_up_rises_first():
-    rate = training.schedule("cosine", 0.1, steps=100, warmup_steps=20)
-    values = [float(rate(step)) for step in range(101)]
-    assert values[0] == pytest.approx(0.001) and np.argmax(values) == 20 and values[20] == pytest.approx(0.1)
-    assert values[-1] == pytest.approx(0.001, rel=0.05)
+# Class weights, epochs
 
 
 def test_class_weights_are_the_balanced_ones():

@@ -1,0 +1,128 @@
+"""Seconds until Thaw, plain Keras and plain PyTorch first reach the validation accuracy that plain Keras ends up with.
+
+    python benchmarks/time_to_accuracy.py
+
+All three begin at the same resized images with the same ImageNet weights, recipe (system S1's, on EfficientNet-Lite0
+and solar cells of ELPV) and augmentation; the clock starts with each process, so imports count. The mark is the best
+validation accuracy of all epochs of plain Keras. plain_keras.py and plain_torch.py say how these were tuned.
+
+PyTorch is installed the first time into a virtual environment of the benchmark's own, runs/.torch, or name a Python
+that has torch and efficientnet-lite-pytorch with --torch.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import recipe_speed
+import setting
+
+from helpers import efficientnet_lite, runs
+
+PACKAGES = ("torch==2.13.*", "efficientnet-lite-pytorch", "numpy", "pillow")
+PLACE = runs.ROOT / "runs" / ".torch"
+SIDES = ("Thaw", "plain Keras", "plain PyTorch")
+
+
+def main() -> None:
+    """Run the three sides for each seed and print when each reached the mark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=int, default=300, help="training images")
+    parser.add_argument("--val", type=int, default=200, help="validation images")
+    parser.add_argument("--epochs", type=int, default=25, help="of each phase")
+    parser.add_argument("--views", type=int, default=8, help="augmented versions of each image that Thaw makes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
+    parser.add_argument("--torch", default="", help="a Python with torch and efficientnet-lite-pytorch")
+    arguments = parser.parse_args()
+    torch = arguments.torch or torch_python()
+    parts = (arguments.train, arguments.val, 20)
+    print(f"{setting.machine()}, torch {torch_version(torch)}")
+    print(f"{arguments.train} + {arguments.val} images, {arguments.epochs} + {arguments.epochs} epochs")
+    reached = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        os.environ["THAW_RUNS"] = str(folder / "runs")
+        source = setting.cells(folder / "cells", sum(parts))
+        for seed in arguments.seeds:
+            recipe = setting.s1(
+                folder, source, f"seed{seed}", parts=parts, epochs=arguments.epochs, views=arguments.views, seed=seed
+            )
+            setting.run(recipe, until="resize")
+            epochs = [thaw_epochs(recipe), keras_epochs(recipe), torch_epochs(recipe, torch)]
+            mark = max(accuracy for _, accuracy in epochs[1])
+            reached.append([first(side, mark) for side in epochs])
+            told = ", ".join(f"{name} {_text(at)}" for name, at in zip(SIDES, reached[-1], strict=True))
+            best = ", ".join(f"{100 * max(accuracy for _, accuracy in side):.1f} %" for side in epochs)
+            print(f"seed {seed}: mark {100 * mark:.1f} %: {told} (best of each: {best})", flush=True)
+    conclude(np.array(reached))
+
+
+def torch_python() -> str:
+    """Return the Python of the benchmark's own environment, made if it is not there."""
+    python = PLACE / "bin" / "python"
+    if not (PLACE / "ready").is_file():
+        print(f"Installing PyTorch into {runs.display_path(PLACE)} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(PLACE)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+        (PLACE / "ready").touch()
+    return str(python)
+
+
+def torch_version(python: str) -> str:
+    """Return the version of torch that a Python has."""
+    command = [python, "-c", "import torch, efficientnet_lite_pytorch, PIL; print(torch.__version__)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{python} lacks one of {', '.join(PACKAGES)}:\n{done.stderr[-500:]}")
+    return done.stdout.strip()
+
+
+def thaw_epochs(recipe) -> list[tuple[float, float]]:
+    """Train with Thaw; return for each epoch the seconds since its start and the validation accuracy."""
+    begin, epochs = time.time(), []
+
+    def watch(stage: str, line: dict) -> None:
+        if line["unit"] == "epoch" and "val_accuracy" in line["metrics"]:
+            epochs.append((line["time"] - begin, line["metrics"]["val_accuracy"]))
+
+    setting.run(recipe, until="fine_tune", watch=watch)
+    return epochs
+
+
+def keras_epochs(recipe) -> list[tuple[float, float]]:
+    """Do the same with plain Keras."""
+    return [tuple(epoch[:2]) for epoch in recipe_speed.keras_side(recipe, None)["epochs"]]
+
+
+def torch_epochs(recipe, python: str) -> list[tuple[float, float]]:
+    """Do the same with plain PyTorch."""
+    task = recipe_speed.plain_task(recipe) | {"weights": str(efficientnet_lite.weights_file("efficientnet_lite0"))}
+    command = [python, str(Path(__file__).with_name("plain_torch.py"))]
+    return [tuple(epoch[:2]) for epoch in recipe_speed.other_side(command, task)["epochs"]]
+
+
+def first(epochs: list[tuple[float, float]], mark: float) -> float:
+    """Return the seconds at which the accuracy first reached the mark; infinity if it never did."""
+    return next((seconds for seconds, accuracy in epochs if accuracy >= mark - 1e-6), np.inf)
+
+
+def conclude(reached: np.ndarray) -> None:
+    """Print the mean times (seeds, sides) and how many times Thaw's they are."""
+    print(f"\n{'seconds until the mark':<26}{'mean':>10}{'against Thaw':>16}{'reached':>12}")
+    thaw = reached[:, 0].mean()
+    for name, column in zip(SIDES, reached.T, strict=True):
+        ratio = f"{column.mean() / thaw:.1f} times" if np.isfinite([column.mean(), thaw]).all() else "-"
+        print(f"{name:<26}{_text(column.mean()):>10}{ratio:>16}{np.isfinite(column).sum():>5} of {len(column)}")
+
+
+def _text(seconds: float) -> str:
+    return f"{seconds:.0f} s" if np.isfinite(seconds) else "never"
+
+
+if __name__ == "__main__":
+    main()

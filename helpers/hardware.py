@@ -1,0 +1,146 @@
+"""What a notebook computes on: which device, in which precision, and what to say when its memory runs out.
+
+On a CPU everything stays float32. On a GPU, memory is taken as it is needed, XLA compiles what Keras can compile (Keras
+decides it, and never on a machine without a GPU), and the precision follows from what the GPU can do fast.
+"""
+
+import contextlib
+import gc
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# https://developer.nvidia.com/cuda-gpus: tensor cores take float16 from 7.0 (Volta) and bfloat16 from 8.0 (Ampere) on
+FAST = {(8, 0): "mixed_bfloat16", (7, 0): "mixed_float16"}
+MIXED = tuple(FAST.values())
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OOM when|out of memory|ALLOC_FAILED|failed to allocate", re.IGNORECASE)
+
+
+def prepare(devices: str = "auto", *, precision: str = "auto", deterministic: bool = False) -> str:
+    """Choose the device and the precision of every model that is built from now on, and say what was chosen.
+
+    Args:
+        devices: "auto" takes the GPU when TensorFlow sees one, "cpu" leaves it alone, "gpu" insists on it.
+        precision: "float32"; "mixed_bfloat16" or "mixed_float16" (weights stay float32, `probabilities` too); "auto"
+            takes the fastest that the GPU can do well, and float32 on a CPU.
+        deterministic: take only algorithms that give the same numbers every time, which on a GPU takes longer. On a CPU
+            it is so anyway.
+
+    Raises:
+        RuntimeError: "gpu", and TensorFlow sees none; or "cpu", and the kernel has begun to use the GPU.
+    """
+    if devices == "cpu":
+        # Not only `set_visible_devices`: Keras compiles with XLA where there is a GPU, visible or not.
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+        if tf.config.list_logical_devices("GPU"):
+            raise RuntimeError("devices: cpu came too late, this kernel uses the GPU already. Restart the kernel.")
+    gpus = tf.config.list_physical_devices("GPU")
+    if devices == "gpu" and not gpus:
+        raise RuntimeError("devices: gpu was asked for, but TensorFlow sees none. `thaw doctor` says what is missing.")
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+    facts = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+    policy = _fastest(facts.get("compute_capability")) if precision == "auto" else precision
+    keras.config.set_dtype_policy(policy)
+    name = facts.get("device_name", "GPU") if gpus else "the CPU"
+    others = f" (the first of {len(gpus)} GPUs)" if len(gpus) > 1 else ""
+    return f"Computes on {name}{others} in {policy}{', deterministically' if deterministic else ''}"
+
+
+def _fastest(capability: tuple[int, int] | None) -> str:
+    fitting = (policy for least, policy in FAST.items() if capability and tuple(capability) >= least)
+    return next(fitting, "float32")
+
+
+def load(path: str | Path) -> keras.Model:
+    """Load a saved model without running code that it may hold, in the precision in force now.
+
+    A model keeps the precision it was trained in; mixed precision, which a GPU is fast in, would make a CPU slow.
+
+    Raises:
+        ValueError: the file is no Keras model, or holds code (a Lambda layer).
+    """
+    model = keras.models.load_model(path, safe_mode=True)
+    config, changed = _with_policy(model.get_config(), keras.config.dtype_policy().name)
+    if not changed:
+        return model
+    same = type(model).from_config(config)
+    same.set_weights(model.get_weights())
+    for layer in same._flatten_layers():
+        if hasattr(layer, "finalize_state"):
+            layer.finalize_state()  # Normalization keeps derived tensors that set_weights does not refresh
+    return same
+
+
+def _with_policy(config: Any, policy: str) -> tuple[Any, bool]:
+    """Return a layer's configuration with `policy` in place of every mixed one, and whether that changed anything."""
+    if isinstance(config, dict) and config.get("class_name") == "DTypePolicy":
+        old = config["config"]["name"]
+        return config | {"config": {"name": policy}}, old in MIXED and old != policy
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    replaced = {key: _with_policy(value, policy) for key, value in items}
+    changed = {key: value for key, (value, is_changed) in replaced.items() if is_changed}
+    if not changed:
+        return config, False
+    if isinstance(config, dict):
+        return config | changed, True
+    return [changed.get(index, value) for index, value in enumerate(config)], True
+
+
+def tolerance() -> float:
+    """Return by how much two computations of the same probabilities may differ here."""
+    is_exact = keras.config.dtype_policy().name == "float32" and not tf.config.list_logical_devices("GPU")
+    return 1e-5 if is_exact else 2e-2  # a GPU rounds to 10 bits (TF32) or fewer, and chooses algorithms by timing them
+
+
+@contextlib.contextmanager
+def batch_that_fits(model: keras.Model, data: Iterable, batch_size: int) -> Iterator[None]:
+    """Answer a lack of memory while `model` trains on `data` with the batch size that fits, found by halving.
+
+    Args:
+        model: compiled.
+        data: batches (inputs, labels) as `fit` takes them.
+        batch_size: images in each.
+
+    Raises:
+        MemoryError: in place of the error of TensorFlow or CUDA.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+    else:
+        return
+    fitting = _fitting(model, data, batch_size)
+    lack = f"The memory is too small for a batch of {batch_size} images"
+    if not fitting:
+        raise MemoryError(
+            f"{lack}, and for a single one. Take a smaller image_size or backbone, or unfreeze fewer layers."
+        )
+    raise MemoryError(
+        f"{lack}; {fitting} fit. Set batch_size to {fitting}: here, or as --set STAGE.batch_size={fitting}."
+    )
+
+
+def _fitting(model: keras.Model, data: Iterable, batch_size: int) -> int:
+    """Return the largest of batch_size/2, /4, /8 ... with which a training step works; 0 if none does."""
+    first = [part.numpy() for part in next(iter(data))]
+    size = batch_size // 2
+    while size:
+        gc.collect()
+        try:
+            model.train_on_batch(*(part[:size] for part in first))
+            return size
+        except Exception as error:
+            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+                raise
+        size //= 2
+    return 0

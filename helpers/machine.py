@@ -1,0 +1,90 @@
+"""What this machine has: processor, memory, GPUs. Asked of the system, without TensorFlow."""
+
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CGROUPS = Path("/sys/fs/cgroup")  # where a container's limits stand
+GPU_QUERY = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+
+
+@cache
+def hardware() -> dict[str, Any]:
+    """Return what decides how fast a result was made, and its last digits: platform, cpu, cores, memory_gb, gpus."""
+    return {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": cores(),
+        "memory_gb": round(total_memory() / 1e9, 1),
+        "gpus": gpus(),
+    }
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use, within the limit of its container."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [text.split() for folder in _cgroups() if (text := _read(folder / "cpu.max"))]
+    allowed = [max(1, int(quota) // int(period)) for quota, period in quotas if quota != "max"]
+    return min([usable, *allowed])
+
+
+def total_memory() -> int:
+    """Return the memory in bytes that this process may use, within the limit of its container; 0 when not known."""
+    return min([_meminfo("MemTotal"), *(limit for limit, _ in _memory_limits())])
+
+
+def free_memory() -> int:
+    """Return the memory in bytes that can be had without swapping, 0 where the system does not tell."""
+    return max(0, min([_meminfo("MemAvailable"), *(limit - used for limit, used in _memory_limits())]))
+
+
+def gpus() -> list[str]:
+    """Return a line for each NVIDIA GPU that the driver shows here: name, memory, version of the driver."""
+    if shutil.which(GPU_QUERY[0]) is None:
+        return []
+    try:
+        asked = subprocess.run(GPU_QUERY, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return asked.stdout.strip().splitlines() if asked.returncode == 0 else []
+
+
+def _cpu() -> str:
+    models = (
+        line.split(":", 1)[1].strip() for line in _read(Path("/proc/cpuinfo")).splitlines() if "model name" in line
+    )
+    return next(models, platform.processor())
+
+
+def _meminfo(entry: str) -> int:
+    lines = _read(Path("/proc/meminfo")).splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:")), 0)
+
+
+def _memory_limits() -> list[tuple[int, int]]:
+    """Return (limit, bytes used that cannot be reclaimed) of each control group that limits this process's memory."""
+    found = []
+    for folder in _cgroups():
+        limit, used = _read(folder / "memory.max").strip(), _read(folder / "memory.current").strip()
+        if limit.isdecimal() and used.isdecimal():
+            stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+            found.append((int(limit), int(used) - int(stat.get("inactive_file", 0))))
+    return found
+
+
+def _cgroups() -> list[Path]:
+    """Return the folder of this process's control group (version 2) and of those above it."""
+    lines = _read(Path("/proc/self/cgroup")).splitlines()
+    own = CGROUPS / next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    return [folder for folder in (own, *own.parents) if folder.is_relative_to(CGROUPS)]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
