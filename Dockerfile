@@ -14,20 +14,20 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 # Who is behind a mirror builds with `--secret id=pip.conf,src=pip.conf`; no trace of it stays in the image.
-# NVIDIA's wheels keep their libraries where only Python looks: ldconfig shows them to everybody else.
 ENV PATH=/opt/venv/bin:$PATH
 ARG LOCK=requirements-gpu.lock
 COPY ${LOCK} /opt/requirements.lock
 RUN --mount=type=secret,id=pip.conf --mount=type=cache,target=/root/.cache/pip \
     export PIP_CONFIG_FILE=/run/secrets/pip.conf PIP_DISABLE_PIP_VERSION_CHECK=1 \
     && python3 -m venv /opt/venv \
-    && pip install --quiet --require-hashes --requirement /opt/requirements.lock \
-    && find /opt/venv -type d -path '*/nvidia/*/lib' > /etc/ld.so.conf.d/nvidia-wheels.conf \
-    && ldconfig
+    && pip install --quiet --require-hashes --requirement /opt/requirements.lock
 
-# The project belongs to root and is only read. Whoever runs the container, by `--user` with any uid, may write to data and
-# runs, to the home folder and to the weights.
-RUN useradd --non-unique --uid 1000 --create-home thaw \
+# NVIDIA's wheels keep their libraries where only TensorFlow looks: ldconfig shows them to everybody. The project belongs to
+# root and is only read; whoever runs the container, by `--user` with any uid, may write to data and runs, to the home folder
+# and to the weights.
+RUN find /opt/venv/lib -type d -path '*/site-packages/nvidia/*/lib' > /etc/ld.so.conf.d/nvidia-wheels.conf \
+    && ldconfig \
+    && useradd --non-unique --uid 1000 --create-home thaw \
     && install -d -m 1777 /home/thaw /opt/keras /thaw/data /thaw/runs
 ENV HOME=/home/thaw KERAS_HOME=/opt/keras NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /thaw

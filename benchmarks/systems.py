@@ -81,9 +81,9 @@ def _with_labels(recipe: recipes.Recipe, table, root: Path, place: Path) -> list
     explore, rows = recipe.stages["explore"], []
     (place / "labels.csv").parent.mkdir(parents=True)
     for row, (path, label) in enumerate(zip(table["path"], table["label"], strict=True)):
-        unlabelled = row % (len(table) // UNLABELLED) == 0
-        _link(root / path, place / ("test" if unlabelled else "train") / f"{Path(path).stem}{explore['suffix']}")
-        rows += [] if unlabelled else [(Path(path).stem, label)]
+        name, unlabelled = f"{label}-{Path(path).stem}", row % (len(table) // UNLABELLED) == 0
+        _link(root / path, place / ("test" if unlabelled else "train") / f"{name}{explore['suffix']}")
+        rows += [] if unlabelled else [(name, label)]
     with open(place / "labels.csv", "w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([(explore["path_column"], explore["label_column"]), *rows])
     return [f"explore.source={place / 'train'}", f"explore.labels={place / 'labels.csv'}"]

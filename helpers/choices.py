@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from helpers import backbones, compiling, models, profiling, thawing, training
+from helpers import augmentation, backbones, compiling, models, profiling, thawing, training
 
 
 def check(stage: str, parameters: Mapping[str, Any]) -> None:
@@ -32,6 +32,7 @@ def _problems(stage: str, given: Mapping[str, Any]) -> list[str]:
         lambda: compiling.loss(given["loss"], given["label_smoothing"]),
         lambda: given["stop_smoothed"] and _smoothed(given),
         lambda: profiling.check(given["profile_steps"]),
+        lambda: _augmentation(given),
     ]
     if stage == "head":
         checks += [
@@ -49,6 +50,13 @@ def _problems(stage: str, given: Mapping[str, Any]) -> list[str]:
         checks.append(lambda step=step: compiling.optimizer(step.optimizer, 1.0))
         checks.append(lambda step=step: _schedule(vars(step) | {"monitor": given["monitor"]}, step.epochs))
     return _raised(checks)
+
+
+def _augmentation(given: Mapping[str, Any]) -> None:
+    wanted = [given[name] for name in ("augmentation", "flip", "mix")]
+    augmentation.make(*("none" if what == "same" else what for what in wanted))
+    if given["mix"] not in ("none", "same") and given["imbalance"] == "balanced_batches" and given["views"]:
+        raise ValueError("mix: views are blended before batches are drawn, so balanced_batches needs views: 0.")
 
 
 def _smoothed(given: Mapping[str, Any]) -> None:

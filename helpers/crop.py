@@ -19,7 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from helpers import detectors, images, inventory, runs
-from helpers.detectors import HUB, Box
+from helpers.detectors import HUB, Detection
 
 CORNERS = ["left", "top", "right", "bottom"]
 COLUMNS = ["path", *CORNERS, "class", "score"]
@@ -143,14 +143,14 @@ def _done(file: Path) -> pd.DataFrame:
     return table[table["path"] != table["path"].iloc[-1]] if len(table) else table
 
 
-def _look(path: Path, *, detect: detectors.Detect, input_size: int) -> tuple[list[Box], tuple[int, int]]:
+def _look(path: Path, *, detect: detectors.Detect, input_size: int) -> tuple[list[Detection], tuple[int, int]]:
     """Return the boxes of an image file and its (width, height), both of the upright image at full size."""
     image = images.open_image(images.read_bytes(path), max_pixels=None)
     stored = image.size
     pixels = images.decode(image, at_least=(input_size, input_size))
     reduced = round(max(stored) / max(pixels.shape[:2]))
     turned = (stored[0] > stored[1]) != (pixels.shape[1] > pixels.shape[0])
-    boxes = [Box(*(reduced * side for side in box[:4]), *box[4:]) for box in detect(pixels)]
+    boxes = [Detection(*(reduced * side for side in box[:4]), *box[4:]) for box in detect(pixels)]
     return boxes, stored[::-1] if turned else stored
 
 
@@ -180,7 +180,7 @@ def largest(
     """
     if classes and not found["class"].ne("").any():
         raise ValueError(f"classes: {list(classes)} are asked for, but no box says its class.")
-    boxes = {path: [Box(*row) for row in rows[COLUMNS[1:]].to_numpy()] for path, rows in found.groupby("path")}
+    boxes = {path: [Detection(*row) for row in rows[COLUMNS[1:]].to_numpy()] for path, rows in found.groupby("path")}
     turned = table["orientation"] >= 5
     sizes = zip(table["width"].mask(turned, table["height"]), table["height"].mask(turned, table["width"]), strict=True)
     rows = []
@@ -195,8 +195,8 @@ def largest(
 
 
 def choose(
-    boxes: Sequence[Box], size: tuple[int, int], *, classes: Sequence[int | str], score: float, margin: float
-) -> tuple[Box | None, str]:
+    boxes: Sequence[Detection], size: tuple[int, int], *, classes: Sequence[int | str], score: float, margin: float
+) -> tuple[Detection | None, str]:
     """Return the box to cut an image of `size` (width, height) to, in whole pixels, or None; and "cut" or why not."""
     wanted = {str(name) for name in classes}
     of_class = [box for box in boxes if not wanted or box.kind in wanted]
@@ -211,7 +211,7 @@ def choose(
     return _clip(box, size, margin), "cut"  # the margin is of the box as it was found
 
 
-def _clip(box: Box, size: tuple[int, int], margin: float = 0.0) -> Box:
+def _clip(box: Detection, size: tuple[int, int], margin: float = 0.0) -> Detection:
     """Return the box with its margin in whole pixels, cut off at the edges of an image of `size` (width, height)."""
     across, down = margin * (box.right - box.left), margin * (box.bottom - box.top)
     left, top = max(0, int(np.floor(box.left - across))), max(0, int(np.floor(box.top - down)))
@@ -219,7 +219,7 @@ def _clip(box: Box, size: tuple[int, int], margin: float = 0.0) -> Box:
     return box._replace(left=left, top=top, right=right, bottom=bottom)
 
 
-def _area(box: Box) -> float:
+def _area(box: Detection) -> float:
     return (box.right - box.left) * (box.bottom - box.top)
 
 

@@ -31,7 +31,7 @@ GREY = 114  # what YOLO detectors were trained to see around an image
 HUB = "hub:"
 
 
-class Box(NamedTuple):
+class Detection(NamedTuple):
     """What was found in an image: corners in pixels, the class, and the score (0-1)."""
 
     left: float
@@ -42,7 +42,7 @@ class Box(NamedTuple):
     score: float = 1.0
 
 
-Detect = Callable[[np.ndarray], list[Box]]  # uint8 RGB (height, width, 3) -> boxes in its pixels
+Detect = Callable[[np.ndarray], list[Detection]]  # uint8 RGB (height, width, 3) -> boxes in its pixels
 
 
 def load(
@@ -89,7 +89,7 @@ class _OnnxDetector:
                 raise ValueError(f"detector: {reason}") from None
         return self.threads.network
 
-    def __call__(self, pixels: np.ndarray) -> list[Box]:
+    def __call__(self, pixels: np.ndarray) -> list[Detection]:
         square, scale, offset = _square(pixels, (self.input_size, self.input_size), self.layout == "ssd")
         network = self._network()
         network.setInput(((square.astype(np.float32) - self.mean) / self.scale).transpose(2, 0, 1)[None])
@@ -109,7 +109,7 @@ class _OnnxDetector:
             corners, kinds, scores = corners[good], kinds[good], scores[good]
         corners = (corners - [*offset, *offset]) / [*scale, *scale]
         rows = zip(corners.tolist(), kinds.tolist(), scores.tolist(), strict=True)
-        return [Box(*four, str(kind), score) for four, kind, score in rows]
+        return [Detection(*four, str(kind), score) for four, kind, score in rows]
 
 
 def _square(
@@ -163,7 +163,7 @@ def _hub_detector(preset: str, score: float) -> Detect:
     height, width = model.preprocessor.image_converter.image_size
     lock = threading.Lock()
 
-    def detect(pixels: np.ndarray) -> list[Box]:
+    def detect(pixels: np.ndarray) -> list[Detection]:
         square, scale, offset = _square(pixels, (width, height))
         with lock:
             found = model.predict(square[None].astype("float32"), verbose=0)
@@ -173,6 +173,6 @@ def _hub_detector(preset: str, score: float) -> Detect:
         count = int(found["num_detections"][0])
         corners = (np.asarray(corners)[0, :count] - [*offset, *offset]) / [*scale, *scale]
         rows = zip(corners.tolist(), found["labels"][0].tolist(), found["confidence"][0].tolist(), strict=False)
-        return [Box(*four, str(int(kind)), one) for four, kind, one in rows if one >= score]
+        return [Detection(*four, str(int(kind)), one) for four, kind, one in rows if one >= score]
 
     return detect

@@ -18,8 +18,9 @@ from helpers import backbones, crop, efficientnet_lite, inventory, prefetch, rec
 
 REBUILD = "asked for with --rebuild"
 # Parameters that are checked with Keras; those of the head and of fine_tune together.
-CHECKED = ("backbone", "dense", "epochs", "from_run", "label_smoothing", "loss", "monitor", "next_unfreeze", "output")
-CHECKED += ("optimizer", "profile_steps", "schedule", "steps", "stop_smoothed", "unfreeze", "views")
+CHECKED = ("augmentation", "backbone", "dense", "epochs", "flip", "from_run", "imbalance", "label_smoothing", "loss")
+CHECKED += ("mix", "monitor", "next_unfreeze", "optimizer", "output", "profile_steps", "schedule", "steps")
+CHECKED += ("stop_smoothed", "unfreeze", "views")
 
 State = Literal["done", "to do", "by hand"]
 
@@ -211,7 +212,7 @@ def check_choices(recipe: recipes.Recipe, steps: list[Step]) -> None:
     chosen = [{name: given.get(name) for name in CHECKED} for given in choices.values()]
     choices["image_size"] = recipe.resolved("resize")["image_size"]
     checked = runs_folder() / ".store" / "checked-choices.json"
-    modules = ("backbones", "choices", "compiling", "models", "profiling", "thawing", "training")
+    modules = ("augmentation", "backbones", "choices", "compiling", "models", "profiling", "thawing", "training")
     code = [store.sha256_of(runs.ROOT / "helpers" / f"{name}.py") for name in modules]
     key = store.fingerprint([chosen, choices["image_size"], code])
     good = runs.read_json(checked) if checked.is_file() else []

@@ -69,6 +69,14 @@ def test_a_step_is_checked_like_the_stage(check):
     assert line == "fine_tune: steps 1: there is no 'epoch'. Did you mean epochs?"
 
 
+def test_augmentation_is_checked(check):
+    assert check({"augmentation": [{"RandomZoom": {"height_factor": 0.2}}], "flip": "dihedral", "mix": "mixup"}) == []
+    [line] = check({"augmentation": [{"RandomZom": {}}]})
+    assert line.startswith("head: ") and "RandomZoom" in line
+    [line] = check({"mix": "cutmix", "imbalance": "balanced_batches"})
+    assert line == "head: mix: views are blended before batches are drawn, so balanced_batches needs views: 0."
+
+
 @pytest.mark.parametrize("head", [{"views": 0}, {"epochs": 0}, {"from_run": "other"}])
 def test_what_comes_next_matters_only_where_it_is_computed(check, head):
     assert check(head | {"next_unfreeze": "block7"}) == []

@@ -232,7 +232,7 @@ def test_an_interrupted_detection_goes_on(tmp_path, monkeypatch):
     paths, looked = ["a.png", "b.png", "c.png"], []
     for path in paths:
         Image.fromarray(picture(64, 64)).save(tmp_path / path)
-    boxes = [detectors.Box(1, 2, 30, 40, "3", 0.75), detectors.Box(1, 2, 20, 30, "4", 0.5)]
+    boxes = [detectors.Detection(1, 2, 30, 40, "3", 0.75), detectors.Detection(1, 2, 20, 30, "4", 0.5)]
     monkeypatch.setattr(detectors, "load", lambda *_, **__: lambda pixels: looked.append(1) or boxes)
     (tmp_path / "tiny.onnx").touch()
     parameters = {"boxes": "", "detector": str(tmp_path / "tiny.onnx"), "input_size": 64}

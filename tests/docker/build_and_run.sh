@@ -190,18 +190,18 @@ except urllib.error.HTTPError as error:
     print(error.code)" "$1"
     }
     start() { # start(log): Lab, until it is healthy
-        eval "$LAB" > "$1" 2>&1 &
+        eval "exec $LAB" > "$1" 2>&1 &
         for _ in $(seq 120); do eval "$HEALTH" 2> /dev/null && return || sleep 1; done
         cat "$1" && exit 1
     }
     if eval "$HEALTH" 2> /dev/null; then echo "healthy without Lab" && exit 1; fi
     start /tmp/lab.log
     [ "$(status secret) $(status wrong) $(status "")" = "200 403 403" ]
-    kill %1 && wait || true
+    kill $! && wait || true
     export JUPYTER_TOKEN=
     start /tmp/empty.log
     [ "$(status "")" = 403 ] && grep -q "token=[0-9a-f]\{48\}" /tmp/empty.log
-    kill %2 && wait || true'
+    kill $! && wait || true'
 pass "Lab starts; HEALTHCHECK tells it from no Lab; no token, a wrong or an empty one is refused"
 
 if run 0 -- bash -c "timeout 60 $(configured Cmd)" > "$scratch/root.log" 2>&1; then fail "Lab ran as root"; fi
