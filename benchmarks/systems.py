@@ -44,6 +44,7 @@ def main() -> None:
             continue
         place = pipeline.runs_folder() / ".data" / name
         recipe = recipes.load(path, changes(path, place, arguments.images, arguments.size))
+        recipe.published = {}  # which is about other images
         begun = time.time()
         terminal.run(recipe, console)
         lines.append(f"{name:<18} {result(recipe)}, {time.time() - begun:.0f} s")
