@@ -29,7 +29,7 @@ RUN find /opt/venv/lib -type d -path '*/site-packages/nvidia/*/lib' > /etc/ld.so
     && ldconfig \
     && useradd --non-unique --uid 1000 --create-home thaw \
     && install -d -m 1777 /home/thaw /opt/keras /thaw/data /thaw/runs
-ENV HOME=/home/thaw KERAS_HOME=/opt/keras NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ENV KERAS_HOME=/opt/keras NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /thaw
 
 COPY helpers helpers
@@ -42,6 +42,7 @@ RUN pip install --quiet --no-deps --no-build-isolation --no-cache-dir --editable
 COPY notebooks notebooks
 COPY recipes recipes
 
+ENV HOME=/home/thaw
 USER 1000:1000
 EXPOSE 8888
 # /api answers without a token, and with nothing but a version. Batch runs have no Lab: start them with --no-healthcheck.

@@ -138,6 +138,7 @@ run "$uid" "${volumes[@]}" -- bash -euc '
     [ "$(id -u)" != 0 ]
     for place in / /thaw /thaw/helpers /thaw/notebooks /thaw/recipes /opt/venv; do [ ! -w "$place" ]; done
     for place in /thaw/data /thaw/runs /tmp "$HOME" "$KERAS_HOME"; do [ -w "$place" ]; done
+    [ -z "$(find "$HOME" "$KERAS_HOME" -type d ! -writable)" ]
     [ "$(ls -Am /thaw)" = "LICENSE, README.md, data, helpers, notebooks, pyproject.toml, recipes, runs" ]
     [ -z "$(ls -A /thaw/runs)" ] && [ ! -e /root/.config/pip ] && [ ! -s /etc/pip.conf ] && [ ! -s /run/secrets/pip.conf ]'
 pass "uid $uid reads the project and can write to data, runs, home and weights only; no history or settings are in the image"
