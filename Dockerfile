@@ -2,7 +2,7 @@
 #
 # The lock decides what the image is: requirements-gpu.lock brings CUDA and cuDNN as wheels, so that the base can be any
 # plain Debian or Ubuntu whose Python suits pyproject.toml; with LOCK=requirements.lock the same file makes the image
-# without GPU, a fraction of the size. Layers stand in the order in which they change: system, packages, weights, code.
+# without GPU, half the size. Layers stand in the order in which they change: system, packages, weights, code.
 ARG BASE=debian:bookworm-slim
 FROM ${BASE}
 
