@@ -4,6 +4,7 @@ Not part of `make test`; `python -m pytest -m browser -s` runs it. THAW_SCREENSH
 notebook as a reader sees it when it has run.
 """
 
+import json
 import os
 import re
 import shutil
@@ -85,9 +86,9 @@ def lab(project, environment):
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        while True:
             try:
-                urllib.request.urlopen(f"{address}/api?token={TOKEN}", timeout=5)
+                kernels(address)
                 break
             except OSError:
                 assert process.poll() is None, log.read_text()
@@ -109,32 +110,54 @@ def browser():
         started.close()
 
 
-def run_all(page, address: str, name: str, limit: float = 600) -> None:
-    """Open a notebook, choose Run > Run All Cells, wait until every cell has its number, and save."""
-    page.goto(f"{address}/lab/tree/notebooks/{name}.ipynb?token={TOKEN}&reset")
+def run_all(page, address: str, path: Path, limit: float = 900) -> None:
+    """Open a notebook, choose Run All Cells from its menu, wait until every cell has its number, and save."""
+    page.goto(f"{address}/lab/tree/notebooks/{path.name}?token={TOKEN}&reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached", timeout=120_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    wait_until(
+        lambda: any(kernel["connections"] and kernel["execution_state"] == "idle" for kernel in kernels(address))
+    )
+    choose(page, "Run", "runmenu:run-all")
+    numbers = page.locator(".jp-CodeCell .jp-InputPrompt")
+    failed = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
+
+    def ran() -> bool:
+        assert failed.count() == 0, failed.first.text_content()
+        return all(re.fullmatch(r"\[\d+\]:", text.strip()) for text in numbers.all_text_contents())
+
+    wait_until(ran, limit)
+    choose(page, "File", "docmanager:save")
+    wait_until(lambda: is_saved(path))
+
+
+def is_saved(path: Path) -> bool:
+    try:
+        return all(cell.get("execution_count", 1) for cell in nbformat.read(path, as_version=4).cells)
+    except ValueError:  # it is being written
+        return False
+
+
+def choose(page, menu: str, command: str) -> None:
+    page.get_by_role("menuitem", name=menu, exact=True).click()
+    page.locator(f'.lm-Menu-item[data-command="{command}"]').click()
+
+
+def kernels(address: str) -> list[dict]:
+    return json.load(urllib.request.urlopen(f"{address}/api/kernels?token={TOKEN}", timeout=30))
+
+
+def wait_until(happens, limit: float = 180) -> None:
     end = time.monotonic() + limit
-    while time.monotonic() < end:
-        prompts = [text.strip() for text in page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()]
-        if prompts and all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in prompts):
-            break
-        failed = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
-        assert failed.count() == 0, failed.first.inner_text()
-        page.wait_for_timeout(500)
-    else:
-        raise TimeoutError(f"{name}: {prompts}")
-    page.keyboard.press("Control+s")
-    page.wait_for_function("!document.title.startsWith('*')")
-    page.wait_for_timeout(1000)
+    while not happens():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.5)
 
 
 def screenshot(page, name: str) -> None:
     """Keep a picture of the whole notebook, without the panels at its side, where one is asked for."""
     if folder := os.environ.get("THAW_SCREENSHOTS"):
-        height = page.evaluate("document.querySelector('.jp-WindowedPanel-viewport, .jp-Notebook').scrollHeight")
+        height = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
         page.set_viewport_size({"width": 1400, "height": min(int(height) + 200, 12_000)})
         page.wait_for_timeout(1500)
         page.locator(".jp-NotebookPanel").screenshot(path=Path(folder) / f"lab-{name}.png")
@@ -142,28 +165,29 @@ def screenshot(page, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def by_hand(browser, lab, project, capfd_disabled_print) -> Path:
+def by_hand(browser, lab, project, say) -> Path:
     """The folder of the run that was made by hand, notebook by notebook."""
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     names = [stage.notebook.stem for stage in recipes.stages().values() if not stage.notebook.stem[2].isalpha()]
     for name in names[:6]:
         begun = time.monotonic()
-        run_all(page, lab, name)
+        run_all(page, lab, project / "notebooks" / f"{name}.ipynb")
         screenshot(page, name)
-        capfd_disabled_print(f"{name} in JupyterLab: {time.monotonic() - begun:.0f} s")
+        say(f"{name} in JupyterLab: {time.monotonic() - begun:.0f} s")
     page.close()
     return project / "runs" / "demo"
 
 
 @pytest.fixture(scope="module")
-def capfd_disabled_print(request):
+def say(request):
+    """A function that prints whatever pytest captures."""
     manager = request.config.pluginmanager.getplugin("capturemanager")
 
-    def say(text: str) -> None:
+    def show(text: str) -> None:
         with manager.global_and_fixture_disabled():
             print(f"\n{text}", end="")
 
-    return say
+    return show
 
 
 @pytest.fixture(scope="module")
