@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export PYTHONNOUSERSITE = 1
 
-.PHONY: demo test lint lock lab clean env systems crash browser
+.PHONY: demo test lint audit lock lab clean env systems crash browser
 
 demo: env  ## the main job: solar cells to a report
 	$(BIN)/thaw run recipes/elpv.yaml
@@ -27,6 +27,13 @@ lint: env  ## style of code and notebooks; no outputs in git
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+
+audit: env  ## what is known to be unsafe of the packages in both lock files; asks PyPI itself, a mirror may know nothing
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	for lock in $(LOCK) requirements-gpu.lock; do \
+		$(VENV)/audit/bin/pip-audit --requirement $$lock --require-hashes --disable-pip --progress-spinner off || exit; \
+	done
 
 lab: env  ## JupyterLab with the environment's kernel
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_explore.ipynb

@@ -313,8 +313,15 @@ def entry() -> None:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("THAW_DEBUG"):
             raise
-        console.print(str(error), style="red", markup=False)
+        console.print(_advised(error), style="red", markup=False)
         sys.exit(1)
+
+
+def _advised(error: Exception) -> str:
+    from helpers import pipeline, store
+
+    full = isinstance(error, OSError) and store.is_full(error)
+    return f"{error}\nStopped: {store.full(pipeline.runs_folder())}" if full else str(error)
 
 
 if __name__ == "__main__":

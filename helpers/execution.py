@@ -29,7 +29,6 @@ except ImportError:  # Windows, whose kernels end with their parent
 
 KERNEL = "kernel-"  # begins the names of the folders in the store that serve a running kernel
 NEARLY_FULL = 10_000_000  # bytes
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SPACE = re.compile(r"No space left|[Ee]rrno(:| =)? (27|28|122)\b|Disk quota exceeded|File too large")
 
 
@@ -53,9 +52,9 @@ def make(step: Step, watch: Callable[[dict[str, Any]], None], say: Callable[[str
                 _make(step, watch, say)
         pipeline.link_stage(step)
     except OSError as error:
-        if error.errno not in FULL:
+        if not store.is_full(error):
             raise
-        raise StageError(f"{step.stage.name} stopped: {_disk_is_full(step)}") from None
+        raise StageError(f"{step.stage.name} stopped: {store.full(step.folder.parent)}") from None
     return time.monotonic() - start
 
 
@@ -151,7 +150,7 @@ def _execute(step: Step, watch: Callable[[dict[str, Any]], None], stream: TextIO
         except PapermillExecutionError as error:
             # Its index counts from 0, but also the cell that papermill put in after the parameters cell.
             cell = f"cell {error.cell_index}, {error.ename}: {error.evalue.strip()}"
-            cause = f"{cell}\n  {_disk_is_full(step)}" if NO_SPACE.search(error.evalue) else cell
+            cause = f"{cell}\n  {store.full(step.folder.parent)}" if NO_SPACE.search(error.evalue) else cell
             raise StageError(_failure(step, cause, "\n".join(error.traceback))) from None
         except DeadKernelError:
             raise StageError(_failure(step, _why_it_died(step))) from None
@@ -159,13 +158,9 @@ def _execute(step: Step, watch: Callable[[dict[str, Any]], None], stream: TextIO
         raise StageError(_failure(step, "it ended without runs.finish_stage in its last cell"))
 
 
-def _disk_is_full(step: Step) -> str:
-    return f"the disk where {runs.display_path(step.folder.parent)} lies is full. `thaw clean` says what could go."
-
-
 def _why_it_died(step: Step) -> str:
     if shutil.disk_usage(step.folder.parent).free < NEARLY_FULL:
-        return f"its kernel died: {_disk_is_full(step)}"
+        return f"its kernel died: {store.full(step.folder.parent)}"
     return (
         "its kernel died, most often because memory ran out"
         f" (free now: {machine.free_memory() / 1e9:.1f} GB). A smaller batch_size or image_size needs less."

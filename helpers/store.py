@@ -180,6 +180,16 @@ def check_disk(folder: Path) -> None:
         )
 
 
+def is_full(error: OSError) -> bool:
+    """Tell whether an error says that the disk, or what the user may have of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def full(folder: Path) -> str:
+    """Return what to tell the user when the disk is full where `folder` lies."""
+    return f"the disk where {runs.display_path(folder)} lies is full. `thaw clean` says what could go."
+
+
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's content."""
     with open(path, "rb") as stream:

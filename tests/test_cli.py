@@ -1,5 +1,7 @@
 """The command: what it says, what it exits with, and that a mistake is one clear message before any work is done."""
 
+import errno
+import os
 import re
 import sys
 
@@ -170,6 +172,15 @@ def test_no_space(thaw, recipe, runs_folder, monkeypatch):
     monkeypatch.setattr(pipeline, "check_choices", lambda *_: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
     assert "Only 0 MB are free where" in mistake(thaw, runs_folder, "run", recipe)
+
+
+def test_a_disk_that_is_full_between_two_stages_is_told_with_what_could_go(thaw, recipe, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "manifest.json.tmp")
+
+    monkeypatch.setattr(pipeline, "plan", full)
+    code, shown = thaw("show", recipe)
+    assert code == 1 and "manifest.json.tmp" in shown and "is full. `thaw clean` says what could go" in shown
 
 
 def test_a_programming_error_keeps_its_traceback(thaw, recipe, monkeypatch):

@@ -164,7 +164,7 @@ def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", disk], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=600m", "tmpfs", disk], capture_output=True, check=False
     )
     yield disk if mounted.returncode == 0 else None
     subprocess.run(["umount", "-l", disk], capture_output=True, check=False)
