@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 from filelock import FileLock
 
-from helpers import fingerprint, folding, runs
+from helpers import fingerprint, folding, hardware, runs
 from helpers.augmentation import Augmentation
 from helpers.machine import free_memory
 from helpers.views import GROUP, Images, in_views, mixes_images
@@ -59,7 +59,7 @@ class Bank:
 
     def in_order(self, batch_size: int) -> tf.data.Dataset:
         """Return batches (activations float32, labels) of every plain image, in order."""
-        return self._dataset(batch_size, lambda: np.arange(len(self)), None)
+        return self._dataset(batch_size, lambda: np.arange(len(self)), None, -(-len(self) // batch_size))
 
     def batches(
         self,
@@ -76,7 +76,8 @@ class Bank:
         be given to `fit`; without it every epoch is the first.
 
         Args:
-            batch_size: images a batch; the last batch is smaller and never dropped.
+            batch_size: images a batch. The last batch is smaller; where several devices train at once it is left out,
+                and holds other images in every epoch.
             seed: seed of the order and the views.
             probabilities: (n,) chance of each image to be drawn, adding up to 1, e.g. for balanced classes.
             weights: (n,) weight of each image in the loss; batches then are (activations, labels, weights).
@@ -89,20 +90,23 @@ class Bank:
                 raise ValueError(
                     f"`{name}` must have one value for each of {len(self)} images; got {np.shape(values)}."
                 )
-        data = self._dataset(batch_size, lambda: draw(self, seed, self._epoch, probabilities), weights)
+        steps = hardware.steps(len(self), batch_size)
+        data = self._dataset(batch_size, lambda: draw(self, seed, self._epoch, probabilities), weights, steps)
         return data, keras.callbacks.LambdaCallback(on_epoch_begin=self._set_epoch)
 
     def _set_epoch(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch = epoch
 
-    def _dataset(self, batch_size: int, rows: Callable, weights: np.ndarray | None) -> tf.data.Dataset:
+    def _dataset(self, batch_size: int, rows: Callable, weights: np.ndarray | None, steps: int) -> tf.data.Dataset:
         count, read = len(self), self._reader(weights)
         epoch = tf.data.Dataset.range(1).map(lambda _: tf.ensure_shape(tf.numpy_function(rows, [], tf.int64), [count]))
         data = epoch.flat_map(
-            lambda drawn: tf.data.Dataset.range(0, count, batch_size).map(lambda at: drawn[at : at + batch_size])
+            lambda drawn: tf.data.Dataset.range(0, steps * batch_size, batch_size).map(
+                lambda at: drawn[at : at + batch_size]
+            )
         )
         data = data.map(read, num_parallel_calls=2, deterministic=True)
-        return data.apply(tf.data.experimental.assert_cardinality(-(-count // batch_size))).prefetch(4)
+        return data.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(4)
 
     def _reader(self, weights: np.ndarray | None) -> Callable[[tf.Tensor], tuple]:
         """Return the function from row numbers (view * n + image, int64) to a batch."""

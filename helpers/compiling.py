@@ -14,6 +14,8 @@ import pandas as pd
 from keras import ops
 from keras.optimizers import schedules
 
+from helpers import hardware
+
 OPTIMIZERS = {
     "adam": keras.optimizers.Adam,
     "adamw": keras.optimizers.AdamW,
@@ -30,6 +32,12 @@ SCHEDULES = {
     "step": ("every", "factor"),
 }
 LOSSES = {"cross_entropy": keras.losses.CategoricalCrossentropy, "focal": keras.losses.CategoricalFocalCrossentropy}
+NOT_SHARED = {
+    "clipnorm": "each would clip its own part of the gradient",
+    "global_clipnorm": "each would clip its own part of the gradient",
+    "clipvalue": "each would clip its own part of the gradient",
+    "gradient_accumulation_steps": "Keras cannot accumulate gradients there",
+}  # arguments of optimisers that mean something else on several devices, or fail
 PEAK, RISE, FALL = 0.25, 25, 1e-5  # one cycle: when it peaks, how far below it begins, where it ends (fastai's numbers)
 
 
@@ -46,12 +54,19 @@ def optimizer(
             those that are not named.
 
     Raises:
-        ValueError: an unknown name or argument, or a value that Keras refuses.
+        ValueError: an unknown name or argument, a value that Keras refuses, or an argument of NOT_SHARED where several
+            devices train at once.
     """
     name, arguments = _choice("optimizer", spec, {name: _arguments(kind) for name, kind in OPTIMIZERS.items()})
     wrong = {key: value for key, value in arguments.items() if not isinstance(value, int | float | None)}
     if wrong:
         raise ValueError(f"optimizer: the arguments of {name} are numbers, true or false; got {wrong}.")
+    for key, reason in NOT_SHARED.items() if hardware.replicas() > 1 else ():
+        if arguments.get(key) is not None:
+            raise ValueError(
+                f"optimizer: {key} does not work on {hardware.replicas()} devices at once: {reason}. Leave it out, or"
+                f" set {hardware.ONE_DEVICE}."
+            )
     if name == "sgd":
         arguments = {"momentum": 0.9} | arguments
     rate = float(learning_rate) if isinstance(learning_rate, int) else learning_rate
@@ -60,13 +75,14 @@ def optimizer(
         plain = kind(learning_rate=rate, **arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer: {name} refused its arguments: {error}") from None
-    return plain if shares is None else _by_shares(kind, shares)(learning_rate=rate, name=name, **arguments)
+    return plain if shares is None else _by_shares(plain, shares)(learning_rate=rate, name=name, **arguments)
 
 
-def _by_shares(kind: type[keras.optimizers.Optimizer], shares: Mapping[int, float]) -> type:
-    """Return the optimiser `kind` with a learning rate of its own for each variable; Keras has one for all."""
+def _by_shares(plain: keras.optimizers.Optimizer, shares: Mapping[int, float]) -> type:
+    """Return the class of `plain` with a learning rate of its own for each variable; Keras has one for all."""
+    decay = plain.weight_decay
 
-    class ByShares(kind):
+    class ByShares(type(plain)):
         def _share(self, variable: Any) -> float:
             index = self._get_variable_index(variable)
             return shares.get(id(self._trainable_variables[index]), 1.0)
@@ -75,11 +91,10 @@ def _by_shares(kind: type[keras.optimizers.Optimizer], shares: Mapping[int, floa
             super().update_step(gradient, variable, learning_rate * self._share(variable))
 
         def _apply_weight_decay(self, variables: Iterable) -> None:
-            whole = self.weight_decay
-            for variable in variables if whole else ():
-                self.weight_decay = whole * self._share(variable)
+            for variable in variables if decay else ():  # not from self.weight_decay: replicas take turns in here
+                self.weight_decay = decay * self._share(variable)
                 super()._apply_weight_decay([variable])
-            self.weight_decay = whole
+            self.weight_decay = decay
 
     return ByShares
 

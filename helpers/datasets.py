@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from helpers import augmentation, bank, frontier, models, runs
+from helpers import augmentation, bank, frontier, hardware, models, runs
 
 SMALL_STEPS = 16  # of a head on pooled features: measured twice as fast as one by one
 PARTS = ("training images", "validation images")
@@ -113,7 +113,8 @@ def training(
 
     Args:
         images: the training images. They are kept in memory when they fit in a quarter of what is free.
-        batch_size: images a step; the last batch of an epoch is smaller and never dropped.
+        batch_size: images a step. The last batch of an epoch is smaller; where several devices train at once, which
+            share each batch evenly, it is left out, and holds other images in every epoch.
         seed: decides order and augmentation together with the epoch's number.
         augment: as `augmentation.make` returns it.
         balanced: draw with replacement, each class equally likely.
@@ -122,6 +123,7 @@ def training(
     chances = probabilities(images.labels) if balanced else None
     targets = shares(images).labels if augment is not None and augment.mixes else images.labels
     paths, labels, count = tf.constant(images.paths), tf.constant(targets), len(images)
+    steps = hardware.steps(count, batch_size)
     pixels = tf.concat(list(images.pixels), axis=0) if _fits_in_memory(images) else None
     change = augment.function() if augment is not None else None
 
@@ -131,7 +133,7 @@ def training(
         return drawn.astype(np.int32), np.int32(clock["epoch"])
 
     def batches(drawn: tf.Tensor, number: tf.Tensor) -> tf.data.Dataset:
-        starts = tf.data.Dataset.range(0, count, batch_size, output_type=tf.int32)
+        starts = tf.data.Dataset.range(0, steps * batch_size, batch_size, output_type=tf.int32)
         return starts.map(lambda at: (drawn[at : at + batch_size], augmentation.key(seed, number, at)))
 
     def load(rows: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -147,7 +149,7 @@ def training(
     begin = tf.data.Dataset.range(1).map(lambda _: tf.numpy_function(epoch, [], (tf.int32, tf.int32)))
     begin = begin.map(lambda drawn, number: (tf.ensure_shape(drawn, [count]), tf.ensure_shape(number, [])))
     data = begin.flat_map(batches).map(load, tf.data.AUTOTUNE, deterministic=True)
-    data = data.apply(tf.data.experimental.assert_cardinality(-(-count // batch_size))).prefetch(2)
+    data = data.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2)
     return data, keras.callbacks.LambdaCallback(on_epoch_begin=lambda number, logs=None: clock.update(epoch=number))
 
 
@@ -212,7 +214,8 @@ def feed(
     and each other one is mixed with an image of the same group of `bank.GROUP`; the groups are made at random.
 
     Raises:
-        ValueError: images are to be mixed in views and drawn in balance, which would balance one of each pair only.
+        ValueError: images are to be mixed in views and drawn in balance, which would balance one of each pair only; or
+            the devices that train at once cannot share the batches.
     """
     mixes = augment is not None and augment.mixes
     if mixes and balanced and views:
@@ -220,8 +223,9 @@ def feed(
             "balanced_batches cannot balance images that were mixed when their views were made: the other one of each"
             " pair was taken whatever its class. Take views: 0, imbalance: class_weight, or mix: none."
         )
+    hardware.share(model)
     val = shares(val) if mixes else val
-    steps = -(-len(train) // batch_size)
+    steps, several = hardware.steps(len(train), batch_size), hardware.replicas() > 1
     cut = frontier.cut(model) if views else None
     banks = None
     computes = cut is not None and cut.prefix is not None and cut.shape != model.input_shape[1:]  # more than it scales
@@ -235,9 +239,8 @@ def feed(
     if banks is None:
         data, clock = training(train, batch_size, seed=seed, augment=augment, balanced=balanced)
         why = "views is 0" if not views else "no room" if computes else f"nothing below {cut.stopped_by} is frozen"
-        return Feed(
-            model, data, labelled(val), clock, steps, 1, [], f"The whole model is computed in every step: {why}."
-        )
+        plain = labelled(val, hardware.even_batches(len(val), bank.GROUP))
+        return Feed(model, data, plain, clock, steps, 1, [], f"The whole model is computed in every step: {why}.")
     filled, plain = banks
     chances = probabilities(train.labels) if balanced else None
     data, clock = filled.batches(batch_size, seed=seed, probabilities=chances)
@@ -245,8 +248,12 @@ def feed(
         f"Everything up to {cut.layer} is computed once: {filled.views} views of {len(train):,} training images and"
         f" {len(val):,} validation images, {cut.shape} each. Training starts there."
     )
-    together = min(SMALL_STEPS, steps) if len(cut.shape) == 1 else 1
-    return Feed(cut.suffix, data, plain.in_order(256), clock, steps, together, [filled.folder, plain.folder], summary)
+    together = min(SMALL_STEPS, steps) if len(cut.shape) == 1 and not several else 1
+    suffix, in_order = cut.suffix, plain.in_order(hardware.even_batches(len(val), 256))
+    if several:
+        with hardware.scope():
+            suffix = keras.Model(suffix.input, suffix.output, name=suffix.name)
+    return Feed(suffix, data, in_order, clock, steps, together, [filled.folder, plain.folder], summary)
 
 
 def _lower_cut(model: keras.Model, unfreeze: str | int | float | dict) -> frontier.Cut | None:

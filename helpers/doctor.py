@@ -144,7 +144,10 @@ def _tensorflow() -> Iterator[Finding]:
             yield Finding(name, f"a convolution fails: {error.splitlines()[0][:200]}", fix)
         else:
             yield Finding(name, f"{device['detail']}a convolution is right and takes {device['milliseconds']:.2f} ms")
-    if not any(device["name"].startswith("GPU") for device in told["devices"]):
+    gpus = sum(device["name"].startswith("GPU") for device in told["devices"])
+    if gpus > 1:
+        yield Finding("gpus", f"03 and 04 train on all {gpus} at once with devices: auto, on one with devices: gpu")
+    if not gpus:
         yield _gpu_not_seen(gpu_facts(told), asked.stderr)
 
 

@@ -1,10 +1,11 @@
-"""What a notebook computes on: which device, in which precision, and what to say when its memory runs out.
+"""What a notebook computes on: which devices, in which precision, and what to say when their memory runs out.
 
 On a CPU everything stays float32. On a GPU, memory is taken as it is needed, XLA compiles what Keras can compile (Keras
 decides it, and never on a machine without a GPU), and the precision follows from what the GPU can do fast.
 """
 
 import contextlib
+import functools
 import gc
 import os
 import re
@@ -18,14 +19,21 @@ import tensorflow as tf
 # https://developer.nvidia.com/cuda-gpus: tensor cores take float16 from 7.0 (Volta) and bfloat16 from 8.0 (Ampere) on
 FAST = {(8, 0): "mixed_bfloat16", (7, 0): "mixed_float16"}
 MIXED = tuple(FAST.values())
+ONE_DEVICE = "devices: gpu, which takes one GPU"  # the way out of what several cannot do
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OOM when|out of memory|ALLOC_FAILED|failed to allocate", re.IGNORECASE)
 
+_strategy: tf.distribute.Strategy | None = None
 
-def prepare(devices: str = "auto", *, precision: str = "auto", deterministic: bool = False) -> str:
+
+def prepare(
+    devices: str = "auto", *, trains: bool = False, precision: str = "auto", deterministic: bool = False
+) -> str:
     """Choose the device and the precision of every model that is built from now on, and say what was chosen.
 
     Args:
         devices: "auto" takes the GPU when TensorFlow sees one, "cpu" leaves it alone, "gpu" insists on it.
+        trains: with "auto", what is built within `scope` trains on all devices of the kind at once, each of which takes
+            an equal share of every batch. With "gpu" it is one.
         precision: "float32"; "mixed_bfloat16" or "mixed_float16" (weights stay float32, `probabilities` too); "auto"
             takes the fastest that the GPU can do well, and float32 on a CPU.
         deterministic: take only algorithms that give the same numbers every time, which on a GPU takes longer. On a CPU
@@ -34,6 +42,8 @@ def prepare(devices: str = "auto", *, precision: str = "auto", deterministic: bo
     Raises:
         RuntimeError: "gpu", and TensorFlow sees none; or "cpu", and the kernel has begun to use the GPU.
     """
+    global _strategy
+    _strategy = None
     if devices == "cpu":
         # Not only `set_visible_devices`: Keras compiles with XLA where there is a GPU, visible or not.
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
@@ -50,8 +60,88 @@ def prepare(devices: str = "auto", *, precision: str = "auto", deterministic: bo
     policy = _fastest(facts.get("compute_capability")) if precision == "auto" else precision
     keras.config.set_dtype_policy(policy)
     name = facts.get("device_name", "GPU") if gpus else "the CPU"
-    others = f" (the first of {len(gpus)} GPUs)" if len(gpus) > 1 else ""
+    together = tf.config.list_logical_devices("GPU" if gpus else "CPU") if trains and devices == "auto" else []
+    if len(together) > 1:
+        _strategy = _mirrored(*(device.name for device in together))
+        name, others = f"{len(together)} x {name}", " at once (each takes a share of every batch)"
+    else:
+        others = f" (the first of {len(gpus)} GPUs)" if len(gpus) > 1 else ""
     return f"Computes on {name}{others} in {policy}{', deterministically' if deterministic else ''}"
+
+
+@functools.cache  # a second one in the same kernel would number its collective operations as the first one did
+def _mirrored(*devices: str) -> tf.distribute.Strategy:
+    return tf.distribute.MirroredStrategy(devices)
+
+
+def scope() -> contextlib.AbstractContextManager:
+    """Return the context in which a model is built, loaded and compiled that is to train on what `prepare` chose.
+
+    With one device it does nothing.
+    """
+    return _strategy.scope() if _strategy else contextlib.nullcontext()
+
+
+def replicas() -> int:
+    """Return on how many devices at once a model trains that is built within `scope`."""
+    return _strategy.num_replicas_in_sync if _strategy else 1
+
+
+def steps(images: int, batch_size: int) -> int:
+    """Return the training batches of an epoch; where several devices share each, an incomplete one is left out.
+
+    Raises:
+        ValueError: the devices cannot share a batch evenly, or there is no whole one.
+    """
+    count = replicas()
+    if count == 1:
+        return -(-images // batch_size)
+    if batch_size % count or images < batch_size:
+        raise ValueError(
+            f"{count} devices share each training batch evenly, so batch_size must be a multiple of {count} and at"
+            f" most the {images} training images; got {batch_size}. Change it, or set {ONE_DEVICE}."
+        )
+    return images // batch_size
+
+
+def even_batches(images: int, batch_size: int) -> int:
+    """Return a size of validation batches, up to `batch_size` a device, that never leaves a device without an image.
+
+    TensorFlow gives each device the same number of a batch's images, rounded up, until there are none left; Keras needs
+    an equal number of the first batch's.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    count = replicas()
+    if count == 1:
+        return batch_size
+    for size in range(min(images // count, batch_size) * count, 0, -count):
+        last = images % size or size
+        if last > -(-last // count) * (count - 1):
+            return size
+    raise ValueError(f"{count} devices cannot share {images} validation images. Take more, or set {ONE_DEVICE}.")
+
+
+def share(model: keras.Model) -> None:
+    """Let several devices train `model` as one would; with one device nothing changes.
+
+    Each BatchNormalization that trains sees the whole batch instead of its device's part, and dropout drops other
+    values on each device instead of the same ones.
+    """
+    for layer in model._flatten_layers() if replicas() > 1 else ():
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+            layer.synchronized = True
+        for value in vars(layer).values():
+            if isinstance(value, keras.random.SeedGenerator):
+                value.next = functools.partial(_next_seed, value)
+
+
+def _next_seed(generator: keras.random.SeedGenerator, ordered: bool = True) -> tf.Tensor:
+    """Return what `generator.next` does, (2,), but different on each device."""
+    context = tf.distribute.get_replica_context()
+    device = context.replica_id_in_sync_group if context else 0
+    return type(generator).next(generator, ordered) + tf.cast([device, 0], generator.state.dtype)
 
 
 def _fastest(capability: tuple[int, int] | None) -> str:
@@ -119,6 +209,10 @@ def batch_that_fits(model: keras.Model, data: Iterable, batch_size: int) -> Iter
             raise
     else:
         return
+    if replicas() > 1:
+        raise MemoryError(
+            f"The memory is too small for a batch of {batch_size} images on {replicas()} devices. Halve batch_size."
+        )
     fitting = _fitting(model, data, batch_size)
     lack = f"The memory is too small for a batch of {batch_size} images"
     if not fitting:

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import pandas as pd
 
-from helpers import compiling, models, recipes
+from helpers import compiling, hardware, models, recipes
 
 FIELDS = ("unfreeze", "epochs", "learning_rate", "optimizer", "schedule", "batch_size")
 
@@ -95,7 +95,7 @@ def rates(steps: Sequence[Step], images: int) -> pd.DataFrame:
     """
     found = []
     for step in steps:
-        batches = -(-images // step.batch_size)
+        batches = hardware.steps(images, step.batch_size)
         rate = compiling.schedule(step.schedule, step.learning_rate, epochs=step.epochs, steps=batches)
         by_epoch = compiling.rates(rate, epochs=step.epochs, steps=batches, begin=step.begin)
         found.append(by_epoch.assign(phase=step.phase))

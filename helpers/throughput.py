@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from helpers import augmentation, bank, datasets, folding, frontier
+from helpers import augmentation, bank, datasets, folding, frontier, hardware
 from helpers.views import GROUP
 
 SAMPLE = 256  # images that are read; of large ones fewer
@@ -54,7 +54,15 @@ def measure(
         One row a step: disk (past the system's file cache where it can be emptied), decode, augment, prefix (what is
         computed once a view; not there when the whole model trains), suffix (a step of training). Columns: images/s,
         passes (how often the training sends each image through), seconds (that all of it takes in the training).
+
+    Raises:
+        ValueError: the model is to train on several devices at once; one is measured.
     """
+    if hardware.replicas() > 1:
+        raise ValueError(
+            f"measure_seconds measures one device, and {hardware.replicas()} train at once. Set it to 0, or"
+            f" {hardware.ONE_DEVICE}."
+        )
     cut = frontier.cut(model) if views else None
     cached = cut is not None and cut.prefix is not None and cut.shape != model.input_shape[1:]
     sample, pixels = _sample(images)

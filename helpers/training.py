@@ -187,8 +187,12 @@ def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
         RuntimeError: the loaded model predicts something else.
     """
     path = out / "model.keras"
-    _bare(model).save(path)
-    expected, found = (m.predict_on_batch(images) for m in (model, hardware.load(path)))
+    bare = _bare(model)
+    for layer in bare._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.synchronized = False  # only TensorFlow could load it; `hardware.share` sets it
+    bare.save(path)
+    expected, found = (m.predict_on_batch(images) for m in (bare, hardware.load(path)))
     if not np.allclose(expected, found, atol=hardware.tolerance()):
         raise RuntimeError(f"{path} does not predict what was trained: off by {np.abs(expected - found).max():.2g}.")
     shutil.rmtree(out / "backup", ignore_errors=True)
@@ -332,7 +336,8 @@ class Backup(keras.callbacks.BackupAndRestore):
 
     def _restore(self, epoch: int, rows: pd.DataFrame) -> None:
         optimizer = self.model.optimizer
-        optimizer.build(self.model.trainable_variables)
+        with hardware.scope():
+            optimizer.build(self.model.trainable_variables)
         for row in rows.to_dict("records"):
             for watcher in self.watchers:
                 watcher.on_epoch_end(row["epoch"] - 1, dict(row))
