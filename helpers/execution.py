@@ -83,9 +83,10 @@ def _make(step: Step, watch: Callable[[dict[str, Any]], None], say: Callable[[st
             runs.discard(step.partial)
         if not _is_executed(step):
             _execute(step, watch, stream)
-    if executed.exists():  # else a run that was killed right after had moved both
-        log.replace(step.partial / "notebook.log")
+    if executed.exists():  # else a run that was killed right after had moved it
         executed.replace(step.partial / "notebook.ipynb")
+    kept = step.partial / "notebook.log"
+    log.replace(kept) if log.stat().st_size or not kept.exists() else log.unlink()
     record = {"stage": step.stage.name, "fingerprint": step.fingerprint, "ingredients": step.ingredients}
     seconds = round(time.monotonic() - start, 1)
     store.keep(step.partial, step.folder, record | {"seconds": seconds, "hardware": machine.hardware()})

@@ -234,6 +234,15 @@ def _check_measured(recipe: recipes.Recipe) -> None:
             f"evaluate.part: {part} would be empty, by split: {list(shares)} for train, val and test. Give it a share,"
             " or measure on validation: evaluate.part=val."
         )
+    monitor = recipe.resolved("evaluate")["monitor"]
+    for stage in ("head", "fine_tune"):
+        given = recipe.resolved(stage)
+        trains = given["epochs"] and not given.get("from_run")
+        if trains and monitor not in ("val_loss", "val_accuracy", given["monitor"]):
+            raise recipes.RecipeError(
+                f"evaluate.monitor: {monitor} is to decide between the phases, but {stage} does not measure it. Set"
+                f" {stage}.monitor to {monitor} too, or evaluate.monitor to val_loss or val_accuracy."
+            )
 
 
 def _check_from_run(recipe: recipes.Recipe) -> None:

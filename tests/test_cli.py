@@ -128,6 +128,7 @@ def mistake(thaw, runs_folder, *arguments):
         (["--set", "explore.source=nowhere"], "source: 'nowhere' is neither a folder"),
         (["--set", "head.backbone=resnet5"], "resnet50"),
         (["--set", "head.weights=lost.weights.h5"], "head.weights: there is no file lost.weights.h5"),
+        (["--set", "evaluate.monitor=val_auc"], "but head does not measure it. Set head.monitor to val_auc too"),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(thaw, recipe, runs_folder, arguments, expected):

@@ -48,6 +48,7 @@ def test_killed_after_the_last_cell_nothing_is_run_again(toy, monkeypatch, where
     assert toy.ran() == ["split", "resize"] and toy.word() == "photos:abc"
     log = (toy.runs / "toy/explore/notebook.log").read_text()
     assert "Written to" in log, "the log of the run that was killed is kept"
+    assert not list((toy.runs / ".store").glob("*.log"))
 
 
 def test_killed_while_the_executed_notebook_was_written_the_stage_is_run_again(toy, monkeypatch):
