@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export PYTHONNOUSERSITE = 1
 
-.PHONY: demo test lint audit lock lab clean env systems crash browser
+.PHONY: demo test lint audit lock lab clean env systems crash browser cluster
 
 demo: env  ## the main job: solar cells to a report
 	$(BIN)/thaw run recipes/elpv.yaml
@@ -22,6 +22,10 @@ crash: env  ## kills, full disks and read-only folders on the real notebooks, mi
 
 browser: env  ## every notebook in a real JupyterLab, and the label review (needs Debian's chromium), minutes
 	$(BIN)/python -m pytest -m browser
+
+cluster: env  ## two hosts, by two processes on this machine; installs the extra, minutes
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[cluster]'
+	$(BIN)/python -m pytest -m cluster
 
 lint: env  ## style of code and notebooks; no outputs in git
 	$(BIN)/ruff check .

@@ -202,7 +202,12 @@ def write_contact_sheets(
 
 
 def _shown(images: np.ndarray, labels: np.ndarray, augment: Augmentation | None, key: tf.Tensor) -> np.ndarray:
-    return tf.cast(augment.function()(images, labels, key)[0], tf.uint8).numpy() if augment else images
+    if augment is None:
+        return images
+    change = augment.function()
+    if keras.backend.backend() != "tensorflow":
+        change = tf.function(change)  # layers of Keras take TensorFlow's own operations only within a graph then
+    return tf.cast(change(images, labels, key)[0], tf.uint8).numpy()
 
 
 class _Draws(keras.random.SeedGenerator):

@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 from filelock import FileLock
 
-from helpers import fingerprint, folding, hardware, runs
+from helpers import fingerprint, folding, hardware, ranks, runs
 from helpers.augmentation import Augmentation
 from helpers.machine import free_memory
 from helpers.views import GROUP, Images, in_views, mixes_images
@@ -57,9 +57,10 @@ class Bank:
     def __len__(self) -> int:
         return self.activations.shape[1]
 
-    def in_order(self, batch_size: int) -> tf.data.Dataset:
-        """Return batches (activations float32, labels) of every plain image, in order."""
-        return self._dataset(batch_size, lambda: np.arange(len(self)), None, -(-len(self) // batch_size))
+    def in_order(self, batch_size: int, rows: np.ndarray | None = None) -> tf.data.Dataset:
+        """Return batches (activations float32, labels) of every plain image, or of those at `rows`, in order."""
+        rows = np.arange(len(self)) if rows is None else rows
+        return self._dataset(batch_size, lambda: rows, None, -(-len(rows) // batch_size))
 
     def batches(
         self,
@@ -77,7 +78,7 @@ class Bank:
 
         Args:
             batch_size: images a batch. The last batch is smaller; where several devices train at once it is left out,
-                and holds other images in every epoch.
+                and holds other images in every epoch. Of several ranks, each gets its part of each batch.
             seed: seed of the order and the views.
             probabilities: (n,) chance of each image to be drawn, adding up to 1, e.g. for balanced classes.
             weights: (n,) weight of each image in the loss; batches then are (activations, labels, weights).
@@ -90,16 +91,20 @@ class Bank:
                 raise ValueError(
                     f"`{name}` must have one value for each of {len(self)} images; got {np.shape(values)}."
                 )
-        steps = hardware.steps(len(self), batch_size)
-        data = self._dataset(batch_size, lambda: draw(self, seed, self._epoch, probabilities), weights, steps)
+        steps, part = hardware.steps(len(self), batch_size), batch_size // ranks.count()
+
+        def rows() -> np.ndarray:
+            return ranks.of_batches(draw(self, seed, self._epoch, probabilities), batch_size)
+
+        data = self._dataset(part, rows, weights, steps)
         return data, keras.callbacks.LambdaCallback(on_epoch_begin=self._set_epoch)
 
     def _set_epoch(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch = epoch
 
     def _dataset(self, batch_size: int, rows: Callable, weights: np.ndarray | None, steps: int) -> tf.data.Dataset:
-        count, read = len(self), self._reader(weights)
-        epoch = tf.data.Dataset.range(1).map(lambda _: tf.ensure_shape(tf.numpy_function(rows, [], tf.int64), [count]))
+        read = self._reader(weights)
+        epoch = tf.data.Dataset.range(1).map(lambda _: tf.ensure_shape(tf.numpy_function(rows, [], tf.int64), [None]))
         data = epoch.flat_map(
             lambda drawn: tf.data.Dataset.range(0, steps * batch_size, batch_size).map(
                 lambda at: drawn[at : at + batch_size]
@@ -199,7 +204,7 @@ def _views_that_fit(
     train, val = (count * int(np.prod(prefix.output_shape[1:])) * np.dtype(dtype).itemsize / 1e9 for count in counts)
     held = sum(path.stat().st_blocks * 512 for path in folder.rglob("*.npy"))
     room = min(cache_gb, (SHARE_OF_DISK * shutil.disk_usage(folder).free + held) / 1e9)
-    fitting = int(np.clip((room - val) // train, 0, views))
+    fitting = ranks.agreed(int(np.clip((room - val) // train, 0, views)))
     if fitting < views:
         kept = f"{fitting} views are kept" if fitting >= min(views, 2) else "nothing is cached, the whole model trains"
         print(f"A cache of {views} views takes {views * train + val:.3g} GB, there is room for {room:.3g} GB: {kept}.")

@@ -26,6 +26,11 @@ Set = Annotated[
 Name = Annotated[str, typer.Option(help="Name of the run, in place of the recipe's.")]
 
 
+Hosts = Annotated[
+    str, typer.Option(metavar="ADDRESS", help="A Dask scheduler, tcp://...:8786, whose hosts do the work together.")
+]
+
+
 @app.callback()
 def main() -> None:
     """Thaw: transfer learning for image classification, from a folder of images to an honest report."""
@@ -44,6 +49,7 @@ def run(
         str, typer.Option(metavar="STAGE", help="Make this stage and those after it again, or `all`.")
     ] = "",
     dry_run: Annotated[bool, typer.Option(help="Only say which stages would run, and why.")] = False,
+    hosts: Hosts = "",
 ) -> None:
     """Run every stage of RECIPE that is not done yet, and write the report."""
     from helpers import terminal
@@ -52,7 +58,7 @@ def run(
     rebuild = rebuild if rebuild in ("", "all") else recipes.find_stage(rebuild).name
     between = [recipes.find_stage(stage).name if stage else "" for stage in (first, last)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    terminal.run(loaded, console, *between, rebuild=rebuild, dry_run=dry_run)
+    terminal.run(loaded, console, *between, rebuild=rebuild, dry_run=dry_run, address=hosts)
 
 
 @app.command()
@@ -137,6 +143,7 @@ def predict(
     columns: Annotated[
         str, typer.Option(metavar="A,B,...", help="What a competition asks for, as in id,breed; * is every class.")
     ] = "",
+    hosts: Hosts = "",
 ) -> None:
     """Classify IMAGES with the model of RUN."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -144,7 +151,7 @@ def predict(
 
     if columns and not csv:
         raise ValueError("--columns says how the CSV is to be written: give --csv FILE too.")
-    table, unreadable = prediction.predict(run, images)
+    table, unreadable = prediction.predict(run, images, hosts)
     if caution := table.attrs.get("caution"):
         console.print(caution, style="yellow", markup=False)
     for path, predicted, confidence in zip(table["path"], table["predicted"], table["confidence"], strict=True):

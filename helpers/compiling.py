@@ -61,7 +61,7 @@ def optimizer(
     wrong = {key: value for key, value in arguments.items() if not isinstance(value, int | float | None)}
     if wrong:
         raise ValueError(f"optimizer: the arguments of {name} are numbers, true or false; got {wrong}.")
-    for key, reason in NOT_SHARED.items() if hardware.replicas() > 1 else ():
+    for key, reason in NOT_SHARED.items() if hardware.mirrors() else ():
         if arguments.get(key) is not None:
             raise ValueError(
                 f"optimizer: {key} does not work on {hardware.replicas()} devices at once: {reason}. Leave it out, or"

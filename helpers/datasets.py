@@ -7,6 +7,7 @@ training that was interrupted and goes on at epoch k sees what an undisturbed on
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from helpers import augmentation, bank, frontier, hardware, models, runs
+from helpers import augmentation, bank, frontier, hardware, models, ranks, runs
 
 SMALL_STEPS = 16  # of a head on pooled features: measured twice as fast as one by one
 PARTS = ("training images", "validation images")
@@ -123,18 +124,19 @@ def training(
     chances = probabilities(images.labels) if balanced else None
     targets = shares(images).labels if augment is not None and augment.mixes else images.labels
     paths, labels, count = tf.constant(images.paths), tf.constant(targets), len(images)
-    steps = hardware.steps(count, batch_size)
+    steps, part = hardware.steps(count, batch_size), batch_size // ranks.count()
     pixels = tf.concat(list(images.pixels), axis=0) if _fits_in_memory(images) else None
     change = augment.function() if augment is not None else None
 
     def epoch() -> tuple[np.ndarray, np.int32]:
         rng = np.random.default_rng([seed, clock["epoch"]])
         drawn = rng.choice(count, size=count, p=chances) if balanced else rng.permutation(count)
-        return drawn.astype(np.int32), np.int32(clock["epoch"])
+        return ranks.of_batches(drawn, batch_size).astype(np.int32), np.int32(clock["epoch"])
 
     def batches(drawn: tf.Tensor, number: tf.Tensor) -> tf.data.Dataset:
-        starts = tf.data.Dataset.range(0, steps * batch_size, batch_size, output_type=tf.int32)
-        return starts.map(lambda at: (drawn[at : at + batch_size], augmentation.key(seed, number, at)))
+        starts = tf.data.Dataset.range(0, steps * part, part, output_type=tf.int32)
+        keys = partial(augmentation.key, seed, number)
+        return starts.map(lambda at: (drawn[at : at + part], keys(at * ranks.count() + ranks.number() * part)))
 
     def load(rows: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         if pixels is not None:
@@ -147,7 +149,7 @@ def training(
         return change(*batch, key) if change else batch
 
     begin = tf.data.Dataset.range(1).map(lambda _: tf.numpy_function(epoch, [], (tf.int32, tf.int32)))
-    begin = begin.map(lambda drawn, number: (tf.ensure_shape(drawn, [count]), tf.ensure_shape(number, [])))
+    begin = begin.map(lambda drawn, number: (tf.ensure_shape(drawn, [None]), tf.ensure_shape(number, [])))
     data = begin.flat_map(batches).map(load, tf.data.AUTOTUNE, deterministic=True)
     data = data.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2)
     return data, keras.callbacks.LambdaCallback(on_epoch_begin=lambda number, logs=None: clock.update(epoch=number))
@@ -160,7 +162,8 @@ class Feed:
     Attributes:
         model: the suffix above the frozen frontier, or the whole model; its layers are the model's own.
         train: training data, one epoch long.
-        val: validation data, in order.
+        val: validation data for `fit`, in order; of several ranks, each has its part.
+        all_val: the same of every validation image, for `predict`.
         clock: the callback that tells `train` which epoch it is; `fit` must be given it.
         steps: batches an epoch.
         steps_per_execution: steps that `fit` runs in one go; more than one where a step is shorter than its start.
@@ -171,6 +174,7 @@ class Feed:
     model: keras.Model
     train: tf.data.Dataset
     val: tf.data.Dataset
+    all_val: tf.data.Dataset
     clock: keras.callbacks.Callback
     steps: int
     steps_per_execution: int
@@ -178,9 +182,17 @@ class Feed:
     summary: str
 
     def remove_cache(self) -> None:
-        """Delete the activations."""
-        for folder in self.banks:
+        """Delete the activations; ranks that share them must all be here."""
+        ranks.meet()
+        for folder in self.banks if ranks.number() == 0 else ():
             shutil.rmtree(folder, ignore_errors=True)
+        ranks.meet()
+
+    def close(self, keep: bool = False) -> None:
+        """Delete the activations unless they are to be kept; ranks part here."""
+        if not keep:
+            self.remove_cache()
+        ranks.part()
 
 
 def feed(
@@ -232,15 +244,20 @@ def feed(
     if computes:
         lower = _lower_cut(model, next_unfreeze) or cut
         kept = shares(_in_random_order(train, seed)) if mixes else train
-        banks = bank.fill(lower.prefix, kept, val, cache, views=views, augment=augment, seed=seed, cache_gb=cache_gb)
-        if banks and lower is not cut:
-            middle = frontier.cut(lower.suffix).prefix
-            banks = [bank.lift(part, middle, cache, label=name) for part, name in zip(banks, PARTS, strict=True)]
+        form = {"views": views, "augment": augment, "seed": seed, "cache_gb": cache_gb}
+        with ranks.alone():  # one fills them, the others wait for its lock
+            banks = bank.fill(lower.prefix, kept, val, cache, **form)
+            if banks and lower is not cut:
+                middle = frontier.cut(lower.suffix).prefix
+                banks = [bank.lift(part, middle, cache, label=name) for part, name in zip(banks, PARTS, strict=True)]
+    mine = ranks.of_all(len(val))
     if banks is None:
         data, clock = training(train, batch_size, seed=seed, augment=augment, balanced=balanced)
         why = "views is 0" if not views else "no room" if computes else f"nothing below {cut.stopped_by} is frozen"
-        plain = labelled(val, hardware.even_batches(len(val), bank.GROUP))
-        return Feed(model, data, plain, clock, steps, 1, [], f"The whole model is computed in every step: {why}.")
+        size, summary = hardware.even_batches(len(val), bank.GROUP), "The whole model is computed in every step"
+        plain = labelled(val, size)
+        part = labelled(_at(val, mine), size) if ranks.replicas() > 1 else plain
+        return Feed(model, data, part, plain, clock, steps, 1, [], f"{summary}: {why}.")
     filled, plain = banks
     chances = probabilities(train.labels) if balanced else None
     data, clock = filled.batches(batch_size, seed=seed, probabilities=chances)
@@ -249,11 +266,13 @@ def feed(
         f" {len(val):,} validation images, {cut.shape} each. Training starts there."
     )
     together = min(SMALL_STEPS, steps) if len(cut.shape) == 1 and not several else 1
-    suffix, in_order = cut.suffix, plain.in_order(hardware.even_batches(len(val), 256))
+    suffix, size = cut.suffix, hardware.even_batches(len(val), 256)
+    whole = plain.in_order(size)
+    part = plain.in_order(size, mine) if ranks.replicas() > 1 else whole
     if several:
         with hardware.scope():
             suffix = keras.Model(suffix.input, suffix.output, name=suffix.name)
-    return Feed(suffix, data, in_order, clock, steps, together, [filled.folder, plain.folder], summary)
+    return Feed(suffix, data, part, whole, clock, steps, together, [filled.folder, plain.folder], summary)
 
 
 def _lower_cut(model: keras.Model, unfreeze: str | int | float | dict) -> frontier.Cut | None:
@@ -292,10 +311,13 @@ def probabilities(labels: np.ndarray) -> np.ndarray:
 
 
 def _in_random_order(images: Folder, seed: int) -> Folder:
-    order = np.random.default_rng(seed).permutation(len(images))
-    paths, keys = ([values[row] for row in order] for values in (images.paths, images.keys))
+    return _at(images, np.random.default_rng(seed).permutation(len(images)))
+
+
+def _at(images: Folder, rows: np.ndarray) -> Folder:
+    paths, keys = ([values[row] for row in rows] for values in (images.paths, images.keys))
     pixels = _in_order(paths, images.image_size)
-    return replace(images, pixels=pixels, keys=keys, labels=images.labels[order], paths=paths)
+    return replace(images, pixels=pixels, keys=keys, labels=images.labels[rows], paths=paths)
 
 
 def _fits_in_memory(images: Folder) -> bool:

@@ -9,10 +9,11 @@ import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,18 +28,26 @@ try:
 except ImportError:  # Windows, whose kernels end with their parent
     fcntl = None
 
+Watch = Callable[[dict[str, Any]], None]
+
 KERNEL = "kernel-"  # begins the names of the folders in the store that serve a running kernel
 NEARLY_FULL = 10_000_000  # bytes
 NO_SPACE = re.compile(r"No space left|[Ee]rrno(:| =)? (27|28|122)\b|Disk quota exceeded|File too large")
 
 
-def make(step: Step, watch: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> float:
+def make(
+    step: Step,
+    watch: Watch,
+    say: Callable[[str], None],
+    run: Callable[[Step, Watch, TextIO], None] | None = None,
+) -> float:
     """Make one stage, or wait for another `thaw run` that is making it; return the seconds it took.
 
     Args:
         step: what to make.
         watch: called with each line of progress (see `runs.report_progress`).
         say: called with a sentence when there is something to tell.
+        run: what runs the notebook in place of `execute`.
 
     Raises:
         StageError: a cell failed or the kernel died. The unfinished stage is kept, so that the next try goes on there.
@@ -49,7 +58,7 @@ def make(step: Step, watch: Callable[[dict[str, Any]], None], say: Callable[[str
             made_meanwhile = step.why != pipeline.REBUILD and (step.folder / runs.STAGE_FILE).is_file()
             if not made_meanwhile or store.dangling_link(step.folder):
                 store.check_disk(step.folder.parent)
-                _make(step, watch, say)
+                _make(step, watch, say, run)
         pipeline.link_stage(step)
     except OSError as error:
         if not store.is_full(error):
@@ -73,16 +82,16 @@ def _alone(step: Step, say: Callable[[str], None]) -> Iterator[None]:
         lock.release()
 
 
-def _make(step: Step, watch: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> None:
+def _make(step: Step, watch: Watch, say: Callable[[str], None], run: Callable | None) -> None:
     """Make one stage in its partial folder and keep it."""
     start = time.monotonic()
     log, executed = step.partial.with_suffix(".log"), step.partial.with_suffix(".ipynb")
     with open(log, "a", encoding="utf-8") as stream:
-        _wait_for_orphan(stream, say)
+        wait_for_orphan(stream, say)
         if step.why == pipeline.REBUILD or runs.stage_status(step.partial) == "foreign":
             runs.discard(step.partial)
-        if not _is_executed(step):
-            _execute(step, watch, stream)
+        if not is_executed(step):
+            (run or execute)(step, watch, stream)
     if executed.exists():  # else a run that was killed right after had moved it
         executed.replace(step.partial / "notebook.ipynb")
     kept = step.partial / "notebook.log"
@@ -92,7 +101,7 @@ def _make(step: Step, watch: Callable[[dict[str, Any]], None], say: Callable[[st
     store.keep(step.partial, step.folder, record | {"seconds": seconds, "hardware": machine.hardware()})
 
 
-def _wait_for_orphan(stream: TextIO, say: Callable[[str], None]) -> None:
+def wait_for_orphan(stream: TextIO, say: Callable[[str], None]) -> None:
     """Wait for the kernel of a `thaw run` that was killed: it notices, but writes on for a moment.
 
     A kernel's output goes to the stage's log, and it inherits the lock on that open file, which ends with its last
@@ -110,7 +119,7 @@ def _wait_for_orphan(stream: TextIO, say: Callable[[str], None]) -> None:
             raise
 
 
-def _is_executed(step: Step) -> bool:
+def is_executed(step: Step) -> bool:
     """Say whether an interrupted run left the stage with its notebook run to the end, so that it needs only be kept."""
     if runs.stage_status(step.partial) != "done":
         return False
@@ -123,8 +132,23 @@ def _is_executed(step: Step) -> bool:
     return all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
 
 
-def _execute(step: Step, watch: Callable[[dict[str, Any]], None], stream: TextIO) -> None:
-    """Run the notebook by papermill into the partial folder; what its kernel prints goes to `stream`."""
+def execute(
+    step: Step,
+    watch: Watch,
+    stream: TextIO,
+    *,
+    variables: Mapping[str, str] | None = None,
+    wanted: Callable[[], bool] = lambda: True,
+) -> None:
+    """Run the notebook by papermill into the partial folder; what its kernel prints goes to `stream`.
+
+    Args:
+        variables: of the kernel's environment, beside those of this process.
+        wanted: asked every second; the kernel is killed when it says no.
+
+    Raises:
+        StageError: as `make`.
+    """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -134,7 +158,7 @@ def _execute(step: Step, watch: Callable[[dict[str, Any]], None], stream: TextIO
     executed = step.partial.with_suffix(".ipynb")
     folders = {name: runs.display_path(path) for name, path in step.input_folders.items()}
     parameters = step.parameters | folders | {"out": runs.display_path(step.partial)}
-    with _kernel_environment(step.folder.parent, watch):
+    with _kernel_environment(step.folder.parent, watch, variables or {}), _killed_unless(wanted) as started:
         try:
             papermill.execute_notebook(
                 step.stage.notebook,
@@ -146,7 +170,7 @@ def _execute(step: Step, watch: Callable[[dict[str, Any]], None], stream: TextIO
                 stdout_file=stream,
                 stderr_file=stream,
                 start_timeout=180,
-                kernel_manager_class=_kernel_that_logs_to(stream),
+                kernel_manager_class=_kernel_that_logs_to(stream, started),
             )
         except PapermillExecutionError as error:
             # Its index counts from 0, but also the cell that papermill put in after the parameters cell.
@@ -154,6 +178,8 @@ def _execute(step: Step, watch: Callable[[dict[str, Any]], None], stream: TextIO
             cause = f"{cell}\n  {store.full(step.folder.parent)}" if NO_SPACE.search(error.evalue) else cell
             raise StageError(_failure(step, cause, "\n".join(error.traceback))) from None
         except DeadKernelError:
+            if not wanted():
+                raise StageError("it was stopped with the others") from None
             raise StageError(_failure(step, _why_it_died(step))) from None
     if runs.stage_status(step.partial) != "done":
         raise StageError(_failure(step, "it ended without runs.finish_stage in its last cell"))
@@ -168,13 +194,38 @@ def _why_it_died(step: Step) -> str:
     )
 
 
-def _kernel_that_logs_to(stream: TextIO) -> type:
-    """Return a kernel manager whose kernel's own output, which is not a cell's, goes to `stream`."""
+@contextmanager
+def _killed_unless(wanted: Callable[[], bool]) -> Iterator[list[int]]:
+    """Yield the list to which the kernel's process group is to be added, to be killed when it is no longer wanted."""
+    started: list[int] = []
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(1):
+            for group in () if wanted() else started:
+                with suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield started
+    finally:
+        finished.set()
+        watcher.join()
+
+
+def _kernel_that_logs_to(stream: TextIO, started: list[int]) -> type:
+    """Return a kernel manager whose kernel's own output, which is not a cell's, goes to `stream`.
+
+    The number of its process group is added to `started`.
+    """
     from jupyter_client.manager import AsyncKernelManager
 
     class LoggedKernelManager(AsyncKernelManager):
         async def _async_start_kernel(self, **settings: Any) -> None:
             await super()._async_start_kernel(stdout=stream, stderr=stream, **settings)
+            started.append(self.provisioner.pid)
 
         start_kernel = _async_start_kernel
 
@@ -200,7 +251,7 @@ def _failure(step: Step, cause: str, trace: str = "") -> str:
 
 
 @contextmanager
-def _kernel_environment(shelf: Path, watch: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+def _kernel_environment(shelf: Path, watch: Watch, variables: Mapping[str, str]) -> Iterator[None]:
     """Make "python3" mean this Python whatever kernels the machine has, and follow the progress it reports."""
     from ipykernel.kernelspec import write_kernel_spec
 
@@ -212,6 +263,7 @@ def _kernel_environment(shelf: Path, watch: Callable[[dict[str, Any]], None]) ->
     progress.touch()
     search = os.pathsep.join(filter(None, [str(place), os.environ.get("JUPYTER_PATH")]))
     changed = {"JUPYTER_PATH": search, runs.PROGRESS_VARIABLE: str(progress), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    changed |= variables
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     finished = threading.Event()
@@ -230,7 +282,7 @@ def _kernel_environment(shelf: Path, watch: Callable[[dict[str, Any]], None]) ->
                 os.environ[name] = value
 
 
-def _follow(progress: Path, watch: Callable[[dict[str, Any]], None], finished: threading.Event) -> None:
+def _follow(progress: Path, watch: Watch, finished: threading.Event) -> None:
     with open(progress, encoding="utf-8") as stream:
         unfinished = ""
         while True:

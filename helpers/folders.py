@@ -115,7 +115,9 @@ def write_images(
     convert = partial(_convert, source=source, out=out, image_size=image_size, fit=fit, quality=quality)
     boxes = table["box"] if "box" in table else [""] * len(table)
     files = list(zip(table["file"], table["path"], boxes, strict=True))
-    problems = pd.DataFrame(images.for_each(convert, files, workers=workers, label="resize"), index=table.index)
+    seen = [source, out, *(source / file for file in table["file"].head(1))]  # the last is a link to the raw images
+    each = images.for_each(convert, files, workers=workers, label="resize", reads=seen)
+    problems = pd.DataFrame(each, index=table.index)
     table[["reason", "detail"]] = problems
     bad = table["reason"] != ""
     quarantine = table.assign(path=table["source"]).loc[bad, QUARANTINE_COLUMNS].reset_index(drop=True)

@@ -16,10 +16,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from helpers import ranks
+
 # https://developer.nvidia.com/cuda-gpus: tensor cores take float16 from 7.0 (Volta) and bfloat16 from 8.0 (Ampere) on
 FAST = {(8, 0): "mixed_bfloat16", (7, 0): "mixed_float16"}
 MIXED = tuple(FAST.values())
-ONE_DEVICE = "devices: gpu, which takes one GPU"  # the way out of what several cannot do
+ONE_DEVICE = "devices: gpu, which takes one GPU, without --hosts"  # the way out of what several cannot do
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OOM when|out of memory|ALLOC_FAILED|failed to allocate", re.IGNORECASE)
 
 _strategy: tf.distribute.Strategy | None = None
@@ -44,6 +46,8 @@ def prepare(
     """
     global _strategy
     _strategy = None
+    if keras.backend.backend() == "jax":
+        return _prepare_jax(devices, trains, precision, deterministic)
     if devices == "cpu":
         # Not only `set_visible_devices`: Keras compiles with XLA where there is a GPU, visible or not.
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
@@ -74,6 +78,18 @@ def _mirrored(*devices: str) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(devices)
 
 
+def _prepare_jax(devices: str, trains: bool, precision: str, deterministic: bool) -> str:
+    tf.config.set_visible_devices([], "GPU")  # TensorFlow only feeds the data
+    count, name, capability = ranks.prepare(devices, trains=trains)
+    if deterministic and capability:
+        raise ValueError("deterministic is for TensorFlow; with JAX on a GPU, leave it out.")
+    policy = _fastest(capability) if precision == "auto" else precision
+    keras.config.set_dtype_policy(policy)
+    hosts = f" on {ranks.count()} hosts" if ranks.count() > 1 else ""
+    several = f"{count} x {name}{hosts} at once" if count > 1 else name
+    return f"Computes with JAX on {several} in {policy}"
+
+
 def scope() -> contextlib.AbstractContextManager:
     """Return the context in which a model is built, loaded and compiled that is to train on what `prepare` chose.
 
@@ -84,7 +100,12 @@ def scope() -> contextlib.AbstractContextManager:
 
 def replicas() -> int:
     """Return on how many devices at once a model trains that is built within `scope`."""
-    return _strategy.num_replicas_in_sync if _strategy else 1
+    return _strategy.num_replicas_in_sync if _strategy else ranks.replicas()
+
+
+def mirrors() -> bool:
+    """Return whether they are TensorFlow's replicas, each of which has a copy of the weights and its own gradients."""
+    return _strategy is not None
 
 
 def steps(images: int, batch_size: int) -> int:
@@ -110,12 +131,16 @@ def even_batches(images: int, batch_size: int) -> int:
     TensorFlow gives each device the same number of a batch's images, rounded up, until there are none left; Keras needs
     an equal number of the first batch's.
 
+    With JAX it is what each rank takes of such a batch, and every batch is even.
+
     Raises:
         ValueError: there is no such size.
     """
     count = replicas()
     if count == 1:
         return batch_size
+    if not _strategy and images >= count:
+        return batch_size * count // ranks.count()
     for size in range(min(images // count, batch_size) * count, 0, -count):
         last = images % size or size
         if last > -(-last // count) * (count - 1):
@@ -129,7 +154,7 @@ def share(model: keras.Model) -> None:
     Each BatchNormalization that trains sees the whole batch instead of its device's part, and dropout drops other
     values on each device instead of the same ones.
     """
-    for layer in model._flatten_layers() if replicas() > 1 else ():
+    for layer in model._flatten_layers() if _strategy else ():
         if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
             layer.synchronized = True
         for value in vars(layer).values():
@@ -186,7 +211,8 @@ def _with_policy(config: Any, policy: str) -> tuple[Any, bool]:
 
 def tolerance() -> float:
     """Return by how much two computations of the same probabilities may differ here."""
-    is_exact = keras.config.dtype_policy().name == "float32" and not tf.config.list_logical_devices("GPU")
+    on_gpu = ranks.on_gpu() if keras.backend.backend() == "jax" else tf.config.list_logical_devices("GPU")
+    is_exact = keras.config.dtype_policy().name == "float32" and not on_gpu
     return 1e-5 if is_exact else 2e-2  # a GPU rounds to 10 bits (TF32) or fewer, and chooses algorithms by timing them
 
 

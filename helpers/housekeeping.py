@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from helpers import execution, manifest, recipes, runs
+from helpers import execution, hosts, manifest, recipes, runs
 
 STORE = ".store"
 
@@ -99,11 +99,14 @@ def leftovers(folder: Path) -> list[Leftover]:
     found: list[Leftover] = []
     for path in sorted(store.iterdir()) if store.is_dir() else ():
         if path.suffix == ".partial":
-            around = (path.with_suffix(".ipynb"), path.with_suffix(".log"), path.with_suffix(".lock"))
+            around = [path.with_suffix(".ipynb"), path.with_suffix(".log"), path.with_suffix(".lock")]
+            around += store.glob(f"{path.stem}.rank*.log")
             found.append(_leftover("interrupted stage, which would go on where it stopped", path, *around))
         elif (path / runs.STAGE_FILE).is_file() and path.name not in needed:
             found.append(_leftover("stage that no run links to", path, path.with_suffix(".lock")))
-        elif path.name.startswith(execution.KERNEL) or path.name.endswith((runs.DISCARDED, runs.TEMPORARY)):
+        elif path.name.startswith(execution.KERNEL) or path.name.endswith(
+            (runs.DISCARDED, runs.TEMPORARY, hosts.ALIVE)
+        ):
             found.append(_leftover("left by a process that was killed", path))
     caches = [store / "cache", *(run / "cache" for run in _run_folders(folder))]
     banks = (bank for cache in caches if cache.is_dir() for bank in sorted(cache.iterdir()))

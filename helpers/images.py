@@ -9,11 +9,13 @@ Anything that stops a file from becoming the right pixels raises `ImageError`; n
 
 import contextlib
 import io
+import itertools
 import math
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +24,13 @@ import numpy as np
 from joblib import Parallel, cpu_count, delayed
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from helpers import runs
+from helpers import cluster, runs
 
 Fit = Literal["crop", "pad", "squash"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels of the upright image, right and bottom outside
 FITS = ("crop", "pad", "squash")
 SMALLEST = 32  # pixels: below this no backbone of the suite has anything left to see
+PIECE = 64  # images that a host is given at a time
 MAX_PIXELS = 200_000_000  # the largest phone photos have 200 megapixels; a decompression bomb has billions
 FORMATS = ["JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"]
 SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .avif .heic .heif".split())
@@ -235,24 +238,48 @@ def write(path: Path, pixels: np.ndarray, quality: int = 95) -> None:
 
 
 def for_each(
-    function: Callable[[Any], Any], items: Sequence[Any], *, workers: int = 0, label: str = ""
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    *,
+    workers: int = 0,
+    label: str = "",
+    reads: Sequence[str | os.PathLike] = (),
 ) -> Iterator[Any]:
     """Yield function(item) for each item, in order, on several cores, with progress.
-
-    Threads, since decoding, resizing, hashing and encoding all release Python's lock: as quick as processes and ready
-    at once. Only a few items are under way at a time, so memory does not grow with their number.
 
     Args:
         workers: threads; 0 means one for each core.
         label: what the progress is called.
+        reads: with it, the hosts of a `thaw run --hosts` share the work: files and folders that each must see. The
+            function must be of a module then, or a `functools.partial` of one.
+    """
+    address = os.environ.get(runs.HOSTS_VARIABLE)
+    if reads and address:
+        pieces = [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
+        each = cluster.spread(partial(_all_of, function), pieces, address=address, reads=reads)
+        found = itertools.chain.from_iterable(each)
+    else:
+        found = _in_threads(function, items, workers)
+    yield from runs.track(found, total=len(items), label=label)
+
+
+def _in_threads(function: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> Iterator[Any]:
+    """Yield function(item) for each item, in order, on several cores.
+
+    Threads, since decoding, resizing, hashing and encoding all release Python's lock: as quick as processes and ready
+    at once. Only a few items are under way at a time, so memory does not grow with their number.
     """
     run = Parallel(n_jobs=workers or cpu_count(), prefer="threads", return_as="generator")
     threads_before = cv2.getNumThreads()
     cv2.setNumThreads(1)  # the cores are already taken
     try:
-        yield from runs.track(run(delayed(function)(item) for item in items), total=len(items), label=label)
+        yield from run(delayed(function)(item) for item in items)
     finally:
         cv2.setNumThreads(threads_before)
+
+
+def _all_of(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    return list(_in_threads(function, items))
 
 
 @contextlib.contextmanager

@@ -74,7 +74,8 @@ def take(
     """
     check = partial(examine, min_size=min_size, max_aspect=max_aspect, max_pixels=max_pixels)
     paths = [os.path.join(source.root, path) for path in source.table["path"]]
-    facts = list(images.for_each(check, paths, workers=workers, label="inventory"))
+    seen = [source.root, *paths[:1]]
+    facts = list(images.for_each(check, paths, workers=workers, label="inventory", reads=seen))
     table = pd.concat([source.table, pd.DataFrame(facts, index=source.table.index)], axis=1)
     if "reason" not in table:
         table = table.assign(reason=None, detail=None)

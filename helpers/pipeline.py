@@ -186,11 +186,16 @@ def _unlink(link: Path, stage: recipes.Stage) -> None:
         (link.parent / stage.notebook.name).unlink(missing_ok=True)
 
 
-def check_choices(recipe: recipes.Recipe, steps: list[Step]) -> None:
+def check_choices(recipe: recipes.Recipe, steps: list[Step], backend: str = "") -> None:
     """Check what no schema can: ratios that add up, boxes that exist, a backbone that has the layer to unfreeze.
 
     Layers, optimisers, schedules and losses are asked of Keras, in a process of its own; what was found good is
     remembered.
+
+    Args:
+        recipe: the recipe.
+        steps: what is to be made.
+        backend: what Keras will run on, if not what it runs on here.
 
     Raises:
         ValueError: something is wrong; the message says what.
@@ -214,12 +219,12 @@ def check_choices(recipe: recipes.Recipe, steps: list[Step]) -> None:
     checked = runs_folder() / ".store" / "checked-choices.json"
     modules = ("augmentation", "backbones", "choices", "compiling", "models", "profiling", "thawing", "training")
     code = [store.sha256_of(runs.ROOT / "helpers" / f"{name}.py") for name in modules]
-    key = store.fingerprint([chosen, choices["image_size"], code])
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | ({"KERAS_BACKEND": backend} if backend else {})
+    key = store.fingerprint([chosen, choices["image_size"], code, environment.get("KERAS_BACKEND", "")])
     good = runs.read_json(checked) if checked.is_file() else []
     if key in good:
         return
     command = [sys.executable, "-m", "helpers.choices", json.dumps(choices)]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     found = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, env=environment, check=False)
     if found.returncode:
         raise recipes.RecipeError(found.stdout.strip() or found.stderr.strip()[-2000:])

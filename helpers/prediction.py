@@ -1,15 +1,18 @@
 """Classify images with the model of a run, read exactly as its training images were read."""
 
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from helpers import crop, images, runs, sources
+from helpers import cluster, crop, images, runs, sources
 
 BATCH = 32
+PIECE = 16 * BATCH  # images that a host is given at a time; whole batches, so that hosts change no digit
 
 
 def model_folder(run: str | Path) -> Path:
@@ -72,12 +75,14 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def predict(run: str | Path, paths: Iterable[str | Path]) -> tuple[pd.DataFrame, dict[str, str]]:
+def predict(run: str | Path, paths: Iterable[str | Path], hosts: str = "") -> tuple[pd.DataFrame, dict[str, str]]:
     """Classify image files and folders of images.
 
     Args:
         run: the folder of a run, or of one of its training stages.
         paths: image files and folders.
+        hosts: address of a Dask scheduler whose hosts share the work; they must see the run and the images under the
+            same paths.
 
     Returns:
         A table with the columns path, predicted, confidence and one probability per class, and a mapping of each file
@@ -85,26 +90,22 @@ def predict(run: str | Path, paths: Iterable[str | Path]) -> tuple[pd.DataFrame,
 
     Raises:
         FileNotFoundError: the run, its model, or a path does not exist.
+        cluster.HostError: the hosts cannot do it.
     """
-    folder = model_folder(run)
+    folder, paths = model_folder(run).resolve(), list(paths)
     files = find_images(paths)
-    from helpers import hardware  # takes seconds, which a wrong path need not
-
-    about, class_names = runs.read_json(folder / "model.json"), runs.read_json(folder / "class_names.json")
-    model = hardware.load(folder / "model.keras")
-    part_of = crop.cutter(about["crop"]) if "crop" in about else lambda path: None
-    read, probabilities, unreadable = [], [], {}
-    for start in range(0, len(files), BATCH):
-        pixels = []
-        for path in files[start : start + BATCH]:
-            try:
-                pixels.append(images.load(path, about["image_size"], about["fit"], box=part_of(path)))
-                read.append(str(path))
-            except images.ImageError as error:
-                unreadable[str(path)] = str(error)
-        if pixels:
-            probabilities.append(model.predict_on_batch(np.stack(pixels)))
-    scores = np.concatenate(probabilities) if probabilities else np.zeros((0, len(class_names)), np.float32)
+    class_names, about = runs.read_json(folder / "class_names.json"), runs.read_json(folder / "model.json")
+    if hosts:
+        pieces = [[os.path.abspath(path) for path in files[at : at + PIECE]] for at in range(0, len(files), PIECE)]
+        work = partial(_classify_with, str(folder), (folder / "model.keras").stat().st_mtime_ns)
+        reads = [folder / "model.keras", *map(os.path.abspath, paths)]
+        parts = list(cluster.spread(work, pieces, address=hosts, reads=reads))
+    else:
+        parts = [_classify(_load(str(folder)), folder, files)]
+    reasons = [reason for _, found in parts for reason in found]
+    scores = np.concatenate([scores for scores, _ in parts])
+    read = [str(path) for path, reason in zip(files, reasons, strict=True) if not reason]
+    unreadable = {str(path): reason for path, reason in zip(files, reasons, strict=True) if reason}
     table = pd.DataFrame(scores, columns=class_names)
     table.insert(0, "confidence", scores.max(axis=1) if len(scores) else [])
     table.insert(0, "predicted", [class_names[index] for index in scores.argmax(axis=1)])
@@ -112,3 +113,38 @@ def predict(run: str | Path, paths: Iterable[str | Path]) -> tuple[pd.DataFrame,
     if boxes := about.get("crop", {}).get("boxes"):
         table.attrs["caution"] = f"The model learned on images cut to the boxes of {boxes}; these are taken whole."
     return table, unreadable
+
+
+def _load(folder: str):
+    from helpers import hardware  # takes seconds, which a wrong path need not
+
+    return hardware.load(Path(folder) / "model.keras")
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: str, modified: int):
+    return _load(folder)
+
+
+def _classify_with(folder: str, modified: int, files: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Classify files on a host, which keeps the model for its next piece."""
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the host's worker lives on beside what comes next
+    return _classify(_loaded(folder, modified), Path(folder), files)
+
+
+def _classify(model, folder: Path, files: Sequence[str | Path]) -> tuple[np.ndarray, list[str]]:
+    """Return the probabilities of the files that are readable images, and for each file why it is none, or ""."""
+    about, class_names = runs.read_json(folder / "model.json"), runs.read_json(folder / "class_names.json")
+    part_of = crop.cutter(about["crop"]) if "crop" in about else lambda path: None
+    scores, reasons = [np.zeros((0, len(class_names)), np.float32)], []
+    for start in range(0, len(files), BATCH):
+        pixels = []
+        for path in map(Path, files[start : start + BATCH]):
+            try:
+                pixels.append(images.load(path, about["image_size"], about["fit"], box=part_of(path)))
+                reasons.append("")
+            except images.ImageError as error:
+                reasons.append(str(error))
+        if pixels:
+            scores.append(model.predict_on_batch(np.stack(pixels)))
+    return np.concatenate(scores), reasons

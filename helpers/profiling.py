@@ -14,7 +14,9 @@ ROWS = 15
 
 
 def check(steps: Sequence[int]) -> None:
-    """Raise a ValueError unless `steps` is empty or holds a first and a last step."""
+    """Raise a ValueError unless `steps` is empty, or holds a first and a last step and TensorFlow trains."""
+    if steps and keras.backend.backend() != "tensorflow":
+        raise ValueError(f"profile_steps needs TensorFlow; Keras runs on {keras.backend.backend()}. Leave it out.")
     if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
         raise ValueError(f"profile_steps: expected [first, last] step, such as [10, 20]; got {list(steps)}.")
 

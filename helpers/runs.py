@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGE_FILE = "stage.json"
 TEMPORARY, DISCARDED = ".tmp", ".discarded"  # ends of the hidden names of what an interruption may leave behind
 PROGRESS_VARIABLE = "THAW_PROGRESS"
+HOSTS_VARIABLE = "THAW_HOSTS"  # the scheduler of `thaw run --hosts`, for the notebooks
+RANK_VARIABLE = "THAW_RANK"  # see `ranks`
 VERSIONED = ("tensorflow", "keras", "numpy", "opencv-python", "pillow", "scikit-learn", "split-folders", "papermill")
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from helpers import execution, manifest, pipeline, recipes, runs, store
+from helpers import cluster, execution, hosts, manifest, pipeline, recipes, runs, store
 
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal to draw on
 
@@ -55,10 +55,15 @@ def run(
     *,
     rebuild: str = "",
     dry_run: bool = False,
+    address: str = "",
 ) -> None:
     """Make the stages of `recipe` that are to do, from `first` to `last`, then the report.
 
+    Args:
+        address: of a Dask scheduler: its hosts train together and share the bulk work of the other stages.
+
     Raises:
+        cluster.HostError: the hosts cannot do it.
         pipeline.StageError: a stage failed, or one before `first` is not done.
         ValueError: the recipe names a backbone or layer that does not exist, or its ratios do not add up.
     """
@@ -75,15 +80,23 @@ def run(
     if todo:
         store.check_writable(run_folder.parent / ".store")
         console.print(f"{recipe.name}: {len(todo)} of {len(steps)} stages to do, in {runs.display_path(run_folder)}")
-        pipeline.check_choices(recipe, todo)
+        if address:
+            with cluster.connect(address) as client:
+                hosts.check(client, run_folder.parent / ".store")
+        pipeline.check_choices(recipe, todo, "jax" if address else "")
         store.check_writable(run_folder)
+
+    def tell(text: str) -> None:
+        console.print(f"      {text}", markup=False)
+
     for number, step in enumerate(steps, 1):
         place = f"{number}/{len(steps)} {step.stage.name}"
         if step not in todo:
             pipeline.link_stage(step)
             continue
         with Watcher(console, place) as watcher:
-            seconds = execution.make(step, watcher, lambda text: console.print(f"      {text}", markup=False))
+            run = hosts.runner(address, step.stage.name, tell) if address else None
+            seconds = execution.make(step, watcher, tell, run)
         headline = runs.read_json(step.folder / runs.STAGE_FILE)["headline"]
         console.print(f"{place:<14} {seconds:6.1f} s  {headline}", markup=False)
     later = planned[len(steps) :]

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from sklearn.utils.class_weight import compute_class_weight
 
-from helpers import compiling, hardware, profiling, runs, thawing
+from helpers import compiling, hardware, profiling, ranks, runs, thawing
 
 HISTORY_COLUMNS = ("epoch", "phase", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
 HISTORY_TYPES = dict.fromkeys(HISTORY_COLUMNS, float) | {"epoch": int, "phase": str}
@@ -176,7 +176,8 @@ def uninterrupted() -> Iterator[None]:
 def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
     """Save the whole model as out/model.keras, prove that it predicts the same when loaded, and remove the backup.
 
-    It is saved without optimiser and loss, so that plain Keras loads it.
+    It is saved without optimiser and loss, so that plain Keras loads it. Where several ranks trained it, each computes
+    alone from here on.
 
     Args:
         model: the classifier.
@@ -187,11 +188,13 @@ def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
         RuntimeError: the loaded model predicts something else.
     """
     path = out / "model.keras"
+    ranks.leave(model)
     bare = _bare(model)
     for layer in bare._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = False  # only TensorFlow could load it; `hardware.share` sets it
     bare.save(path)
+    images = np.asarray(images)
     expected, found = (m.predict_on_batch(images) for m in (bare, hardware.load(path)))
     if not np.allclose(expected, found, atol=hardware.tolerance()):
         raise RuntimeError(f"{path} does not predict what was trained: off by {np.abs(expected - found).max():.2g}.")

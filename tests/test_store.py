@@ -63,7 +63,7 @@ from helpers import cli, inventory, pipeline, recipes, runs
 
 recipes.NOTEBOOKS = Path(sys.argv.pop(1))
 inventory.source_fingerprint = lambda parameters, cache_file: Path(parameters["source"], "photos.txt").read_text()
-pipeline.check_choices = lambda recipe, steps: None  # asks Keras about stages that toys do not have
+pipeline.check_choices = lambda recipe, steps, backend="": None  # asks Keras about stages that toys do not have
 class report:
     build_report = staticmethod(lambda folder: runs.write_text(folder / "report.html", "report"))
 sys.modules["helpers.report"] = report
@@ -128,7 +128,7 @@ def toys(tmp_path, toy_notebooks, notebook, runs_folder, monkeypatch):
     monkeypatch.setattr(
         inventory, "source_fingerprint", lambda p, cache_file: Path(p["source"], "photos.txt").read_text()
     )
-    monkeypatch.setattr(pipeline, "check_choices", lambda recipe, steps: None)
+    monkeypatch.setattr(pipeline, "check_choices", lambda recipe, steps, backend="": None)
     monkeypatch.setattr(report, "build_report", lambda folder: runs.write_text(folder / "report.html", "report"))
     return made
 
