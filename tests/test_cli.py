@@ -262,7 +262,7 @@ def test_new_overwrites_nothing_and_refuses_bad_names(thaw, project, photos):
 def predictions(monkeypatch):
     table = pd.DataFrame({"path": ["a[1].png", "b.png"], "predicted": ["cat", "dog"], "confidence": [0.9, 0.6]})
     unreadable = {}
-    monkeypatch.setattr(prediction, "predict", lambda run, images: (table.assign(cat=[0.9, 0.4]), unreadable))
+    monkeypatch.setattr(prediction, "predict", lambda run, images, hosts: (table.assign(cat=[0.9, 0.4]), unreadable))
     return unreadable
 
 
