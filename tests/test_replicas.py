@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_an_incomplete_batch_is_left_out_and_holds_others_in_each_epoch(trained)
 
 @pytest.mark.parametrize("devices", [2, 3, 4, 8])
 def test_validation_batches_leave_no_device_without_an_image(monkeypatch, devices):
-    monkeypatch.setattr(hardware, "replicas", lambda: devices)
+    monkeypatch.setattr(hardware, "_strategy", SimpleNamespace(num_replicas_in_sync=devices))
     for images in range(120, 1200):
         size = hardware.even_batches(images, 32)
         last = images % size or size
