@@ -160,6 +160,7 @@ def fill(
     augment: Augmentation | None = None,
     seed: int = 0,
     cache_gb: float = 20.0,
+    rounded: bool = False,
 ) -> tuple[Bank, Bank] | None:
     """Return the banks of the training images in `views` views and of the plain validation images.
 
@@ -176,6 +177,7 @@ def fill(
         augment: as `augmentation.make` returns it.
         seed: seed of the augmentation.
         cache_gb: disk that the two banks may take, in 1e9 bytes.
+        rounded: compute the training images' as `folding.fast` does when it is rounded; validation is exact always.
 
     Raises:
         ValueError: the shape of the activations is not fixed; and as `make`.
@@ -191,7 +193,8 @@ def fill(
             return None
         try:
             val_bank = make(prefix, val, folder, dtype=dtype, label="validation images")
-            return make(prefix, train, folder, views=fitting, augment=augment, seed=seed, dtype=dtype), val_bank
+            form = {"views": fitting, "augment": augment, "seed": seed, "dtype": dtype, "rounded": rounded}
+            return make(prefix, train, folder, **form), val_bank
         except OverflowError as error:
             print(f"{error} The cache is made with float32.")
     return None
@@ -221,17 +224,19 @@ def make(
     seed: int = 0,
     dtype: str = "float16",
     label: str = "training images",
+    rounded: bool = False,
 ) -> Bank:
     """Return one bank: found in `folder` when it is there, continued when it was interrupted, made otherwise.
 
     Args:
-        label: what the images are called in messages. The other arguments are those of `fill`.
+        label: what the images are called in messages.
+        rounded: as in `folding.fast`. The other arguments are those of `fill`.
 
     Raises:
         OverflowError: `dtype` cannot hold the activations.
         ValueError: the prefix gives no finite number for an image, or there are not as many images as keys.
     """
-    settings = _settings(prefix, images, views, augment, seed, dtype)
+    settings = _settings(prefix, images, views, augment, seed, dtype) | ({"rounded": True} if rounded else {})
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     home = Path(folder) / name
     home.mkdir(parents=True, exist_ok=True)
@@ -239,28 +244,29 @@ def make(
         mark = home / "bank.json"
         done = runs.read_json(mark)["done"] if mark.exists() else 0
         if done < len(images.keys):
-            _Filling(prefix, images, home, views, augment, seed, dtype, label).run(done, settings)
+            _Filling(prefix, images, home, views, augment, seed, dtype, label, rounded).run(done, settings)
         else:
             print(f"Cache of the {label}: {views} x {len(images.keys):,} are there already.")
     labels = np.load(home / "labels.npy") if mixes_images(augment, views) else np.asarray(images.labels)
     return Bank(np.load(home / "activations.npy", mmap_mode="r"), labels, home)
 
 
-def lift(lower: Bank, middle: keras.Model, folder: str | os.PathLike, *, label: str) -> Bank:
+def lift(lower: Bank, middle: keras.Model, folder: str | os.PathLike, *, label: str, rounded: bool = False) -> Bank:
     """Return the bank of a higher frontier, computed from the bank of a lower one instead of from the images.
 
     Args:
         lower: a bank of `fill`.
         middle: frozen model, the lower bank's activations -> those of the higher frontier.
-        folder, label: as in `make`.
+        folder, label, rounded: as in `make`.
     """
     count, views = len(lower), lower.views
     below = lower.activations.reshape(views * count, *lower.activations.shape[2:])
     rows = Images(below, [f"{lower.folder.name}:{row}" for row in range(views * count)], np.zeros(views * count))
+    form = {"label": label, "rounded": rounded}
     try:
-        found = make(middle, rows, folder, dtype=str(below.dtype), label=label)
+        found = make(middle, rows, folder, dtype=str(below.dtype), **form)
     except OverflowError:
-        found = make(middle, rows, folder, dtype="float32", label=label)
+        found = make(middle, rows, folder, dtype="float32", **form)
     return Bank(found.activations.reshape(views, count, *found.activations.shape[2:]), lower.labels, found.folder)
 
 
@@ -276,6 +282,7 @@ class _Filling:
     seed: int
     dtype: str
     label: str
+    rounded: bool
 
     def run(self, done: int, settings: dict[str, Any]) -> None:
         """Write the activations from image `done` on, and note every few seconds how far they have come."""
@@ -283,7 +290,7 @@ class _Filling:
         mixes = mixes_images(self.augment, self.views)
         activations = self._open("activations", self.prefix.output_shape[1:], self.dtype, done)
         labels = self._open("labels", self.images.labels.shape[1:], "float32", done) if mixes else None
-        predict, total = folding.fast(self.prefix), (n - start) * self.views
+        predict, total = folding.fast(self.prefix, rounded=self.rounded), (n - start) * self.views
         parts = in_views(self.images, start, self.views, self.augment, self.seed)
         parts = runs.track(parts, total=total, unit="view", step=GROUP, label=f"cache {self.label}")
         for view, rows, batch, targets in parts:

@@ -15,10 +15,9 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from helpers import augmentation, bank, frontier, hardware, models, ranks, runs
+from helpers import augmentation, bank, convolutions, frontier, hardware, models, ranks, runs
 
 SMALL_STEPS = 16  # of a head on pooled features: measured twice as fast as one by one
-PARTS = ("training images", "validation images")
 
 
 @dataclass(frozen=True)
@@ -244,12 +243,14 @@ def feed(
     if computes:
         lower = _lower_cut(model, next_unfreeze) or cut
         kept = shares(_in_random_order(train, seed)) if mixes else train
-        form = {"views": views, "augment": augment, "seed": seed, "cache_gb": cache_gb}
+        form = {"views": views, "augment": augment, "seed": seed, "cache_gb": cache_gb, "rounded": hardware.rounds()}
         with ranks.alone():  # one fills them, the others wait for its lock
             banks = bank.fill(lower.prefix, kept, val, cache, **form)
             if banks and lower is not cut:
                 middle = frontier.cut(lower.suffix).prefix
-                banks = [bank.lift(part, middle, cache, label=name) for part, name in zip(banks, PARTS, strict=True)]
+                filled, plain = banks
+                filled = bank.lift(filled, middle, cache, label="training images", rounded=hardware.rounds())
+                banks = filled, bank.lift(plain, middle, cache, label="validation images")
     mine = ranks.of_all(len(val))
     if banks is None:
         data, clock = training(train, batch_size, seed=seed, augment=augment, balanced=balanced)
@@ -257,7 +258,7 @@ def feed(
         size, summary = hardware.even_batches(len(val), bank.GROUP), "The whole model is computed in every step"
         plain = labelled(val, size)
         part = labelled(_at(val, mine), size) if ranks.replicas() > 1 else plain
-        return Feed(model, data, part, plain, clock, steps, 1, [], f"{summary}: {why}.")
+        return Feed(faster(model), data, part, plain, clock, steps, 1, [], f"{summary}: {why}.")
     filled, plain = banks
     chances = probabilities(train.labels) if balanced else None
     data, clock = filled.batches(batch_size, seed=seed, probabilities=chances)
@@ -266,13 +267,19 @@ def feed(
         f" {len(val):,} validation images, {cut.shape} each. Training starts there."
     )
     together = min(SMALL_STEPS, steps) if len(cut.shape) == 1 and not several else 1
-    suffix, size = cut.suffix, hardware.even_batches(len(val), 256)
+    suffix, size = faster(cut.suffix), hardware.even_batches(len(val), 256)
     whole = plain.in_order(size)
     part = plain.in_order(size, mine) if ranks.replicas() > 1 else whole
     if several:
         with hardware.scope():
             suffix = keras.Model(suffix.input, suffix.output, name=suffix.name)
     return Feed(suffix, data, part, whole, clock, steps, together, [filled.folder, plain.folder], summary)
+
+
+def faster(model: keras.Model) -> keras.Model:
+    """Return what trains as fast as this machine allows; its weights are the model's own."""
+    alone = hardware.on_cpu() and hardware.replicas() == 1
+    return convolutions.faster(model, rounded=hardware.rounds()) if alone else model
 
 
 def _lower_cut(model: keras.Model, unfreeze: str | int | float | dict) -> frontier.Cut | None:

@@ -1,7 +1,8 @@
 """Run a frozen model as fast as the machine allows.
 
 Keras computes a frozen BatchNormalization as a multiplication and an addition over the whole activation. `fold` moves
-both into the convolution below it, whose weights are constants here, and `fast` compiles what is left.
+both into the convolution below it, whose weights are constants here, and `fast` compiles what is left. `rewrite` is how
+a graph gets other layers in place of its convolutions; `convolutions` does the same for what trains.
 """
 
 from collections.abc import Callable
@@ -11,15 +12,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers import frontier
+from helpers import frontier, hardware
 
 CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D, keras.layers.Dense)
 DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+ROUNDED = "mixed_bfloat16"
 LARGEST = 400_000_000  # weights; TensorFlow cannot hold a graph with 2 GB of constants
 UNUSED = ("regularizer", "constraint", "initializer")  # settings that mean nothing to weights that are given
 
 
-def fast(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+def fast(model: keras.Model, *, rounded: bool = False) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function that gives what `model` gives in inference, as fast as the machine allows.
 
     On a CPU with TensorFlow, BatchNormalization is folded and the graph is frozen to constants, so that TensorFlow
@@ -29,6 +31,8 @@ def fast(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
 
     Args:
         model: a functional or sequential model with one input and one output.
+        rounded: compute in bfloat16 where the graph is frozen: nearly twice as fast on a CPU with instructions for it,
+            and off by some per cent of what a layer gives.
 
     Returns:
         A function, images (n, *input shape) of any number type -> outputs (n, *output shape), float32 or the model's
@@ -36,9 +40,9 @@ def fast(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     """
     if keras.backend.backend() == "jax":
         return _compiled(fold(model))
-    on_cpu = keras.backend.backend() == "tensorflow" and not tf.config.list_logical_devices("GPU")
-    if on_cpu and model.count_params() < LARGEST:
-        return _frozen(fold(model))
+    if hardware.on_cpu() and model.count_params() < LARGEST:
+        folded = fold(model)
+        return _frozen(hardware.in_precision(folded, ROUNDED, of=("float32",)) if rounded else folded)
     return model.predict_on_batch
 
 
@@ -48,38 +52,57 @@ def fold(model: keras.Model) -> keras.Model:
     Layers that are not folded are shared with `model`; folded convolutions are new. A BatchNormalization stays where
     the tensor below it has another reader, where it is no convolution's, or where the convolution has an activation.
     """
+    return rewrite(model, lambda layer, norm: layer if norm is None else _merged(layer, norm), name="folded")
+
+
+def rewrite(
+    model: keras.Model,
+    join: Callable[[Any, Any], Any],
+    *,
+    name: str,
+    folds: Callable[[Any, Any], bool] = lambda layer, norm: True,
+) -> keras.Model:
+    """Return a copy of a model's graph, sub-models included, in which other layers stand.
+
+    Args:
+        model: a functional or sequential model.
+        join: called as `join(operation, norm)`: what stands in place of an operation and of the BatchNormalization that
+            follows it, which is None where nothing that can be folded does.
+        name: what is added to the names of the models.
+        folds: called as `folds(layer, norm)`: may this BatchNormalization be folded into this convolution?
+    """
     graph = frontier.graph_of(model)
-    nodes, merged = list(frontier.nodes_of(graph)), {}
-    pairs = _pairs(graph, nodes)
+    nodes, joined = list(frontier.nodes_of(graph)), {}
+    pairs = _pairs(graph, nodes, folds)
     norms = {id(norm) for norm in pairs.values()}
 
     def call(node: Any, *args: Any, **kwargs: Any) -> Any:
-        layer = node.operation
         if id(node) in norms:
             return args[0]
-        if id(node) in pairs:
-            norm = pairs[id(node)].operation
-            pair = id(layer), id(norm)  # both may be called more than once
-            merged[pair] = merged.get(pair) or _merged(layer, norm)
-            return merged[pair](*args)
-        return (layer if frontier.graph_of(layer) is None else fold(layer))(*args, **kwargs)
+        layer, norm = node.operation, pairs[id(node)].operation if id(node) in pairs else None
+        key = id(layer), id(norm)  # what is called more than once is made once
+        if key not in joined:
+            is_model = frontier.graph_of(layer) is not None
+            joined[key] = rewrite(layer, join, name=name, folds=folds) if is_model else join(layer, norm)
+        return joined[key](*args, **kwargs)
 
     inputs = [keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype) for tensor in graph.inputs]
     values = {id(old): new for old, new in zip(graph.inputs, inputs, strict=True)}
     inputs = keras.tree.pack_sequence_as(graph.input, inputs)
-    return keras.Model(inputs, frontier.replay(graph, nodes, values, call), name=f"{model.name}_folded")
+    return keras.Model(inputs, frontier.replay(graph, nodes, values, call), name=f"{model.name}_{name}")
 
 
-def _pairs(graph: keras.Model, nodes: list) -> dict[int, Any]:
+def _pairs(graph: keras.Model, nodes: list, folds: Callable[[Any, Any], bool]) -> dict[int, Any]:
     """Map the id of each convolution's call to the call of the BatchNormalization that folds into it."""
     uses = frontier.uses_of(graph)
     makers = {id(tensor): node for node in nodes for tensor in node.output_tensors}
     pairs = {}
     for node in nodes:
-        source = makers.get(id(node.input_tensors[0]))
-        if source is None or not isinstance(node.operation, keras.layers.BatchNormalization):
+        norm, source = node.operation, makers.get(id(node.input_tensors[0]))
+        if source is None or not isinstance(norm, keras.layers.BatchNormalization):
             continue
-        if uses[id(node.input_tensors[0])] == 1 and _takes(source.operation, node.operation):
+        is_sole_reader = uses[id(node.input_tensors[0])] == 1
+        if is_sole_reader and _takes(source.operation, norm) and folds(source.operation, norm):
             pairs[id(source)] = node
     return pairs
 
@@ -121,10 +144,14 @@ def _frozen(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
 
     @tf.function(input_signature=[tf.TensorSpec(model.inputs[0].shape, dtype)], autograph=False, jit_compile=False)
     def predict(images: tf.Tensor) -> tf.Tensor:
-        # Here arrays become constants of the graph; TensorFlow fuses only what has constant weights.
-        return model.stateless_call(trainable, rest, images, training=False)[0]
+        # Constants of the graph, since TensorFlow fuses only what has constant weights; one of each, however often a
+        # sub-model is called.
+        constants = ([tf.constant(value) for value in values] for values in (trainable, rest))
+        return model.stateless_call(*constants, images, training=False)[0]
 
-    return lambda images: predict(tf.cast(images, dtype)).numpy()
+    given = model.outputs[0].dtype
+    kept = "float32" if given == "bfloat16" else given  # NumPy has no bfloat16
+    return lambda images: tf.cast(predict(tf.cast(images, dtype)), kept).numpy()
 
 
 def _compiled(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:

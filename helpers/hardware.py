@@ -1,7 +1,9 @@
 """What a notebook computes on: which devices, in which precision, and what to say when their memory runs out.
 
-On a CPU everything stays float32. On a GPU, memory is taken as it is needed, XLA compiles what Keras can compile (Keras
-decides it, and never on a machine without a GPU), and the precision follows from what the GPU can do fast.
+On a CPU weights and results stay float32; in training, what is multiplied is rounded to bfloat16 where the CPU has
+instructions for that, which takes little more than half the time. On a GPU, memory is taken as it is needed, XLA
+compiles what Keras can compile (Keras decides it, and never on a machine without a GPU), and the precision follows from
+what the GPU can do fast.
 """
 
 import contextlib
@@ -9,14 +11,14 @@ import functools
 import gc
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from helpers import ranks
+from helpers import machine, ranks
 
 # https://developer.nvidia.com/cuda-gpus: tensor cores take float16 from 7.0 (Volta) and bfloat16 from 8.0 (Ampere) on
 FAST = {(8, 0): "mixed_bfloat16", (7, 0): "mixed_float16"}
@@ -25,6 +27,7 @@ ONE_DEVICE = "devices: gpu, which takes one GPU, without --hosts"  # the way out
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OOM when|out of memory|ALLOC_FAILED|failed to allocate", re.IGNORECASE)
 
 _strategy: tf.distribute.Strategy | None = None
+_rounds = False
 
 
 def prepare(
@@ -37,15 +40,16 @@ def prepare(
         trains: with "auto", what is built within `scope` trains on all devices of the kind at once, each of which takes
             an equal share of every batch. With "gpu" it is one.
         precision: "float32"; "mixed_bfloat16" or "mixed_float16" (weights stay float32, `probabilities` too); "auto"
-            takes the fastest that the GPU can do well, and float32 on a CPU.
+            takes the fastest that the GPU can do well. On a CPU it is float32, but training on one device may round
+            products to bfloat16 where the CPU is fast in that: see `rounds`.
         deterministic: take only algorithms that give the same numbers every time, which on a GPU takes longer. On a CPU
             it is so anyway.
 
     Raises:
         RuntimeError: "gpu", and TensorFlow sees none; or "cpu", and the kernel has begun to use the GPU.
     """
-    global _strategy
-    _strategy = None
+    global _strategy, _rounds
+    _strategy, _rounds = None, False
     if keras.backend.backend() == "jax":
         return _prepare_jax(devices, trains, precision, deterministic)
     if devices == "cpu":
@@ -65,12 +69,14 @@ def prepare(
     keras.config.set_dtype_policy(policy)
     name = facts.get("device_name", "GPU") if gpus else "the CPU"
     together = tf.config.list_logical_devices("GPU" if gpus else "CPU") if trains and devices == "auto" else []
+    _rounds = trains and precision == "auto" and not gpus and len(together) < 2 and machine.multiplies_bfloat16()
     if len(together) > 1:
         _strategy = _mirrored(*(device.name for device in together))
         name, others = f"{len(together)} x {name}", " at once (each takes a share of every batch)"
     else:
         others = f" (the first of {len(gpus)} GPUs)" if len(gpus) > 1 else ""
-    return f"Computes on {name}{others} in {policy}{', deterministically' if deterministic else ''}"
+    rounded = ", products in training rounded to bfloat16" if _rounds else ""
+    return f"Computes on {name}{others} in {policy}{', deterministically' if deterministic else ''}{rounded}"
 
 
 @functools.cache  # a second one in the same kernel would number its collective operations as the first one did
@@ -96,6 +102,19 @@ def scope() -> contextlib.AbstractContextManager:
     With one device it does nothing.
     """
     return _strategy.scope() if _strategy else contextlib.nullcontext()
+
+
+def on_cpu() -> bool:
+    """Return whether TensorFlow computes, and on the CPU."""
+    return keras.backend.backend() == "tensorflow" and not tf.config.list_logical_devices("GPU")
+
+
+def rounds() -> bool:
+    """Return whether what only trains, and nothing that is measured, may be rounded to bfloat16 when it is multiplied.
+
+    Sums, weights, gradients' sums and what lies between the layers stay float32. `prepare` says so where it is of use.
+    """
+    return _rounds
 
 
 def replicas() -> int:
@@ -183,7 +202,12 @@ def load(path: str | Path) -> keras.Model:
         ValueError: the file is no Keras model, or holds code (a Lambda layer).
     """
     model = keras.models.load_model(path, safe_mode=True)
-    config, changed = _with_policy(model.get_config(), keras.config.dtype_policy().name)
+    return in_precision(model, keras.config.dtype_policy().name)
+
+
+def in_precision(model: keras.Model, policy: str, of: Sequence[str] = MIXED) -> keras.Model:
+    """Return the model with `policy` in place of its layers' own where that is one of `of`, or itself if none is."""
+    config, changed = _with_policy(model.get_config(), policy, of)
     if not changed:
         return model
     same = type(model).from_config(config)
@@ -194,13 +218,13 @@ def load(path: str | Path) -> keras.Model:
     return same
 
 
-def _with_policy(config: Any, policy: str) -> tuple[Any, bool]:
-    """Return a layer's configuration with `policy` in place of every mixed one, and whether that changed anything."""
+def _with_policy(config: Any, policy: str, of: Sequence[str]) -> tuple[Any, bool]:
+    """Return a layer's configuration with `policy` in place of each in `of`, and whether that changed anything."""
     if isinstance(config, dict) and config.get("class_name") == "DTypePolicy":
         old = config["config"]["name"]
-        return config | {"config": {"name": policy}}, old in MIXED and old != policy
+        return config | {"config": {"name": policy}}, old in of and old != policy
     items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
-    replaced = {key: _with_policy(value, policy) for key, value in items}
+    replaced = {key: _with_policy(value, policy, of) for key, value in items}
     changed = {key: value for key, (value, is_changed) in replaced.items() if is_changed}
     if not changed:
         return config, False

@@ -42,6 +42,12 @@ def free_memory() -> int:
     return max(0, min([_meminfo("MemAvailable"), *(limit - used for limit, used in _memory_limits())]))
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether the processor has instructions that multiply bfloat16, and TensorFlow may use them."""
+    flags = next((line for line in _read(Path("/proc/cpuinfo")).splitlines() if line.startswith("flags")), "").split()
+    return bool({"avx512_bf16", "amx_bf16"} & {*flags}) and os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
+
+
 def gpus() -> list[str]:
     """Return a line for each NVIDIA GPU that the driver shows here: name, memory, version of the driver."""
     if shutil.which(GPU_QUERY[0]) is None:

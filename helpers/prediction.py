@@ -55,6 +55,20 @@ def mirrored(model, mirror: str):
     return keras.Model(image, mean, name="mirrored")
 
 
+def probabilities(model, images) -> np.ndarray:
+    """Return what a model says of the images of a resized folder, (images, classes) float32, in their order.
+
+    Args:
+        model: keras.Model, images (batch, H, W, 3) -> probabilities (batch, classes).
+        images: datasets.Folder.
+    """
+    from helpers import folding
+
+    run = folding.fast(model)
+    batches = runs.track(images.pixels.prefetch(2), total=len(images), step=BATCH, label="predict")
+    return np.concatenate([run(batch) for batch in batches])
+
+
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """Return the files among `paths` and all files below the folders among them, sorted within each folder.
 

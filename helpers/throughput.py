@@ -75,7 +75,7 @@ def measure(
         steps["augment"] = epochs, lambda: _augmenting(sample, pixels, augment, batch_size, seed)
     if cached:
         steps["prefix"] = views if augment is not None else 1, lambda: _predicting(cut.prefix, pixels)
-    steps["suffix"] = epochs, lambda: _training(cut.suffix if cached else model, batch_size)
+    steps["suffix"] = epochs, lambda: _training(datasets.faster(cut.suffix if cached else model), batch_size)
     rates = _rates([start for _, start in steps.values()], seconds)
     table = pd.DataFrame({"images/s": rates, "passes": [passes for passes, _ in steps.values()]}, index=list(steps))
     table["seconds"] = table["passes"] * len(images) / table["images/s"]
@@ -196,7 +196,8 @@ def _augmenting(images: datasets.Folder, pixels, augment, batch_size: int, seed:
 
 @contextmanager
 def _predicting(prefix: keras.Model, pixels: np.ndarray) -> Iterator[Callable[[], int]]:
-    run, batch = folding.fast(prefix), np.resize(pixels, (GROUP, *pixels.shape[1:])).astype("float32")
+    run = folding.fast(prefix, rounded=hardware.rounds())
+    batch = np.resize(pixels, (GROUP, *pixels.shape[1:])).astype("float32")
     yield lambda: len(run(batch))
 
 

@@ -1,6 +1,7 @@
 """What several test modules share: small pictures, toy notebooks, and a place for runs that is not the project's."""
 
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from helpers import recipes
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
 
 
 @pytest.fixture

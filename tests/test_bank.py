@@ -54,6 +54,17 @@ def test_a_dataset_of_any_batch_size_gives_what_an_array_gives(tmp_path):
     np.testing.assert_array_equal(one.activations, other.activations)
 
 
+def test_training_images_may_be_rounded_and_validation_images_are_not(tmp_path):
+    train, val = (images(count) for count in (COUNT, 40))
+    exact, rounded = (
+        bank.fill(model(), train, val, tmp_path / str(flag), views=2, augment=AUGMENTATION, rounded=flag)
+        for flag in (False, True)
+    )
+    np.testing.assert_array_equal(rounded[1].activations, exact[1].activations)
+    off = np.abs(rounded[0].activations.astype("float32") - exact[0].activations).max()
+    assert 1e-3 < off < 0.02 * np.abs(exact[0].activations).max()
+
+
 def test_the_same_seed_gives_the_same_views(tmp_path):
     first, again, other = make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", seed=6)
     np.testing.assert_array_equal(first.activations, again.activations)
@@ -79,10 +90,10 @@ def test_an_interrupted_bank_goes_on_where_it_was(tmp_path, monkeypatch, killed_
 
         return counted
 
-    monkeypatch.setattr(folding, "fast", lambda prefix: fast(prefix, killed_at))
+    monkeypatch.setattr(folding, "fast", lambda prefix, **how: fast(prefix, killed_at))
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "killed")
-    monkeypatch.setattr(folding, "fast", lambda prefix: fast(prefix, 99))
+    monkeypatch.setattr(folding, "fast", lambda prefix, **how: fast(prefix, 99))
     resumed = make(tmp_path / "killed")
     np.testing.assert_array_equal(resumed.activations, whole.activations)
     finished_groups = (killed_at - 1) // 3
@@ -91,7 +102,7 @@ def test_an_interrupted_bank_goes_on_where_it_was(tmp_path, monkeypatch, killed_
 
 def test_a_bank_is_found_again_whatever_the_layers_are_called(tmp_path, monkeypatch, capsys):
     first = make(tmp_path)
-    monkeypatch.setattr(folding, "fast", lambda prefix: pytest.fail("computed again"))
+    monkeypatch.setattr(folding, "fast", lambda prefix, **how: pytest.fail("computed again"))
     assert make(tmp_path).folder == first.folder  # model() makes new layers, with other automatic names
     assert make(tmp_path, augment=augmentation.make("default", flip="both")).folder == first.folder
     assert "are there already" in capsys.readouterr().out
@@ -108,8 +119,9 @@ def test_a_bank_is_found_again_whatever_the_layers_are_called(tmp_path, monkeypa
         {"augment": augmentation.make("default", flip="dihedral")},
         {"augment": augmentation.make([*augmentation.DEFAULT[:2], {"RandomContrast": {"factor": 0.2}}], flip="both")},
         {"dtype": "float32"},
+        {"rounded": True},
     ],
-    ids=["weights", "architecture", "images", "views", "seed", "flip", "layer", "dtype"],
+    ids=["weights", "architecture", "images", "views", "seed", "flip", "layer", "dtype", "rounded"],
 )
 def test_another_bank_is_made_when_anything_that_matters_changes(tmp_path, change):
     assert make(tmp_path).folder != make(tmp_path, **change).folder

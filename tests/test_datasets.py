@@ -227,7 +227,8 @@ def feed(model, train, val, tmp_path):
 
 def test_a_feed_without_views_computes_the_whole_model(feed, model, pixels, val):
     fed = feed(0, augment=augmentation.make("default"))
-    assert fed.model is model and fed.banks == [] and fed.steps == 3 and "views is 0" in fed.summary
+    assert fed.model.input_shape == model.input_shape and fed.banks == []
+    assert fed.steps == 3 and "views is 0" in fed.summary
     assert next(iter(fed.train))[0].shape == (4, SIZE, SIZE, 3)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in fed.val]), val.labels)
 
@@ -315,4 +316,6 @@ def test_a_thawed_model_has_nothing_to_compute_beforehand(train, val, tmp_path):
     whole_model = models.classifier("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
     models.unfreeze(whole_model, "all")
     fed = datasets.feed(whole_model, train, val, cache=tmp_path, views=2, batch_size=4, seed=7)
-    assert fed.model is whole_model and "nothing below" in fed.summary and isinstance(fed.train, tf.data.Dataset)
+    assert "nothing below" in fed.summary and isinstance(fed.train, tf.data.Dataset)
+    assert fed.model.input_shape == whole_model.input_shape
+    assert {id(one) for one in fed.model.variables} == {id(one) for one in whole_model.variables}

@@ -19,7 +19,7 @@ LABELS = np.arange(24, dtype=np.int32) % 3
 @pytest.fixture(autouse=True)
 def _policy_stays():
     yield
-    keras.config.set_dtype_policy("float32")
+    hardware.prepare(precision="float32")
 
 
 @pytest.fixture
@@ -52,6 +52,26 @@ def machine(monkeypatch):
 def test_on_a_cpu_everything_stays_float32():
     assert hardware.prepare() == "Computes on the CPU in float32"
     assert keras.config.dtype_policy().name == "float32" and hardware.tolerance() == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "rounds"),
+    [
+        ("fma avx512_bf16", {}, True),
+        ("fma amx_bf16", {}, True),
+        ("fma avx512f", {}, False),
+        ("fma avx512_bf16", {"precision": "float32"}, False),
+        ("fma avx512_bf16", {"trains": False}, False),
+    ],
+)
+def test_training_rounds_products_where_the_cpu_is_fast_in_it(monkeypatch, flags, settings, rounds):
+    monkeypatch.setattr(hardware.machine, "_read", lambda path: f"model name: Test\nflags : {flags}\n")
+    said = hardware.prepare(**{"trains": True} | settings)
+    assert hardware.rounds() is rounds and keras.config.dtype_policy().name == "float32"
+    assert said == "Computes on the CPU in float32" + rounds * ", products in training rounded to bfloat16"
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")  # without oneDNN, bfloat16 is slow
+    assert "rounded" not in hardware.prepare(trains=True)
+    assert not hardware.rounds()
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def run_notebook(stage, first_cell, **parameters):
 
 def both_phases(home, devices, fine_tune):
     same = {"images": str(home / "images"), "views": 2, "batch_size": 8, "devices": devices, "keep_cache": True}
+    same["precision"] = "float32"  # alone, "auto" may round what two devices do not
     same |= {"patience": 5, "imbalance": "class_weight"}
     head = {"backbone": "small", "dropout": 0.0, "output": {"batch_norm": True}, "next_unfreeze": "block2"}
     head |= {"augmentation": "none", "flip": "horizontal", "epochs": 9, "learning_rate": 0.01}
