@@ -194,17 +194,12 @@ def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = False  # only TensorFlow could load it; `hardware.share` sets it
     bare.save(path)
-    expected, found = (_said(m, np.asarray(images)) for m in (bare, hardware.load(path)))
+    images = np.asarray(images)
+    expected, found = (m.predict_on_batch(images) for m in (bare, hardware.load(path)))
     if not np.allclose(expected, found, atol=hardware.tolerance()):
         raise RuntimeError(f"{path} does not predict what was trained: off by {np.abs(expected - found).max():.2g}.")
     shutil.rmtree(out / "backup", ignore_errors=True)
     return path
-
-
-def _said(model: keras.Model, images: np.ndarray) -> np.ndarray:
-    if keras.backend.backend() != "tensorflow":
-        return model.predict_on_batch(images)
-    return model(images, training=False).numpy()  # for one batch, to compile would take longer than to compute
 
 
 def read_history(out: Path) -> pd.DataFrame:
