@@ -10,11 +10,12 @@ views and seed finds it again; point several runs at one folder and they share t
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -293,8 +294,8 @@ class _Filling:
         predict, total = folding.fast(self.prefix, rounded=self.rounded), (n - start) * self.views
         parts = in_views(self.images, start, self.views, self.augment, self.seed)
         parts = runs.track(parts, total=total, unit="view", step=GROUP, label=f"cache {self.label}")
-        for view, rows, batch, targets in parts:
-            activations[view, rows] = self._checked(predict(batch), rows)
+        for view, rows, outputs, targets in _predicted(parts, predict):
+            activations[view, rows] = self._checked(outputs, rows)
             if mixes:
                 labels[view, rows] = targets
             is_whole = view == self.views - 1
@@ -324,6 +325,18 @@ class _Filling:
                 f"{self.dtype} cannot hold the activations of the {self.label}, which reach {peak:.3g}."
             )
         return activations.astype(self.dtype)
+
+
+def _predicted(parts: Iterator[tuple], predict: Callable[[np.ndarray], np.ndarray]) -> Iterator[tuple]:
+    """Yield (view, rows, outputs, labels) for each part of `views.in_views`, as many parts at a time as is fastest."""
+    first = next(parts)
+    size = folding.quickest_batch(predict, first[2])
+    parts = itertools.chain([first], parts)
+    while together := list(itertools.islice(parts, size // len(first[2]))):
+        outputs = predict(np.concatenate([batch for _, _, batch, _ in together]))
+        ends = np.cumsum([len(batch) for _, _, batch, _ in together])
+        for (view, rows, _, labels), found in zip(together, np.split(outputs, ends[:-1]), strict=True):
+            yield view, rows, found, labels
 
 
 def _settings(

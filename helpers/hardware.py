@@ -255,7 +255,7 @@ def batch_that_fits(model: keras.Model, data: Iterable, batch_size: int) -> Iter
     try:
         yield
     except Exception as error:
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
     else:
         return
@@ -274,6 +274,11 @@ def batch_that_fits(model: keras.Model, data: Iterable, batch_size: int) -> Iter
     )
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error of TensorFlow, CUDA or Python says that memory ran out."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
 def _fitting(model: keras.Model, data: Iterable, batch_size: int) -> int:
     """Return the largest of batch_size/2, /4, /8 ... with which a training step works; 0 if none does."""
     first = [part.numpy() for part in next(iter(data))]
@@ -284,7 +289,7 @@ def _fitting(model: keras.Model, data: Iterable, batch_size: int) -> int:
             model.train_on_batch(*(part[:size] for part in first))
             return size
         except Exception as error:
-            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            if not is_out_of_memory(error):
                 raise
         size //= 2
     return 0

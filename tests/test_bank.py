@@ -48,6 +48,13 @@ def test_view_0_is_the_plain_image_and_the_others_are_not(tmp_path):
     assert np.abs(made.activations[1] - made.activations[2]).max() > 0.1
 
 
+def test_several_groups_at_a_time_give_what_one_gives(tmp_path, monkeypatch):
+    one = make(tmp_path / "one")
+    monkeypatch.setattr(folding, "quickest_batch", lambda run, images: 4 * len(images))
+    several = make(tmp_path / "several")
+    np.testing.assert_allclose(several.activations, one.activations, atol=1e-3)
+
+
 def test_a_dataset_of_any_batch_size_gives_what_an_array_gives(tmp_path):
     stream = dataclasses.replace(images(), pixels=tf.data.Dataset.from_tensor_slices(images().pixels).batch(11))
     one, other = make(tmp_path / "array"), make(tmp_path / "dataset", images=stream)

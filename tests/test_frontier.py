@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
@@ -346,3 +347,26 @@ def test_a_cut_under_jax():
     environment = os.environ | {"KERAS_BACKEND": "jax"}
     environment["PYTHONPATH"] = os.pathsep.join([here, os.path.dirname(here), environment.get("PYTHONPATH", "")])
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "seconds", "fits", "expected"),
+    [
+        (True, lambda count: 0.01, 999, 4),
+        (False, lambda count: 0.02, 999, 32),
+        (False, lambda count: 0.02, 16, 16),
+        (False, lambda count: 0.005 * count, 999, 4),
+        (False, lambda count: 0.02 if count < 10 else 0.02 * count, 999, 8),
+    ],
+    ids=["a CPU is not asked", "the more the faster", "until memory runs out", "no gain", "until it gets slower"],
+)
+def test_the_batch_of_a_gpu_is_the_fastest_that_fits(monkeypatch, on_cpu, seconds, fits, expected):
+    monkeypatch.setattr(folding.hardware, "on_cpu", lambda: on_cpu)
+
+    def run(images):
+        if len(images) > fits:
+            raise MemoryError
+        time.sleep(seconds(len(images)))
+        return images
+
+    assert folding.quickest_batch(run, np.zeros((4, 2))) == expected
