@@ -6,8 +6,9 @@ takes the weights (EfficientNet-Lite0 is not in keras.applications) and the list
 
     python benchmarks/plain_keras.py '{"images": "runs/x/resize", "epochs": 50, ...}'
 
-It prints one line of JSON: seconds since `begin` at which training began and ended, and for each epoch these seconds,
-validation accuracy and loss; and writes the predictions of the test images when `predictions` names a file.
+It prints one line of JSON: seconds since `begin` at which training began and ended, the processor time by then, and for
+each epoch these seconds, validation accuracy and loss; and writes the predictions of the test images when `predictions`
+names a file.
 """
 
 import json
@@ -60,11 +61,11 @@ def main(task: dict) -> dict:
     compile_(model, task["rates"][1])
     model.fit(**data, epochs=task["epochs"], callbacks=[second], verbose=0)
     model.set_weights(min(first, second, key=lambda clock: clock.lowest).best)
-    ended = time.time() - task["begin"]
+    ended, processor = time.time() - task["begin"], time.process_time()
 
     if task.get("predictions"):
         write_predictions(model, task["images"], task["predictions"])
-    return {"began": began, "ended": ended, "epochs": first.epochs + second.epochs}
+    return {"began": began, "ended": ended, "processor": processor, "epochs": first.epochs + second.epochs}
 
 
 def read(folder: str, part: str) -> tuple[np.ndarray, np.ndarray, list[str]]:

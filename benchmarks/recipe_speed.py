@@ -8,7 +8,8 @@ EfficientNet-Lite0 and solar cells of ELPV, as many as two cores can train on in
 Thaw's time is that of its stages 03 and 04 from the first to the last second: kernels, imports, figures, saving. Plain
 Keras's is that of one process, from its start to the end of training (benchmarks/plain_keras.py says how it was tuned).
 Both begin at the same resized images, choose epoch and phase by the validation loss, and are then tested on the same
-images, which play no part in the time. Nothing is extrapolated.
+images, which play no part in the time. Nothing is extrapolated. Processor time is compared too, since other work on the
+machine disturbs the clock more.
 """
 
 import argparse
@@ -27,6 +28,12 @@ import setting
 from helpers import pipeline, runs
 
 TRAINING = ("head", "fine_tune")
+SIDES = ("Thaw", "plain Keras")
+MEASURED = {
+    "seconds": "training, all of it (s, mean)",
+    "epochs": "of which epochs (s, mean)",
+    "processor": "processor time, all cores (s, mean)",
+}
 
 
 def main() -> None:
@@ -53,30 +60,31 @@ def main() -> None:
             setting.run(recipe, until="resize")
             thaw = thaw_side(recipe)
             keras = keras_side(recipe, folder / "keras.csv")
-            rows.append([seed, thaw["seconds"], keras["ended"], keras["ended"] - keras["began"], thaw["epochs"]])
+            rows.append((thaw, keras))
             right.append(correct(recipe, folder / "keras.csv"))
-            told = f"Thaw {rows[-1][1]:.0f} s, {100 * right[-1][0].mean():.2f} %"
-            print(
-                f"seed {seed}: {told}; plain Keras {rows[-1][2]:.0f} s, {100 * right[-1][1].mean():.2f} %", flush=True
-            )
+            told = [f"{name} {side['seconds']:.0f} s" for name, side in zip(SIDES, rows[-1], strict=True)]
+            told = [f"{one}, {100 * side.mean():.2f} %" for one, side in zip(told, right[-1], strict=True)]
+            print(f"seed {seed}: {'; '.join(told)}", flush=True)
         conclude(rows, right)
 
 
 def thaw_side(recipe) -> dict[str, float]:
-    """Train and test with Thaw; return the seconds of the training stages and of their epochs alone."""
+    """Train and test with Thaw; return the seconds of the training stages, of their epochs alone, and of all cores."""
     found = setting.run(recipe)
     run = pipeline.runs_folder() / recipe.name
     histories = [pd.read_csv(run / stage / "history.csv") for stage in TRAINING]
     return {
         "seconds": sum(found[stage]["seconds"] for stage in TRAINING),
         "epochs": sum(history["seconds"].sum() for history in histories),
+        "processor": sum(found[stage]["processor"] for stage in TRAINING),
     }
 
 
 def keras_side(recipe, predictions: Path | None) -> dict:
     """Train with plain Keras in a process of its own; test if `predictions` names a file for what it says."""
     command = [sys.executable, str(Path(__file__).with_name("plain_keras.py"))]
-    return other_side(command, plain_task(recipe) | {"predictions": str(predictions or "")})
+    found = other_side(command, plain_task(recipe) | {"predictions": str(predictions or "")})
+    return found | {"seconds": found["ended"], "by_epoch": found["epochs"], "epochs": found["ended"] - found["began"]}
 
 
 def plain_task(recipe) -> dict:
@@ -111,16 +119,17 @@ def correct(recipe, predictions: Path) -> tuple[np.ndarray, np.ndarray]:
     return tuple((table["label"] == table["predicted"]).to_numpy(float) for table in (ours, theirs))
 
 
-def conclude(rows: list[list[float]], right: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Print the means, the ratio of the times and the difference of the accuracies with its interval."""
-    _, thaw, keras, keras_epochs, thaw_epochs = (np.mean(column) for column in zip(*rows, strict=True))
+def conclude(rows: list[tuple[dict, dict]], right: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Print the means, the ratios of the times and the difference of the accuracies with its interval."""
+    print(f"\n{'':<38}" + "".join(f"{name:>14}" for name in SIDES) + f"{'ratio':>8}")
+    for key, title in MEASURED.items():
+        thaw, keras = (np.mean([side[key] for side in sides]) for sides in zip(*rows, strict=True))
+        print(f"{title:<38}{thaw:>14.1f}{keras:>14.1f}{keras / thaw:>8.1f}")
     ours, theirs = (np.concatenate(side) for side in zip(*right, strict=True))
+    print(f"{'test accuracy (mean)':<38}{100 * ours.mean():>12.2f} %{100 * theirs.mean():>12.2f} %")
     gain = 100 * (ours - theirs)
     margin = 1.96 * gain.std() / np.sqrt(len(gain))
-    print(f"\n{'':<34}{'Thaw':>12}{'plain Keras':>14}")
-    print(f"{'training, all of it (s, mean)':<34}{thaw:>12.1f}{keras:>14.1f}")
-    print(f"{'of which epochs (s, mean)':<34}{thaw_epochs:>12.1f}{keras_epochs:>14.1f}")
-    print(f"{'test accuracy (mean)':<34}{100 * ours.mean():>10.2f} %{100 * theirs.mean():>12.2f} %")
+    thaw, keras = (np.mean([side["seconds"] for side in sides]) for sides in zip(*rows, strict=True))
     print(f"\nThaw is {keras / thaw:.1f} times as fast (wanted: 10).")
     print(
         f"Its test accuracy differs by {gain.mean():+.2f} points, 95 % interval {gain.mean() - margin:+.2f} to"

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -81,7 +82,9 @@ def s1(folder: Path, source: Path, name: str, *, parts: tuple[int, int, int], ep
 def run(
     wanted: recipes.Recipe, until: str = "", watch: Callable[[str, dict], None] = lambda *_: None
 ) -> dict[str, dict[str, float]]:
-    """Run the stages of a recipe that are not done, and return their seconds and peak memory in MB.
+    """Run the stages of a recipe that are not done, and return what each took.
+
+    seconds by the clock, processor (seconds of all cores together), and memory_mb (the most of any one process).
 
     Args:
         wanted: the recipe.
@@ -93,15 +96,21 @@ def run(
         name = step.stage.name
         if step.state == "to do":
             with peak_memory() as peak:
-                begin = time.time()
+                begin, before = time.time(), processor_seconds()
                 execution.make(step, lambda line, name=name: watch(name, line), print)
-                found[name] = {"seconds": time.time() - begin}
+                found[name] = {"seconds": time.time() - begin, "processor": processor_seconds() - before}
             found[name]["memory_mb"] = peak["mb"]
         else:
             pipeline.link_stage(step)
         if name == until:
             break
     return found
+
+
+def processor_seconds() -> float:
+    """Return the processor time that this process and all that it started and saw end have taken so far."""
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
 
 @contextmanager

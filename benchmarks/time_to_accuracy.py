@@ -96,7 +96,7 @@ def thaw_epochs(recipe) -> list[tuple[float, float]]:
 
 def keras_epochs(recipe) -> list[tuple[float, float]]:
     """Do the same with plain Keras."""
-    return [tuple(epoch[:2]) for epoch in recipe_speed.keras_side(recipe, None)["epochs"]]
+    return [tuple(epoch[:2]) for epoch in recipe_speed.keras_side(recipe, None)["by_epoch"]]
 
 
 def torch_epochs(recipe, python: str) -> list[tuple[float, float]]:
