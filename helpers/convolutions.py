@@ -58,6 +58,12 @@ class Convolution(keras.layers.Layer):
             self.scale = scale[:, None] if isinstance(layer, keras.layers.DepthwiseConv2D) else scale
         self.built = True
 
+    def get_config(self) -> dict[str, Any]:
+        """Return what TensorBoard shows of the layer; it is never saved, the model's own layers are."""
+        parts = {"layer": self.layer, "norm": self.norm}
+        parts = {name: part and keras.saving.serialize_keras_object(part) for name, part in parts.items()}
+        return super().get_config() | parts | {"rounded": self.rounded}
+
     def compute_output_shape(self, input_shape: tuple) -> tuple:
         return self.layer.compute_output_shape(input_shape)
 

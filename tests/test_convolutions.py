@@ -133,6 +133,12 @@ def test_rounded_training_goes_where_exact_training_does():
     assert 0 < np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact)
 
 
+def test_tensorboard_shows_the_graph():
+    suffix = frontier.cut(thawed("efficientnet_lite0")).suffix
+    shown = convolutions.faster(suffix).to_json()
+    assert all(layer.name in shown for layer in suffix.layers[1:])
+
+
 def test_weights_are_backed_up_and_restored(tmp_path):
     first, second = (convolutions.faster(classify(small())) for _ in range(2))
     train(first, pictures(first) / 255)
