@@ -39,11 +39,11 @@ MEASURED = {
 def main() -> None:
     """Run both sides for each seed and print the times, their ratio and the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=300, help="training images")
+    parser.add_argument("--train", type=int, default=500, help="training images")
     parser.add_argument("--val", type=int, default=80, help="validation images")
     parser.add_argument("--test", type=int, default=1500, help="test images; more make the accuracies surer")
     parser.add_argument("--epochs", type=int, default=50, help="of each phase")
-    parser.add_argument("--views", type=int, default=8, help="augmented versions of each image that Thaw makes")
+    parser.add_argument("--views", type=int, default=5, help="augmented versions of each image that Thaw makes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     arguments = parser.parse_args()
     parts = (arguments.train, arguments.val, arguments.test)
