@@ -150,6 +150,17 @@ def counts(split: pd.DataFrame, columns: Sequence[str] = ("label",)) -> pd.DataF
     return found[[part for part in (*PARTS, UNUSED, "all") if part in found]]
 
 
+def compare(table: pd.DataFrame, previous: pd.DataFrame) -> pd.DataFrame:
+    """Return how many images of each earlier part (or "new") are in each part now; content tells which is which."""
+    earlier = previous.drop_duplicates("sha256").set_index("sha256")["part"]
+    now, before = table["part"], table["sha256"].map(earlier).fillna("new")
+    found = pd.crosstab(before.rename("before"), now.rename("now"))
+    order = (*PARTS, UNUSED, "new")
+    return found.reindex(
+        index=[part for part in order if part in found.index], columns=[p for p in order if p in found]
+    )
+
+
 def check_ratio(ratio: Sequence[float]) -> None:
     """Raise ValueError unless `ratio` is three shares that add up to 1, with something to train on and to hold out."""
     if len(ratio) != len(PARTS) or min(ratio) < 0 or abs(sum(ratio) - 1) > 1e-6:

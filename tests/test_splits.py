@@ -188,6 +188,16 @@ def test_new_images_that_tie_train_to_test_are_named():
         deal(table, previous=earlier)
 
 
+def test_what_became_of_an_earlier_split_is_counted():
+    table = inventory_of(["a"] * 40 + ["b"] * 40)
+    earlier = table[:-20].assign(part=deal(table[:-20]))
+    kept = splits.compare(table.assign(part=deal(table, previous=earlier)), earlier)
+    assert list(kept.index) == ["train", "val", "test", "new"] and kept.loc["new"].sum() == 20
+    assert all(kept.loc[part, part] == kept.loc[part].sum() for part in splits.PARTS)
+    anew = splits.compare(table.assign(part=deal(table)), earlier)
+    assert any(anew.loc[part, part] < anew.loc[part].sum() for part in splits.PARTS)
+
+
 # -- Other methods -----------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +344,32 @@ def test_oversampled_images_get_links_of_their_own(laid):
     split = folders.write_split(folder, sampling.oversample(table, 30), folder.parent / "raw")
     leaks.check_split(folder, split, table, distance=8)
     assert split["file"].is_unique and (split["part"] == "train").sum() == 60
+
+
+def test_an_earlier_split_is_read_from_its_folder_or_a_copy(laid, tmp_path):
+    folder, split, table = laid
+    copy = tmp_path / "kept under another name.csv"
+    copy.write_bytes((folder / "split.csv").read_bytes())
+    for place in (folder, folder / "split.csv", copy):
+        earlier = folders.read_earlier(str(place))
+        assert earlier.equals(split) and (deal(table, seed=9, previous=earlier) == table["part"]).all()
+    assert folders.read_earlier("") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no file"),
+        (b"path,label\n1,2\n", "no column sha256, part"),
+        (b"", "read as"),
+        (b"\xff", "read as"),
+    ],
+)
+def test_what_is_no_earlier_split_is_refused(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "split.csv").write_bytes(content)
+    with pytest.raises((FileNotFoundError, ValueError), match=rf"previous: .*{said}"):
+        folders.read_earlier(str(tmp_path / "split.csv"))
 
 
 @pytest.mark.parametrize("format", ["png", "jpg"])
