@@ -263,9 +263,8 @@ def _honest_gap(file: Path) -> dict | None:
     if not rows:
         return None
     scores = pd.DataFrame(rows).groupby("split")["balanced_accuracy"]
-    mean, spread = scores.mean(), scores.std()
-    rows = [{"split": name, "mean": mean[name], "spread": spread[name]} for name in ("honest", "naive")]
-    return {"rows": rows, "gap": mean["naive"] - mean["honest"], "splits": len(scores.get_group("honest"))}
+    spread = {f"{name}_spread": value for name, value in scores.std().items()}
+    return scores.mean().to_dict() | spread | {"splits": len(scores.get_group("honest"))}
 
 
 def _settings(stages: dict) -> list[dict]:

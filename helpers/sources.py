@@ -141,6 +141,8 @@ def _read_folders(root: Path) -> Source:
             reason = {"reason": "unusable name", "detail": "the name is not valid UTF-8; rename it"}
             source.rejected.append({"path": _shown(path), "label": _shown(label)} | reason)
     source.table = pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str)
+    for name in [] if is_split else natural_order({*tops} - {PurePosixPath(row["path"]).parts[0] for row in rows}):
+        source.ignored[f"folders without an image: {_shown(name)}"] += 1
     return source
 
 

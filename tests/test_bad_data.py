@@ -338,6 +338,8 @@ def test_the_same_picture_in_two_classes_is_quarantined_in_both(root):
     outcome = process(root)
     check_the_rest(outcome)
     assert outcome.reason("cat/same.png") == outcome.reason("dog/same.png") == "two labels"
+    details = outcome.quarantine.set_index("path")["detail"]
+    assert "dog/same.png" in details["cat/same.png"] and "cat/same.png" in details["dog/same.png"]
 
 
 def test_the_same_picture_twice_in_a_class_is_one_group(root):
@@ -353,6 +355,16 @@ def test_a_class_left_empty_is_an_error_that_names_it(root):
     (root / "bird" / "a.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"No sound image is left of bird \(1 not an image\)"):
         process(root)
+
+
+def test_a_folder_without_any_image_is_told_and_is_no_class(root):
+    for name in ("bird", "fish"):
+        (root / name).mkdir()
+    (root / "fish" / "notes.txt").write_text("none yet")
+    outcome = process(root)
+    check_the_rest(outcome)
+    assert outcome.data.ignored["folders without an image: bird"] == 1
+    assert outcome.data.ignored["folders without an image: fish"] == 1
 
 
 def test_a_single_class_is_an_error(root):

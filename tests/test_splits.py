@@ -140,6 +140,15 @@ def test_shares_of_many_images_are_met_and_seeds_differ():
     assert (deal(table, seed=1) == first).all()
 
 
+def test_counts_are_in_natural_order_whatever_a_class_is_called():
+    table = inventory_of(["10"] * 6 + ["9"] * 8 + ["all"] * 4, kind=["x", "y"] * 9)
+    counts = splits.counts(table.assign(part=deal(table)))
+    assert list(counts.index) == ["9", "10", "all", "all classes"] and list(counts["all"]) == [8, 6, 4, 18]
+    both = splits.counts(table.assign(part=deal(table)), ["label", "kind"])
+    assert [label for label, _ in both.index] == ["9", "9", "10", "10", "all", "all", "all classes"]
+    assert both["all"].iloc[-1] == 18 and both.loc[("10", "x"), "all"] == 3
+
+
 @pytest.mark.parametrize(("size", "expected"), [(2, [1, 0, 1]), (3, [2, 0, 1]), (4, [2, 1, 1]), (5, [3, 1, 1])])
 def test_the_stated_rule_for_rare_classes(size, expected):
     table = inventory_of(["rare"] * size + ["common"] * 100)
