@@ -33,6 +33,7 @@ FITS = ("crop", "pad", "squash")
 SMALLEST = 32  # pixels: below this no backbone of the suite has anything left to see
 PIECE = 64  # images that a host is given at a time
 MAX_PIXELS = 200_000_000  # the largest phone photos have 200 megapixels; a decompression bomb has billions
+MAX_16_BIT = 65_535
 FORMATS = ["JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"]
 SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .avif .heic .heif".split())
 SUFFIXES |= set(".jp2 .j2k .ppm .pgm .pbm .pnm .ico .tga .pcx".split())
@@ -289,6 +290,8 @@ def _damage_told(image: Image.Image) -> Iterator[None]:
     """Tell as ImageError whatever a damaged file does to Pillow's decoders: they fail with any exception."""
     try:
         yield
+    except ImageError:
+        raise
     except MemoryError:
         raise ImageError("unreadable", f"{image.width} x {image.height} pixels do not fit into memory") from None
     except Exception as error:
@@ -305,6 +308,8 @@ def _plain(image: Image.Image) -> Image.Image:
     """Return the image without transparency and in 8 bits a channel."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float32)
+        if image.mode == "F" or values.min() < 0 or values.max() > MAX_16_BIT:  # black and white could be anything
+            raise ImageError("format", "pixels of 32 bits have no known black and white: save it with 8 or 16 bits")
         return Image.fromarray(np.clip(values / 257 + 0.5, 0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

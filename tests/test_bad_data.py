@@ -147,6 +147,10 @@ def sixteen_bits(suffix: str) -> bytes:
     return cv2.imencode(suffix, np.full((48, 48, 3), [v * 257 for v in reversed(COLOUR)], np.uint16))[1].tobytes()
 
 
+def thirty_two_bits(kind: type, most: float) -> bytes:
+    return encoded(Image.fromarray(np.linspace(0, most, 48 * 48).reshape(48, 48).astype(kind)), "TIFF")
+
+
 def damaged_middle() -> bytes:
     data = bytearray(encoded(picture(98, (400, 300)), "PNG"))
     data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
@@ -189,6 +193,8 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "progressive jpg": ("a.jpg", lambda: encoded(progressive=True, quality=95), SAME),
     "16-bit png": ("a.png", lambda: sixteen_bits(".png"), SAME),
     "16-bit tiff": ("a.tif", lambda: sixteen_bits(".tif"), SAME),
+    "tiff of floats": ("a.tif", lambda: thirty_two_bits(np.float32, 1.0), "format"),
+    "tiff of 32-bit numbers": ("a.tif", lambda: thirty_two_bits(np.int32, 1e9), "format"),
     "lzw tiff": ("a.tif", lambda: encoded(format="TIFF", compression="tiff_lzw"), SAME),
     "alpha": ("a.png", lambda: encoded(Image.new("RGBA", (48, 48), (*COLOUR, 255)), "PNG"), SAME),
     "palette": ("a.png", lambda: encoded(Image.new("RGB", (48, 48), COLOUR).quantize(8), "PNG"), SAME),
