@@ -54,6 +54,37 @@ def read_split(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "split.csv", dtype=str, keep_default_na=False)
 
 
+def read_earlier(previous: str) -> pd.DataFrame | None:
+    """Return the earlier split that the parameter `previous` names, or None when it names none.
+
+    Args:
+        previous: a split.csv, under whatever name it was kept, or the folder that holds one; empty: none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no split.csv.
+    """
+    if not previous:
+        return None
+    path = runs.resolve(previous)
+    file = path / "split.csv" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"previous: there is no file {runs.display_path(file)}. Name the split.csv of an earlier run, or leave"
+            " `previous` empty to deal all images anew."
+        )
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    except ValueError as error:  # pandas' own errors and those of decoding are of this kind
+        raise ValueError(f"previous: {runs.display_path(file)} cannot be read as a table: {error}") from None
+    if missing := [column for column in ("sha256", "part") if column not in table]:
+        raise ValueError(
+            f"previous: {runs.display_path(file)} has no column {', '.join(missing)}; expected a split.csv as 01_split"
+            " writes it."
+        )
+    return table
+
+
 def link_files(table: pd.DataFrame) -> list[str]:
     """Return for each row the name <part>/<class>/<file> of its link; an image keeps its name where it can.
 

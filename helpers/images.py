@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,9 +33,11 @@ FITS = ("crop", "pad", "squash")
 SMALLEST = 32  # pixels: below this no backbone of the suite has anything left to see
 PIECE = 64  # images that a host is given at a time
 MAX_PIXELS = 200_000_000  # the largest phone photos have 200 megapixels; a decompression bomb has billions
+MAX_16_BIT = 65_535
 FORMATS = ["JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"]
 SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .avif .heic .heif".split())
 SUFFIXES |= set(".jp2 .j2k .ppm .pgm .pbm .pnm .ico .tga .pcx".split())
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"heif")
 
 # `open_image` applies its own limit to the size in the header; Pillow's would only warn, and at another number.
 Image.MAX_IMAGE_PIXELS = None
@@ -129,7 +132,7 @@ def open_image(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> Image.Ima
     except UnidentifiedImageError:
         raise ImageError(*_unidentified(data)) from None
     except Exception as error:  # headers can be damaged in any way, too
-        raise ImageError(_reason(error), str(error) or type(error).__name__) from None
+        raise ImageError(_reason(error), str(error).strip() or type(error).__name__) from None
     if max_pixels and image.width * image.height > max_pixels:
         detail = f"{image.width} x {image.height} pixels are more than max_pixels = {max_pixels:,}"
         raise ImageError("too many pixels", detail)
@@ -287,10 +290,12 @@ def _damage_told(image: Image.Image) -> Iterator[None]:
     """Tell as ImageError whatever a damaged file does to Pillow's decoders: they fail with any exception."""
     try:
         yield
+    except ImageError:
+        raise
     except MemoryError:
         raise ImageError("unreadable", f"{image.width} x {image.height} pixels do not fit into memory") from None
     except Exception as error:
-        raise ImageError(_reason(error), str(error) or type(error).__name__) from None
+        raise ImageError(_reason(error), str(error).strip() or type(error).__name__) from None
 
 
 def _turn(image: Image.Image) -> None:
@@ -303,6 +308,8 @@ def _plain(image: Image.Image) -> Image.Image:
     """Return the image without transparency and in 8 bits a channel."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float32)
+        if image.mode == "F" or values.min() < 0 or values.max() > MAX_16_BIT:  # black and white could be anything
+            raise ImageError("format", "pixels of 32 bits have no known black and white: save it with 8 or 16 bits")
         return Image.fromarray(np.clip(values / 257 + 0.5, 0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -328,12 +335,14 @@ def _scale(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    return "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "unreadable"
+    ended = isinstance(error, EOFError) or re.search("truncated|unexpected end of file", str(error), re.IGNORECASE)
+    return "truncated" if ended else "unreadable"
 
 
 def _unidentified(data: bytes) -> tuple[str, str]:
-    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheif"):
+    is_heic = data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS
+    if is_heic and "HEIF" not in FORMATS:
         return "format", "HEIC needs an extra: pip install -e '.[heic]'"
-    if data.startswith((b"\xff\xd8", b"\x89PNG")):
+    if is_heic or data.startswith((b"\xff\xd8", b"\x89PNG")):
         return "truncated", "the file ends within its header"
     return "not an image", f"the content begins with {data[:12]!r}"

@@ -82,7 +82,7 @@ def take(
     table["reason"] = table["reason"].astype(object).where(table["reason"].notna(), "")
     conflict = table["sha256"].map(table.groupby("sha256")["label"].nunique()).fillna(0) > 1
     table.loc[conflict, "reason"] = "two labels"
-    table.loc[conflict, "detail"] = "the same file lies under different labels"
+    table.loc[conflict, "detail"] = _other_labels(table[conflict])
     bad = table["reason"] != ""
     quarantine = pd.concat([pd.DataFrame(source.rejected, columns=QUARANTINE), table.loc[bad, QUARANTINE]])
     sound = table[~bad].drop(columns=["reason", "detail"]).reset_index(drop=True)
@@ -210,6 +210,17 @@ def _exif(image: Image.Image) -> dict[str, Any]:
     except Exception:  # metadata can be damaged in any way; the picture may still be sound
         return {"orientation": 1, "taken": ""}
     return {"orientation": orientation if 1 <= orientation <= 8 else 1, "taken": str(taken)}
+
+
+def _other_labels(table: pd.DataFrame) -> list[str]:
+    """Say for each image of several labels where the same file lies under another one."""
+    files: dict[str, dict[str, str]] = {}
+    for row in table.itertuples():
+        files.setdefault(row.sha256, {}).setdefault(row.label, row.path)
+    others = [
+        next(path for label, path in files[row.sha256].items() if label != row.label) for row in table.itertuples()
+    ]
+    return [f"the same file lies under another label: {path}" for path in others]
 
 
 def _check_not_emptied(before: pd.Series, after: pd.Series, quarantine: pd.DataFrame) -> None:

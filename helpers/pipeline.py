@@ -14,7 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from helpers import backbones, crop, efficientnet_lite, inventory, prefetch, recipes, runs, splits, store, warm_start
+from helpers import (
+    backbones,
+    crop,
+    efficientnet_lite,
+    folders,
+    inventory,
+    prefetch,
+    recipes,
+    runs,
+    splits,
+    store,
+    warm_start,
+)
 
 REBUILD = "asked for with --rebuild"
 # Parameters that are checked with Keras; those of the head and of fine_tune together.
@@ -156,6 +168,34 @@ def _why_stale(link: Path, ingredients: dict[str, Any]) -> str:
     return "; ".join(shown) or "not made yet"
 
 
+def dealt_anew(steps: list[Step]) -> str:
+    """Tell that old images will change parts, and how to keep them, when the split of changed data has no memory.
+
+    Args:
+        steps: as `plan` returns them.
+
+    Returns:
+        A sentence or two, or "" when every image keeps its part.
+    """
+    split = next((step for step in steps if step.stage.name == "split" and step.state == "to do"), None)
+    if split is None or split.parameters.get("method") != "ratio" or split.parameters.get("previous"):
+        return ""
+    explore = steps[0]
+    try:
+        before = runs.read_json(explore.link / runs.STAGE_FILE)["ingredients"]["source"]
+        earlier = (split.link / "split.csv").resolve(strict=True)
+    except (OSError, ValueError, KeyError):
+        return ""
+    if before == explore.ingredients.get("source"):
+        return ""
+    kept = f"data/{split.link.parent.name}_split.csv"
+    return (
+        "The images or labels have changed since this run was split. The split is dealt anew to keep its shares, so"
+        " images move from one part to another, from test to train too. To keep every image where it was:"
+        f" cp {runs.display_path(earlier)} {kept}, and add --set split.previous={kept}"
+    )
+
+
 def link_stage(step: Step) -> None:
     """Point the run's links to this stage and its notebook at the store; what was made by hand is left alone."""
     if step.state == "by hand":
@@ -201,6 +241,7 @@ def check_choices(recipe: recipes.Recipe, steps: list[Step], backend: str = "") 
         ValueError: something is wrong; the message says what.
     """
     splits.check_ratio(recipe.resolved("split")["ratio"])
+    _check_previous(recipe)
     if "crop" in recipe.stages:
         crop.check(recipe.resolved("crop"))
     _check_measured(recipe)
@@ -229,6 +270,17 @@ def check_choices(recipe: recipes.Recipe, steps: list[Step], backend: str = "") 
     if found.returncode:
         raise recipes.RecipeError(found.stdout.strip() or found.stderr.strip()[-2000:])
     runs.write_json(checked, [*good, key])
+
+
+def _check_previous(recipe: recipes.Recipe) -> None:
+    given, own = recipe.resolved("split")["previous"], runs_folder() / recipe.name / "split"
+    if given and runs.resolve(given) in (own.parent, own, own / "split.csv"):
+        kept = f"data/{recipe.name}_split.csv"
+        raise recipes.RecipeError(
+            f"split.previous: {given} is this run's own split, which the new one replaces. Keep a copy and name that:"
+            f" cp {runs.display_path(own)}/split.csv {kept}, then split.previous={kept}"
+        )
+    folders.read_earlier(given)
 
 
 def _check_measured(recipe: recipes.Recipe) -> None:

@@ -9,12 +9,15 @@ its content. In a notebook, end the line with a semicolon so that only the pictu
 Class names are drawn as they are (a `$` in a name is not mathematics) and shortened only where they would collide.
 """
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
@@ -25,6 +28,14 @@ BLUE, VERMILION, GREEN, INK, GREY, PALE = "#0B6BA8", "#D55E00", "#009E73", "#223
 PARTS = {"train": BLUE, "val": "#8CB9D9", "test": VERMILION}
 PHASES = {"head": "head", "fine_tune": "fine-tune", "1": "head", "2": "fine-tune"}
 SHADES = LinearSegmentedColormap.from_list("thaw", ["#FFFFFF", "#CFE1EE", "#6FA8D0", BLUE, "#0A3D62"])
+
+# Matplotlib's own font lacks many scripts; the first of these that is installed draws a class named in one of them.
+SCRIPTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "Microsoft YaHei")
+SCRIPTS += ("Yu Gothic", "PingFang SC", "Hiragino Sans", "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans Devanagari")
+_installed = {font.name for font in font_manager.fontManager.ttflist}
+plt.rcParams["font.family"] = ["sans-serif", *(name for name in SCRIPTS if name in _installed)]
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # such a font may lack the very weight asked for
+warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")  # else a box is drawn; tables show the name
 
 PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %")
 

@@ -34,7 +34,7 @@ STAGES = {
     "evaluate": ("Evaluate", "05_evaluate"),
 }
 PHASES = {"head": "Phase 1, the head", "fine_tune": "Phase 2, the thawed backbone"}
-PARTS = ("train", "val", "test")
+PARTS, UNUSED = ("train", "val", "test"), "unused"
 GROUPS, PER_GROUP = 3, 2  # groups of look-alikes shown, and pictures of each
 MISTAKES = 18  # pictures in the gallery: three rows of six
 ROWS = 20  # of a table that could grow without end, such as the quarantine
@@ -192,6 +192,7 @@ def _data(run: Path, stages: dict) -> dict | None:
         "sizes": None,
         "groups": {},
         "alike": [],
+        "gap": None,
     }
     changes = run / "explore" / "fixes.csv"
     data["fixes"] = fixes.sentence(_table(changes)) if changes.is_file() else ""
@@ -208,10 +209,11 @@ def _data(run: Path, stages: dict) -> dict | None:
         data["ignored"] = runs.read_json(ignored) if ignored.is_file() else {}
     if stages["split"]:
         split = _table(run / "split" / "split.csv")
-        data["counts"], data["leaks"], data["pictures"] = split, _leaks(split), len(split)
+        data["counts"], data["leaks"], data["pictures"] = split, _leaks(split), split["path"].nunique()
+        data["gap"] = _honest_gap(run / "split" / "leakage.json")
     counts = data["counts"]
     data["figure"] = _svg(plots.class_counts, counts)
-    data["parts"] = [part for part in PARTS if part in set(counts.get("part", ()))]
+    data["parts"] = [part for part in (*PARTS, UNUSED) if part in set(counts.get("part", ()))]
     table = pd.crosstab(counts["label"], counts["part"]) if data["parts"] else counts.groupby("label").size().to_frame()
     table["total"] = table.sum(axis=1)
     names = run / ("explore" if stages["explore"] else "split") / "class_names.json"
@@ -246,13 +248,23 @@ def _quarantine(run: Path) -> dict:
 
 
 def _leaks(split: pd.DataFrame) -> list[tuple[str, int]]:
-    """How many contents and groups lie in more than one part: none should."""
-    found = []
+    """How many contents and groups lie in more than one part: none should. What is unused lies in none."""
+    found, split = [], split[split["part"].isin(PARTS)]
     for column, what in (("sha256", "identical files"), ("group", "groups")):
         if column in split and (split[column] != "").any():
             rows = split[split[column] != ""]
             found.append((what, int((rows.groupby(column)["part"].nunique() > 1).sum())))
     return found
+
+
+def _honest_gap(file: Path) -> dict | None:
+    """What a probe scored on splits that keep groups together and on naive ones; None when that was not asked for."""
+    rows = runs.read_json(file).get("honest_gap") if file.is_file() else None
+    if not rows:
+        return None
+    scores = pd.DataFrame(rows).groupby("split")["balanced_accuracy"]
+    spread = {f"{name}_spread": value for name, value in scores.std().items()}
+    return scores.mean().to_dict() | spread | {"splits": len(scores.get_group("honest"))}
 
 
 def _settings(stages: dict) -> list[dict]:

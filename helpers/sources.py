@@ -134,8 +134,15 @@ def _read_folders(root: Path) -> Source:
         if len(pieces) < (3 if is_split else 2):
             source.ignored["images outside any class folder"] += 1
             continue
-        rows.append({"path": path, "label": pieces[1 if is_split else 0], "split": part})
+        label = pieces[1 if is_split else 0]
+        if _is_utf8(path):
+            rows.append({"path": path, "label": label, "split": part})
+        else:  # with pyarrow installed, a table cannot hold such a name
+            reason = {"reason": "unusable name", "detail": "the name is not valid UTF-8; rename it"}
+            source.rejected.append({"path": _shown(path), "label": _shown(label)} | reason)
     source.table = pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str)
+    for name in [] if is_split else natural_order({*tops} - {PurePosixPath(row["path"]).parts[0] for row in rows}):
+        source.ignored[f"folders without an image: {_shown(name)}"] += 1
     return source
 
 
@@ -163,7 +170,7 @@ def _walk(root: Path, prefix: str, ignored: Counter, above: tuple[str, ...]) -> 
         elif PurePosixPath(entry.name).suffix.lower() in SUFFIXES:
             yield path
         else:
-            ignored[f"files named *{PurePosixPath(entry.name).suffix.lower() or ' without suffix'}"] += 1
+            ignored[f"files named *{_shown(PurePosixPath(entry.name).suffix.lower()) or ' without suffix'}"] += 1
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -183,7 +190,6 @@ def _finish(source: Source) -> None:
     table[["split", "group"]] = table[["split", "group"]].fillna("")
     table["label"] = [unicodedata.normalize("NFC", label.strip()) for label in table["label"]]
     table["split"] = _known_parts(table["split"])
-    table = _reject(source, table, ~_is_utf8(table["path"]), "unusable name", "the name is not valid UTF-8; rename it")
     table = _reject(source, table, table["label"] == "", "no label", "the label is empty")
     repeated = table.duplicated()
     if repeated.any():
@@ -236,11 +242,15 @@ def _seen(source: Source) -> str:
 
 def _reject(source: Source, table: pd.DataFrame, bad: pd.Series, reason: str, detail: str) -> pd.DataFrame:
     """Note the rows that are `bad` in `source.rejected` and return the others."""
-    for path, label in table.loc[bad, ["path", "label"]].itertuples(index=False):
-        shown = (text.encode("utf-8", "backslashreplace").decode() for text in (path, label))
-        source.rejected.append(dict(zip(("path", "label"), shown, strict=True)) | {"reason": reason, "detail": detail})
+    told = table.loc[bad, ["path", "label"]].assign(reason=reason, detail=detail)
+    source.rejected.extend(told.to_dict("records"))
     return table[~bad]
 
 
-def _is_utf8(texts: pd.Series) -> pd.Series:
-    return pd.Series([not any("\ud800" <= c <= "\udfff" for c in text) for text in texts], texts.index, dtype=bool)
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _shown(text: str) -> str:
+    """Return a name so that it can be written down: bytes that are no UTF-8 as \\x.."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")

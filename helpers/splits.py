@@ -146,8 +146,26 @@ def by_fold(table: pd.DataFrame, folds: int, fold: int, *, stratify: Sequence[st
 
 def counts(split: pd.DataFrame, columns: Sequence[str] = ("label",)) -> pd.DataFrame:
     """Return how many images each class (or each combination of `columns`) has in each part, with totals."""
-    found = pd.crosstab([split[column] for column in columns], split["part"], margins=True, margins_name="all")
-    return found[[part for part in (*PARTS, UNUSED, "all") if part in found]]
+    found = pd.crosstab([split[column] for column in columns], split["part"])
+    if "label" in columns:
+        place = {label: number for number, label in enumerate(sources.natural_order(split["label"]))}
+        found = found.iloc[np.argsort([place[label] for label in found.index.get_level_values("label")], kind="stable")]
+    found = found[[part for part in (*PARTS, UNUSED) if part in found]]
+    found = found.assign(all=found.sum(axis=1))
+    name = "all" if "all" not in found.index.get_level_values(0) else "all classes"  # a class may be called "all"
+    found.loc[name if len(columns) == 1 else (name, *[""] * (len(columns) - 1)), :] = found.sum()
+    return found.astype(int)
+
+
+def compare(table: pd.DataFrame, previous: pd.DataFrame) -> pd.DataFrame:
+    """Return how many images of each earlier part (or "new") are in each part now; content tells which is which."""
+    earlier = previous.drop_duplicates("sha256").set_index("sha256")["part"]
+    now, before = table["part"], table["sha256"].map(earlier).fillna("new")
+    found = pd.crosstab(before.rename("before"), now.rename("now"))
+    order = (*PARTS, UNUSED, "new")
+    return found.reindex(
+        index=[part for part in order if part in found.index], columns=[p for p in order if p in found]
+    )
 
 
 def check_ratio(ratio: Sequence[float]) -> None:

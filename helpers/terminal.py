@@ -70,11 +70,13 @@ def run(
     planned = pipeline.plan(recipe, rebuild)
     steps = _between(planned, first, last)
     todo = [step for step in steps if step.state == "to do"]
+    warning = pipeline.dealt_anew(planned)
     if dry_run:
         for step in steps:
             console.print(
                 f"  {step.stage.name:<10} {'would run' if step in todo else 'kept     '}  {step.why}", markup=False
             )
+        console.print(warning, markup=False) if warning else None
         return
     run_folder = pipeline.runs_folder() / recipe.name
     if todo:
@@ -83,6 +85,7 @@ def run(
         if address:
             with cluster.connect(address) as client:
                 hosts.check(client, run_folder.parent / ".store")
+        console.print(warning, markup=False) if warning else None
         pipeline.check_choices(recipe, todo, "jax" if address else "")
         store.check_writable(run_folder)
 

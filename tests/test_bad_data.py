@@ -127,6 +127,17 @@ def palette_with_transparency() -> bytes:
     return encoded(image, "PNG", transparency=1)
 
 
+def heic(image: Image.Image, **options: Any) -> bytes:
+    pytest.importorskip("pillow_heif", reason="the extra heic is not installed: pip install -e '.[heic]'")
+    return encoded(image, "HEIF", quality=95, **options)
+
+
+def turned_heic() -> bytes:
+    upright = Image.new("RGB", (48, 48), (0, 0, 255))
+    upright.paste(COLOUR, (0, 24, 42, 48))
+    return heic(upright.transpose(Image.Transpose.ROTATE_90), exif=rotated_exif().tobytes())
+
+
 def animation(format: str) -> bytes:
     frames = [Image.new("RGB", (48, 48), colour) for colour in (COLOUR, (0, 0, 255))]
     return encoded(frames[0], format, save_all=True, append_images=frames[1:], duration=50, lossless=True)
@@ -134,6 +145,10 @@ def animation(format: str) -> bytes:
 
 def sixteen_bits(suffix: str) -> bytes:
     return cv2.imencode(suffix, np.full((48, 48, 3), [v * 257 for v in reversed(COLOUR)], np.uint16))[1].tobytes()
+
+
+def thirty_two_bits(kind: type, most: float) -> bytes:
+    return encoded(Image.fromarray(np.linspace(0, most, 48 * 48).reshape(48, 48).astype(kind)), "TIFF")
 
 
 def damaged_middle() -> bytes:
@@ -166,6 +181,11 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "tiff named .jpg": ("a.jpg", lambda: encoded(format="TIFF"), SAME),
     "avif named .jpg": ("a.jpg", lambda: encoded(format="AVIF", quality=95), SAME),
     "png named .JPG": ("a.JPG", lambda: encoded(format="PNG"), SAME),
+    "heic of a phone held upright": ("a.heic", turned_heic, SAME),
+    "heic named .jpg": ("a.jpg", lambda: heic(Image.new("RGB", (48, 48), COLOUR)), SAME),
+    "heic with alpha": ("a.heic", lambda: heic(Image.new("RGBA", (48, 48), (*COLOUR, 255))), SAME),
+    "truncated heic": ("a.heic", lambda: heic(picture(99, (300, 300)))[:-50], "truncated"),
+    "heic cut within its header": ("a.heic", lambda: heic(picture(99))[:60], "truncated"),
     "bmp": ("a.bmp", lambda: encoded(format="BMP"), SAME),
     "jpeg 2000": ("a.jp2", lambda: encoded(format="JPEG2000"), SAME),
     "portable pixmap": ("a.ppm", lambda: encoded(format="PPM"), SAME),
@@ -173,6 +193,8 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "progressive jpg": ("a.jpg", lambda: encoded(progressive=True, quality=95), SAME),
     "16-bit png": ("a.png", lambda: sixteen_bits(".png"), SAME),
     "16-bit tiff": ("a.tif", lambda: sixteen_bits(".tif"), SAME),
+    "tiff of floats": ("a.tif", lambda: thirty_two_bits(np.float32, 1.0), "format"),
+    "tiff of 32-bit numbers": ("a.tif", lambda: thirty_two_bits(np.int32, 1e9), "format"),
     "lzw tiff": ("a.tif", lambda: encoded(format="TIFF", compression="tiff_lzw"), SAME),
     "alpha": ("a.png", lambda: encoded(Image.new("RGBA", (48, 48), (*COLOUR, 255)), "PNG"), SAME),
     "palette": ("a.png", lambda: encoded(Image.new("RGB", (48, 48), COLOUR).quantize(8), "PNG"), SAME),
@@ -304,9 +326,13 @@ def test_a_name_that_is_not_utf8_is_quarantined(root):
         (Path(os.fsdecode(os.fsencode(root) + b"/cat/\xff\xfe.png"))).write_bytes(encoded(picture(77), "PNG"))
     except OSError:
         pytest.skip("this file system takes no such name")
+    Path(os.fsdecode(os.fsencode(root) + b"/cat/notes.\xff")).write_text("of another kind")
     outcome = process(root)
     check_the_rest(outcome)
-    assert list(outcome.quarantine["reason"]) == ["unusable name"]
+    assert outcome.quarantine.drop(columns="detail").to_dict("records") == [
+        {"path": r"cat/\xff\xfe.png", "label": "cat", "reason": "unusable name"}
+    ]
+    assert outcome.data.ignored == {r"files named *.\xff": 1}
 
 
 # -- Classes -----------------------------------------------------------------------------------------------------------
@@ -318,6 +344,8 @@ def test_the_same_picture_in_two_classes_is_quarantined_in_both(root):
     outcome = process(root)
     check_the_rest(outcome)
     assert outcome.reason("cat/same.png") == outcome.reason("dog/same.png") == "two labels"
+    details = outcome.quarantine.set_index("path")["detail"]
+    assert "dog/same.png" in details["cat/same.png"] and "cat/same.png" in details["dog/same.png"]
 
 
 def test_the_same_picture_twice_in_a_class_is_one_group(root):
@@ -333,6 +361,16 @@ def test_a_class_left_empty_is_an_error_that_names_it(root):
     (root / "bird" / "a.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"No sound image is left of bird \(1 not an image\)"):
         process(root)
+
+
+def test_a_folder_without_any_image_is_told_and_is_no_class(root):
+    for name in ("bird", "fish"):
+        (root / name).mkdir()
+    (root / "fish" / "notes.txt").write_text("none yet")
+    outcome = process(root)
+    check_the_rest(outcome)
+    assert outcome.data.ignored["folders without an image: bird"] == 1
+    assert outcome.data.ignored["folders without an image: fish"] == 1
 
 
 def test_a_single_class_is_an_error(root):
@@ -577,12 +615,24 @@ def test_columns_that_clash_with_the_inventory_are_kept_under_another_name(label
     assert set(outcome.table["given_width"]) == {"7"} and set(outcome.table["width"]) == {48}
 
 
-def test_a_labels_file_may_be_parquet(labelled, tmp_path):
-    pytest.importorskip("pyarrow")
-    table = pd.DataFrame({"path": [f"{n}.png" for n in range(12)], "label": [n % 2 for n in range(12)]})
+def test_a_labels_file_may_be_parquet(labelled):
+    pytest.importorskip("pyarrow", reason="the extra parquet is not installed: pip install -e '.[parquet]'")
+    paths = [f"{number}.png" for number in range(12)]
+    table = pd.DataFrame({"path": paths, "label": [10 * (n % 2) for n in range(12)], "group": ["p", None, None] * 4})
+    table["weight"] = np.arange(12, dtype=np.float32)
+    more = pd.DataFrame({"path": ["gone.png"], "label": [0], "group": ["p"], "weight": [np.nan]})
     buffer = io.BytesIO()
-    table.to_parquet(buffer)
-    assert set(labelled(buffer.getvalue(), "labels.parquet").images["label"]) == {"0", "1"}
+    pd.concat([table, more]).to_parquet(buffer)
+    outcome = labelled(buffer.getvalue(), "labels.parquet")
+    assert set(outcome.images["label"]) == {"0", "10"} and len(outcome.images) == 12
+    assert outcome.reason("gone.png") == "missing"
+    assert outcome.table["group"].value_counts()["p"] == 4 and outcome.table["weight"].iloc[1] == "1.0"
+
+
+def test_a_file_that_is_no_parquet_is_an_error(labelled):
+    pytest.importorskip("pyarrow", reason="the extra parquet is not installed: pip install -e '.[parquet]'")
+    with pytest.raises(ValueError, match=r"labels: labels\.parquet cannot be read as a table"):
+        labelled(b"PAR1 and no more", "labels.parquet")
 
 
 def test_parquet_without_its_reader_says_what_to_install(labelled, monkeypatch):

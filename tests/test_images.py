@@ -20,6 +20,12 @@ def corners():
     return Image.fromarray(pixels)
 
 
+def as_stored(upright, orientation):
+    """Return the picture as a camera stores it that writes this orientation beside it."""
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions
+    return upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
+
+
 def quarters(pixels):
     """Return the colours in the middle of the four quarters, in the order of `corners`."""
     high, low, left, right = (int(share * len(pixels)) for share in (0.3, 0.7, 0.3, 0.7))
@@ -32,12 +38,19 @@ def close(found, wanted, tolerance=12):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_ends_upright(tmp_path, corners, orientation):
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that stores the picture so
-    stored = corners if orientation == 1 else corners.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
+    as_stored(corners, orientation).save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
     assert close(quarters(images.load(tmp_path / "a.jpg", 64, "squash")), [RED, GREEN, BLUE, WHITE])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_of_heic_ends_upright(tmp_path, corners, orientation):
+    pytest.importorskip("pillow_heif", reason="the extra heic is not installed: pip install -e '.[heic]'")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    as_stored(corners, orientation).save(tmp_path / "a.heic", exif=exif.tobytes(), quality=95)
+    assert close(quarters(images.load(tmp_path / "a.heic", 64, "squash")), [RED, GREEN, BLUE, WHITE])
 
 
 @pytest.mark.parametrize("fit", images.FITS)

@@ -55,6 +55,22 @@ def test_the_facts_about_each_file(root):
     assert quarantine.empty and list(quarantine.columns) == ["path", "label", "reason", "detail"]
 
 
+def test_the_facts_about_a_heic_file(root):
+    pytest.importorskip("pillow_heif", reason="the extra heic is not installed: pip install -e '.[heic]'")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif.get_ifd(0x8769)[0x9003] = "2024:05:01 12:00:00"
+    lying = Image.fromarray(clouds(50)).transpose(Image.Transpose.ROTATE_90)
+    lying.save(root / "cat" / "photo.heic", exif=exif.tobytes(), quality=90)
+    Image.fromarray(clouds(50)).save(root / "cat" / "photo.png")
+    table, quarantine = take(root)
+    row = table.set_index("path").loc["cat/photo.heic"]
+    assert (row["format"], row["mode"], row["width"], row["height"]) == ("HEIF", "RGB", 120, 90) and quarantine.empty
+    assert row["taken"] == "2024:05:01 12:00:00" and row["orientation"] == 1, "libheif has turned it already"
+    groups = inventory.group(table).set_index("path")["group"]
+    assert groups["cat/photo.heic"] == groups["cat/photo.png"], "turned, it looks like the upright one"
+
+
 def test_it_is_written_and_read_back_alike(root, tmp_path):
     data = sources.read(parameters(root))
     table, quarantine = inventory.take(data)

@@ -1,6 +1,8 @@
 """Every figure draws without a warning for few and many classes, and nothing in it overlaps or is empty."""
 
 import itertools
+import subprocess
+import sys
 import warnings
 
 import matplotlib
@@ -12,7 +14,7 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from helpers import plots
+from helpers import plots, runs
 
 RNG = np.random.default_rng(0)
 
@@ -224,3 +226,15 @@ def test_learning_rates_turn_logarithmic_only_over_a_wide_range():
 )
 def test_shorten_keeps_both_ends(text, limit, short):
     assert plots.shorten(text, limit) == short
+
+
+def test_a_class_in_a_script_without_a_font_floods_nobody():
+    code = """
+import io, matplotlib
+matplotlib.use("Agg")
+import pandas as pd
+from helpers import plots, runs
+plots.class_counts(pd.DataFrame({"label": ["猫", "قط", "cat"]})).figure.savefig(io.BytesIO())
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True, check=True)
+    assert found.stderr == ""

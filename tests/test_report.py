@@ -154,6 +154,30 @@ def test_a_leak_is_called_out(tmp_path):
     assert "1 identical files" in text and "too good to be true" in text
 
 
+def test_images_that_are_not_used_are_counted_and_are_no_leak(tmp_path):
+    add_data(tmp_path)
+    split = pd.read_csv(tmp_path / "split" / "split.csv", dtype=str)
+    split.loc[:1, ["sha256", "group"]], split.loc[0, "part"] = "same", "unused"
+    split.to_csv(tmp_path / "split" / "split.csv", index=False)
+    text = report.build_report(tmp_path).read_text()
+    assert "No identical files and no groups in more than one" in text and "too good to be true" not in text
+    assert '<th class="n">unused</th>' in text and "60 pictures of 3 classes" in text
+
+
+def test_what_a_naive_split_would_have_flattered_is_told_when_it_was_measured(tmp_path):
+    add_data(tmp_path)
+    groups = {"groups_of_several": 3, "images_in_them": 9, "largest_group": 4, "groups_with_several_labels": 0}
+    runs.write_json(tmp_path / "explore" / "groups.json", groups)
+    table = pd.read_csv(tmp_path / "explore" / "inventory.csv", dtype=str, keep_default_na=False)
+    table.assign(group=table.index).to_csv(tmp_path / "explore" / "inventory.csv", index=False)
+    assert "Had the split ignored" not in report.build_report(tmp_path).read_text()
+    scores = {"honest": (0.70, 0.72), "naive": (0.80, 0.86)}
+    rows = [{"split": k, "seed": n, "balanced_accuracy": v} for k, both in scores.items() for n, v in enumerate(both)]
+    runs.write_json(tmp_path / "split" / "leakage.json", groups | {"honest_gap": rows})
+    text = report.build_report(tmp_path).read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert "scored 83.0 % balanced accuracy in place of 71.0 %, on average over 2 splits" in text
+
+
 @pytest.mark.parametrize("done", [("data",), ("data", "head"), ("evaluation",), ("head", "fine_tune")])
 def test_a_run_that_stopped_early_says_what_is_missing(tmp_path, done):
     for part in done:

@@ -140,6 +140,15 @@ def test_shares_of_many_images_are_met_and_seeds_differ():
     assert (deal(table, seed=1) == first).all()
 
 
+def test_counts_are_in_natural_order_whatever_a_class_is_called():
+    table = inventory_of(["10"] * 6 + ["9"] * 8 + ["all"] * 4, kind=["x", "y"] * 9)
+    counts = splits.counts(table.assign(part=deal(table)))
+    assert list(counts.index) == ["9", "10", "all", "all classes"] and list(counts["all"]) == [8, 6, 4, 18]
+    both = splits.counts(table.assign(part=deal(table)), ["label", "kind"])
+    assert [label for label, _ in both.index] == ["9", "9", "10", "10", "all", "all", "all classes"]
+    assert both["all"].iloc[-1] == 18 and both.loc[("10", "x"), "all"] == 3
+
+
 @pytest.mark.parametrize(("size", "expected"), [(2, [1, 0, 1]), (3, [2, 0, 1]), (4, [2, 1, 1]), (5, [3, 1, 1])])
 def test_the_stated_rule_for_rare_classes(size, expected):
     table = inventory_of(["rare"] * size + ["common"] * 100)
@@ -186,6 +195,16 @@ def test_new_images_that_tie_train_to_test_are_named():
     table.loc[[0, train, test], "group"] = "bridge"
     with pytest.raises(ValueError, match=r"a/0\.png"):
         deal(table, previous=earlier)
+
+
+def test_what_became_of_an_earlier_split_is_counted():
+    table = inventory_of(["a"] * 40 + ["b"] * 40)
+    earlier = table[:-20].assign(part=deal(table[:-20]))
+    kept = splits.compare(table.assign(part=deal(table, previous=earlier)), earlier)
+    assert list(kept.index) == ["train", "val", "test", "new"] and kept.loc["new"].sum() == 20
+    assert all(kept.loc[part, part] == kept.loc[part].sum() for part in splits.PARTS)
+    anew = splits.compare(table.assign(part=deal(table)), earlier)
+    assert any(anew.loc[part, part] < anew.loc[part].sum() for part in splits.PARTS)
 
 
 # -- Other methods -----------------------------------------------------------------------------------------------------
@@ -334,6 +353,32 @@ def test_oversampled_images_get_links_of_their_own(laid):
     split = folders.write_split(folder, sampling.oversample(table, 30), folder.parent / "raw")
     leaks.check_split(folder, split, table, distance=8)
     assert split["file"].is_unique and (split["part"] == "train").sum() == 60
+
+
+def test_an_earlier_split_is_read_from_its_folder_or_a_copy(laid, tmp_path):
+    folder, split, table = laid
+    copy = tmp_path / "kept under another name.csv"
+    copy.write_bytes((folder / "split.csv").read_bytes())
+    for place in (folder, folder / "split.csv", copy):
+        earlier = folders.read_earlier(str(place))
+        assert earlier.equals(split) and (deal(table, seed=9, previous=earlier) == table["part"]).all()
+    assert folders.read_earlier("") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no file"),
+        (b"path,label\n1,2\n", "no column sha256, part"),
+        (b"", "read as"),
+        (b"\xff", "read as"),
+    ],
+)
+def test_what_is_no_earlier_split_is_refused(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "split.csv").write_bytes(content)
+    with pytest.raises((FileNotFoundError, ValueError), match=rf"previous: .*{said}"):
+        folders.read_earlier(str(tmp_path / "split.csv"))
 
 
 @pytest.mark.parametrize("format", ["png", "jpg"])

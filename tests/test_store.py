@@ -196,6 +196,42 @@ def test_other_images_are_noticed_and_other_times_are_not(quick_toys):
     assert quick_toys.ran() == ALL and quick_toys.word() == "other photos:abc"
 
 
+REMEMBERING = SPLIT.replace(
+    "out:",
+    'method: str = "ratio"  # how the parts are filled {ratio, hash}\nprevious: str = ""  # an earlier split.csv\nout:',
+)
+
+
+def test_a_split_that_is_dealt_anew_is_told_with_the_way_to_keep_it(quick_toys, tmp_path):
+    split = '(folder / "split.csv").write_text("sha256,part\\n")'
+    quick_toys.write("01_split", REMEMBERING, IMPORTS, OPEN, NOTE, NEXT_WORD.format("explore"), split, FINISH)
+    assert "dealt anew" not in quick_toys.run() + quick_toys.run("split.letter=x", name="toy")
+    quick_toys.run()
+    earlier = (quick_toys.runs / "toy" / "split" / "split.csv").resolve()
+    quick_toys.source.write_text("more photos:")
+    told = f"cp {earlier} data/toy_split.csv, and add --set split.previous=data/toy_split.csv"
+    for options in ({"dry_run": True}, {"last": "explore"}):
+        assert told in " ".join(quick_toys.run(**options).split())
+    quick_toys.run()
+    assert "dealt anew" not in quick_toys.run(), "nothing is to be dealt any more"
+    quick_toys.source.write_text("still more photos:")
+    assert "dealt anew" not in quick_toys.run("split.method=hash", dry_run=True)
+    assert "dealt anew" not in quick_toys.run(f"split.previous={earlier}", dry_run=True)
+
+
+@pytest.mark.parametrize("place", ["elpv", "elpv/split", "elpv/split/split.csv"])
+def test_a_run_cannot_remember_its_own_split(runs_folder, place):
+    recipe = recipes.load("recipes/elpv.yaml", [f"split.previous={runs_folder / place}"])
+    with pytest.raises(recipes.RecipeError, match=r"this run's own split.*cp .*/split\.csv data/elpv_split\.csv"):
+        pipeline.check_choices(recipe, [])
+
+
+def test_an_earlier_split_that_is_missing_is_told_before_the_run(runs_folder):
+    recipe = recipes.load("recipes/elpv.yaml", [f"split.previous={runs_folder / 'nowhere.csv'}"])
+    with pytest.raises(FileNotFoundError, match=r"previous: there is no file .*nowhere\.csv"):
+        pipeline.check_choices(recipe, [])
+
+
 def test_the_content_of_a_file_that_a_parameter_names_counts(quick_toys, tmp_path):
     weights = tmp_path / "weights.h5"
     weights.write_text("1")
