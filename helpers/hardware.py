@@ -1,7 +1,7 @@
 """What a notebook computes on: which devices, in which precision, and what to say when their memory runs out.
 
-On a CPU weights and results stay float32; in training, what is multiplied is rounded to bfloat16 where the CPU has
-instructions for that, which takes little more than half the time. On a GPU, memory is taken as it is needed, XLA
+On a CPU weights and all that is measured stay float32; where it has instructions for bfloat16, training multiplies in
+that, which takes little more than half the time. On a GPU, memory is taken as it is needed, XLA
 compiles what Keras can compile (Keras decides it, and never on a machine without a GPU), and the precision follows from
 what the GPU can do fast.
 """
@@ -110,9 +110,10 @@ def on_cpu() -> bool:
 
 
 def rounds() -> bool:
-    """Return whether what only trains, and nothing that is measured, may be rounded to bfloat16 when it is multiplied.
+    """Return whether training may compute in bfloat16 what nothing is measured on.
 
-    Sums, weights, gradients' sums and what lies between the layers stay float32. `prepare` says so where it is of use.
+    That is what frozen layers give for training images, and the products of layers that train (see
+    `convolutions.faster`). Weights, losses, validation and test are float32 as ever.
     """
     return _rounds
 

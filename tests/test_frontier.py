@@ -92,6 +92,8 @@ def test_prefix_then_suffix_is_the_model_in_every_family(name):
     assert head.layer == "pool"
     activations = folding.fast(head.prefix)(images)
     np.testing.assert_allclose(run(head.suffix, activations), expected, atol=1e-3)
+    rounded = folding.fast(head.prefix, rounded=True)(images)
+    assert rounded.dtype == np.float32 and np.corrcoef(rounded.ravel(), activations.ravel())[0, 1] > 0.98
 
     backbone.trainable = True
     with_weights = [layer for layer in backbone.layers if layer.weights]
