@@ -255,10 +255,15 @@ def _keras_features(found: Spec, x, imagenet: bool):
     return model.output
 
 
+def keras_home() -> Path:
+    """Return the folder in which Keras keeps what it downloads: $KERAS_HOME, or .keras where the user may write."""
+    above = Path.home() if os.access(Path.home(), os.W_OK) else Path("/tmp")
+    return Path(os.environ.get("KERAS_HOME") or above / ".keras")
+
+
 def _no_download(found: Spec, error: Exception) -> FileNotFoundError:
     url = re.search(r"https?://\S+[^\s:]", str(error))
-    home = os.environ.get("KERAS_HOME", Path.home() / ".keras")
-    expected = Path(home, "models", Path(url.group()).name) if url else Path(home, "models")
+    expected = keras_home() / "models" / (Path(url.group()).name if url else "")
     return FileNotFoundError(
         f"The ImageNet weights of {found.name} are not on this machine and could not be downloaded.\n"
         f"  expected: {expected}\n"

@@ -23,7 +23,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from helpers import housekeeping, machine, pipeline, prefetch, recipes, runs, store
+from helpers import backbones, housekeeping, machine, pipeline, prefetch, recipes, runs, store
 
 CUDA_WHEELS = "install requirements-gpu.lock (`make env LOCK=requirements-gpu.lock`), which brings CUDA and cuDNN"
 LIBRARIES = ("libcudart.so.{cuda}", "libcublas.so.{cuda}", "libcusparse.so.{cuda}", "libcudnn.so.{cudnn}")
@@ -337,7 +337,7 @@ def _disk() -> Iterator[Finding]:
 def _weights() -> Finding:
     found = prefetch.here()
     default = recipes.find_stage("head").parameters["backbone"].default
-    text = f"ImageNet weights here: {', '.join(found) or 'none'}; Keras keeps downloads in {prefetch.home()}"
+    text = f"ImageNet weights here: {', '.join(found) or 'none'}; Keras keeps downloads in {backbones.keras_home()}"
     return Finding("weights", text, "" if default in found else f"`thaw prefetch {default}` fetches or explains")
 
 

