@@ -195,6 +195,23 @@ class Cluster:
             client.wait_for_workers(2, timeout=60)
             return [psutil.Process(pid) for _, pid in sorted(client.run(os.getpid).items())]
 
+    def kill_one_at_work(self) -> tuple[psutil.Process, threading.Event]:
+        """Kill the second worker as soon as it has been given a piece of work; return it and what is set when it is."""
+        victim, ready, killed = self.workers()[1], threading.Event(), threading.Event()
+
+        def kill() -> None:
+            with cluster.connect(self.address) as client:
+                (address,) = (name for name, pid in client.run(os.getpid).items() if pid == victim.pid)
+                ready.set()
+                while not client.processing().get(address):
+                    time.sleep(0.002)
+                victim.kill()
+                killed.set()
+
+        threading.Thread(target=kill, daemon=True).start()
+        assert ready.wait(60)
+        return victim, killed
+
     def kernels(self) -> list[psutil.Process]:
         below = [worker.children(recursive=True) for worker in self.workers()]
         return [next(p for p in found if "ipykernel_launcher" in " ".join(p.cmdline())) for found in below]
@@ -331,12 +348,10 @@ def test_a_killed_worker_costs_bulk_work_nothing(two, tmp_path, monkeypatch):
     ]:
         if target:
             target.mkdir()
-        victim = two.workers()[1]
-        killer = threading.Timer(1.0, victim.kill)
-        killer.start()
+        victim, killed = two.kill_one_at_work()
         result = work()
-        killer.join()
-        assert not victim.is_running()
+        assert killed.is_set(), "or a kill after the work would prove nothing"
+        victim.wait(60)  # until its nanny has noticed
         if target is None:
             pd.testing.assert_frame_equal(result, table)
     files = sorted(p.relative_to(tmp_path / "local") for p in (tmp_path / "local").rglob("*") if p.is_file())
