@@ -17,6 +17,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.crash
 STAGES = ["explore", "split", "resize", "head", "fine_tune", "evaluate"]
 AT_ONCE = 2  # runs that are killed, each of which keeps about one core busy
 LATEST = 1.3  # of the seconds that a stage took alone: beside another run it takes longer, and its end is hit too
-EARLY = 0.7  # but in the last stage only by the last kill, which leaves nothing to do for another
+EARLY = 0.5  # for the first kill in a stage, lest it miss it, and in the last stage for all but the last kill
 NASTY = {"<script>alert('disc')<": 12, 'square & "more"': 12, "cross": 12}
 RECIPE = """
 name: tiny
@@ -141,9 +142,9 @@ def fifteen_kills(undisturbed: Place, seconds: dict[str, float], folder: Path, n
     """Kill one run two or three times in each stage; return where it was hit."""
     rng, hits, place = random.Random(number), Counter(), Place(folder / "0", undisturbed.recipe)
     stages = sorted(STAGES * 2 + STAGES[number::2], key=STAGES.index)
-    for kills, stage in enumerate(stages, 1):
-        latest = EARLY if stage == STAGES[-1] and kills < len(stages) else LATEST
-        after = rng.uniform(0, latest) * seconds[stage]
+    for kills, (before, stage) in enumerate(pairwise(["", *stages]), 1):
+        is_early = stage != before or (stage == STAGES[-1] and kills < len(stages))
+        after = rng.uniform(0, EARLY if is_early else LATEST) * seconds[stage]
         while not (hit := kill(place, stage, after)):  # it ended: the kill before came too late to leave anything to do
             complete(place, undisturbed)
             place = Place(folder / str(sum(hits.values())), undisturbed.recipe)
