@@ -11,7 +11,7 @@ import functools
 import gc
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +206,16 @@ def load(path: str | Path) -> keras.Model:
     return in_precision(model, keras.config.dtype_policy().name)
 
 
-def in_precision(model: keras.Model, policy: str, of: Sequence[str] = MIXED) -> keras.Model:
-    """Return the model with `policy` in place of its layers' own where that is one of `of`, or itself if none is."""
-    config, changed = _with_policy(model.get_config(), policy, of)
+def in_precision(model: keras.Model, policy: str, of: Sequence[str] = MIXED, keep: Collection[str] = ()) -> keras.Model:
+    """Return the model with `policy` in place of its layers' own where that is one of `of`, or itself if none is.
+
+    Args:
+        model: a functional or sequential model.
+        policy: name of a precision.
+        of: the policies that it replaces.
+        keep: names of layers that stay as they are.
+    """
+    config, changed = _with_policy(model.get_config(), policy, of, keep)
     if not changed:
         return model
     same = type(model).from_config(config)
@@ -219,13 +226,15 @@ def in_precision(model: keras.Model, policy: str, of: Sequence[str] = MIXED) -> 
     return same
 
 
-def _with_policy(config: Any, policy: str, of: Sequence[str]) -> tuple[Any, bool]:
+def _with_policy(config: Any, policy: str, of: Sequence[str], keep: Collection[str]) -> tuple[Any, bool]:
     """Return a layer's configuration with `policy` in place of each in `of`, and whether that changed anything."""
     if isinstance(config, dict) and config.get("class_name") == "DTypePolicy":
         old = config["config"]["name"]
         return config | {"config": {"name": policy}}, old in of and old != policy
+    if isinstance(config, dict) and "class_name" in config and config.get("name") in keep:
+        return config, False
     items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
-    replaced = {key: _with_policy(value, policy, of) for key, value in items}
+    replaced = {key: _with_policy(value, policy, of, keep) for key, value in items}
     changed = {key: value for key, (value, is_changed) in replaced.items() if is_changed}
     if not changed:
         return config, False

@@ -351,6 +351,19 @@ def test_a_cut_under_jax():
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
+def test_rounding_spares_the_first_layers():
+    backbone = lively(backbones.build("efficientnet_lite0", 64, "none"))
+    backbone.trainable = False
+    prefix = frontier.cut(classify(backbone)).prefix
+    rounded, images = folding._rounded(folding.fold(prefix)), pictures(prefix)
+    kinds = {layer.name: layer.compute_dtype for layer in rounded._flatten_layers() if layer.weights}
+    assert [kind for name, kind in kinds.items() if name.startswith("stem")] == ["float32"]
+    assert {kind for name, kind in kinds.items() if name.startswith("block3")} == {"bfloat16"}
+    exact = run(prefix, images)
+    off = np.abs(folding.fast(prefix, rounded=True)(images) - exact).max()
+    assert 0 < off < 0.05 * np.abs(exact).max()
+
+
 @pytest.mark.parametrize(
     ("on_cpu", "seconds", "fits", "expected"),
     [
