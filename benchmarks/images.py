@@ -16,7 +16,7 @@ Four times the plain loop is reached for light files, almost for typical ones he
 (two cores of an AMD EPYC: 4.1, 2.5 and 2.1 times held level, 6.4, 3.8 and 3.0 times held upright). No choice of ours
 can mend that. At a scale of 1/8 a JPEG decoder computes next to nothing, but it must still read every bit of the
 Huffman code, for only the end of one symbol tells where the next begins. This reading is measured alone, by decoding to
-grey at 1/8, one number for each block: it grows in proportion to the bits and is 80 to 90 % of our time. The plain
+grey at 1/8, one number for each block: it grows in proportion to the bits and is 76 to 90 % of our time. The plain
 loop's time divided by it is printed too: the most that any program can reach that reads with libjpeg-turbo, as Pillow,
 OpenCV and libvips do (5.3, 2.9 and 2.4 times held level).
 """
@@ -24,7 +24,6 @@ OpenCV and libvips do (5.3, 2.9 and 2.4 times held level).
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import setting
 from joblib import cpu_count
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -165,18 +165,13 @@ def timed(name: str, files: list[Path], work: Callable[[], object], best_of: int
     """Print and return the seconds of processor time that `work` takes, the best of several tries."""
     seconds, clock = [], []
     for _ in range(best_of):
-        before, start = _processor_seconds(), time.perf_counter()
+        before, start = setting.processor_seconds(), time.perf_counter()
         work()
-        seconds.append(_processor_seconds() - before)
+        seconds.append(setting.processor_seconds() - before)
         clock.append(time.perf_counter() - start)
     each, wall = min(seconds) / len(files) * 1e3, min(clock) / len(files) * 1e3
     print(f"  {name:<40} {each:7.1f} ms of processor time, {wall:7.1f} ms by the clock, per image")
     return min(seconds)
-
-
-def _processor_seconds() -> float:
-    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
 
 def compare_memory(folder: Path, few: int, many: int) -> None:

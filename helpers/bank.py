@@ -237,7 +237,7 @@ def make(
         OverflowError: `dtype` cannot hold the activations.
         ValueError: the prefix gives no finite number for an image, or there are not as many images as keys.
     """
-    settings = _settings(prefix, images, views, augment, seed, dtype) | ({"rounded": True} if rounded else {})
+    settings = _settings(prefix, images, views, augment, seed, dtype) | {"rounded": rounded}
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     home = Path(folder) / name
     home.mkdir(parents=True, exist_ok=True)
