@@ -78,15 +78,13 @@ class Convolution(keras.layers.Layer):
 
 def _way(layer: keras.layers.Layer) -> Callable[[tf.Tensor, tf.Tensor, bool], tf.Tensor]:
     """Return the quickest function (images, kernel, rounded) -> outputs for a layer, without its bias."""
-    is_depthwise, strides, padding = isinstance(layer, keras.layers.DepthwiseConv2D), {*layer.strides}, layer.padding
-    side, *others = {*layer.kernel_size}
-    if others or len(strides) > 1:
-        pass
-    elif is_depthwise and side >= LEAST_DEPTHWISE and side % 2 and strides == {1} and padding == "same":
-        if layer.depth_multiplier == 1:
-            return lambda images, kernel, rounded: _depthwise(images, kernel)
-    elif not is_depthwise and side == 1:
+    is_depthwise, padding = isinstance(layer, keras.layers.DepthwiseConv2D), layer.padding
+    sides, strides = {*layer.kernel_size}, {*layer.strides}
+    if not is_depthwise and sides == {1} and len(strides) == 1:
         return lambda images, kernel, rounded: _pointwise(images, kernel, *strides, rounded)
+    is_large = len(sides) == 1 and min(sides) >= LEAST_DEPTHWISE and min(sides) % 2
+    if is_depthwise and is_large and strides == {1} and padding == "same" and layer.depth_multiplier == 1:
+        return lambda images, kernel, rounded: _depthwise(images, kernel)
     compute = keras.ops.depthwise_conv if is_depthwise else keras.ops.conv
     return lambda images, kernel, rounded: compute(images, kernel, layer.strides, padding)
 
