@@ -112,7 +112,10 @@ class Bank:
             )
         )
         data = data.map(read, num_parallel_calls=2, deterministic=True)
-        return data.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(4)
+        data = data.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(4)
+        options = tf.data.Options()
+        options.autotune.enabled = False  # nothing to tune here, and to end its thread takes half a second now and then
+        return data.with_options(options)
 
     def _reader(self, weights: np.ndarray | None) -> Callable[[tf.Tensor], tuple]:
         """Return the function from row numbers (view * n + image, int64) to a batch."""

@@ -170,6 +170,7 @@ def execute(
                 stdout_file=stream,
                 stderr_file=stream,
                 start_timeout=180,
+                shutdown_kernel="immediate",  # all is written by then; TensorFlow would take 1.5 s to take leave
                 kernel_manager_class=_kernel_that_logs_to(stream, started),
             )
         except PapermillExecutionError as error:

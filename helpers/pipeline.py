@@ -5,6 +5,7 @@ inputs. The fingerprint of these four names a folder in `runs/.store`. A run, `r
 links into the store, so runs share what they have in common and a stage is never computed twice or overwritten.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -254,9 +255,12 @@ def check_choices(recipe: recipes.Recipe, steps: list[Step], backend: str = "") 
     if key in good:
         return
     command = [sys.executable, "-m", "helpers.choices", json.dumps(choices)]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, env=environment, check=False)
-    if found.returncode:
-        raise recipes.RecipeError(found.stdout.strip() or found.stderr.strip()[-2000:])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, cwd=runs.ROOT, env=environment) as asked:
+        importlib.import_module("papermill")  # the stages need it, and it takes seconds: here nobody waits for it
+        said, complained = asked.communicate()
+    if asked.returncode:
+        raise recipes.RecipeError(said.strip() or complained.strip()[-2000:])
     runs.write_json(checked, [*good, key])
 
 

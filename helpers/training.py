@@ -182,7 +182,7 @@ def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
     Args:
         model: the classifier.
         out: the stage's folder.
-        images: a few images, (n, H, W, 3), to compare the predictions on.
+        images: images, (n, H, W, 3), to compare the predictions on; the first two are taken.
 
     Raises:
         RuntimeError: the loaded model predicts something else.
@@ -194,8 +194,9 @@ def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = False  # only TensorFlow could load it; `hardware.share` sets it
     bare.save(path)
-    images = np.asarray(images)
-    expected, found = (m.predict_on_batch(images) for m in (bare, hardware.load(path)))
+    images = np.asarray(images[:2])  # called as they are: to compile both graphs would take longer than all the rest
+    models = (bare, hardware.load(path))
+    expected, found = (keras.ops.convert_to_numpy(each(images, training=False)) for each in models)
     if not np.allclose(expected, found, atol=hardware.tolerance()):
         raise RuntimeError(f"{path} does not predict what was trained: off by {np.abs(expected - found).max():.2g}.")
     shutil.rmtree(out / "backup", ignore_errors=True)
