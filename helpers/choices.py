@@ -5,6 +5,7 @@ head and fine_tune their parameters. What is wrong is printed, one line each; th
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -119,4 +120,6 @@ def _main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    code = _main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # TensorFlow would take a second to take leave

@@ -257,7 +257,8 @@ def check_choices(recipe: recipes.Recipe, steps: list[Step], backend: str = "") 
     command = [sys.executable, "-m", "helpers.choices", json.dumps(choices)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, cwd=runs.ROOT, env=environment) as asked:
-        importlib.import_module("papermill")  # the stages need it, and it takes seconds: here nobody waits for it
+        for needed in ("papermill", "nbconvert"):  # by the stages and the report; it takes seconds that nobody waits
+            importlib.import_module(needed)
         said, complained = asked.communicate()
     if asked.returncode:
         raise recipes.RecipeError(said.strip() or complained.strip()[-2000:])
