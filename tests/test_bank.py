@@ -209,6 +209,13 @@ def test_validation_is_plain_and_in_order(tmp_path):
     np.testing.assert_array_equal(labels, made.labels)
 
 
+def test_nothing_tunes_the_data_while_they_are_read(tmp_path):
+    """tf.data's tuner is a thread that takes up to half a second to end, which would stop every few epochs."""
+    made = make(tmp_path)
+    for data in (made.in_order(32), made.batches(32, seed=1)[0]):
+        assert data.options().autotune.enabled is False
+
+
 def test_balanced_draws_follow_the_probabilities(tmp_path):
     made = make(tmp_path)
     probabilities = np.zeros(COUNT)
