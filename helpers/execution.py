@@ -158,6 +158,9 @@ def execute(
     executed = step.partial.with_suffix(".ipynb")
     folders = {name: runs.display_path(path) for name, path in step.input_folders.items()}
     parameters = step.parameters | folders | {"out": runs.display_path(step.partial)}
+    # All is written by then, and TensorFlow would take 1.5 s to take leave. Of several ranks none hurries: one that
+    # fails because another died should not be the first to tell.
+    leave = "graceful" if variables else "immediate"
     with _kernel_environment(step.folder.parent, watch, variables or {}), _killed_unless(wanted) as started:
         try:
             papermill.execute_notebook(
@@ -170,7 +173,7 @@ def execute(
                 stdout_file=stream,
                 stderr_file=stream,
                 start_timeout=180,
-                shutdown_kernel="immediate",  # all is written by then; TensorFlow would take 1.5 s to take leave
+                shutdown_kernel=leave,
                 kernel_manager_class=_kernel_that_logs_to(stream, started),
             )
         except PapermillExecutionError as error:
