@@ -35,7 +35,7 @@ WORKDIR /thaw
 COPY helpers helpers
 ARG PREFETCH=""
 # hadolint ignore=SC2086
-RUN if [ -n "${PREFETCH}" ]; then python -m helpers.cli prefetch ${PREFETCH} && chmod -R a+rwX /opt/keras; fi
+RUN if [ -n "${PREFETCH}" ]; then python -m helpers.cli.main prefetch ${PREFETCH} && chmod -R a+rwX /opt/keras; fi
 
 COPY pyproject.toml README.md LICENSE ./
 RUN pip install --quiet --no-deps --no-build-isolation --no-cache-dir --editable .

@@ -27,9 +27,10 @@ cluster: env  ## two hosts, by two processes on this machine; installs the extra
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[cluster]'
 	$(BIN)/python -m pytest -m cluster
 
-lint: env  ## style of code and notebooks; no outputs in git
+lint: env  ## style of code and notebooks; the floors of helpers/; no outputs in git
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 
 audit: env  ## what is known to be unsafe of the packages in both lock files; asks PyPI itself, a mirror may know nothing

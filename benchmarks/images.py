@@ -40,7 +40,8 @@ from joblib import cpu_count
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from helpers import folders, images, inventory, leaks, recipes, runs, sources, splits
+from helpers.core import recipes, runs
+from helpers.data import folders, images, inventory, leaks, sources, splits
 
 SIZE = 224
 PIXELS = 4000 * 3000

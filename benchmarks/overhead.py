@@ -20,7 +20,7 @@ from pathlib import Path
 import nbformat
 import setting
 
-from helpers import recipes, runs
+from helpers.core import recipes, runs
 
 KINDS = ("kernel", "imports", "figures", "work")
 
@@ -34,7 +34,7 @@ def main() -> None:
     print(setting.machine())
     recipe = recipes.load(arguments.recipe, arguments.overrides)
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, "-m", "helpers.cli", "run", arguments.recipe]
+        command = [sys.executable, "-m", "helpers.cli.main", "run", arguments.recipe]
         command += [part for override in arguments.overrides for part in ("--set", override)]
         begin = time.perf_counter()
         subprocess.run(command, env=os.environ | {"THAW_RUNS": place}, cwd=runs.ROOT, check=True)

@@ -24,7 +24,8 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from helpers import augmentation, backbones
+from helpers.models import backbones
+from helpers.training import transforms
 
 BATCH = 32
 
@@ -79,9 +80,9 @@ def read(folder: str, part: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def batches(part: tuple, flip: str, seed: int) -> tf.data.Dataset:
     """Return shuffled, augmented batches from memory."""
-    flips = [keras.layers.RandomFlip(mode) for mode in augmentation.FLIPS[flip]]
+    flips = [keras.layers.RandomFlip(mode) for mode in transforms.FLIPS[flip]]
     augment = keras.Sequential(
-        flips + [getattr(keras.layers, name)(**given) for item in augmentation.DEFAULT for name, given in item.items()]
+        flips + [getattr(keras.layers, name)(**given) for item in transforms.DEFAULT for name, given in item.items()]
     )
     data = tf.data.Dataset.from_tensor_slices(part[:2]).shuffle(len(part[0]), seed=seed).batch(BATCH)
     data = data.map(lambda x, y: (augment(tf.cast(x, "float32"), training=True), y), tf.data.AUTOTUNE)

@@ -25,7 +25,8 @@ import numpy as np
 import pandas as pd
 import setting
 
-from helpers import pipeline, runs
+from helpers.core import runs
+from helpers.pipeline import planning
 
 TRAINING = ("head", "fine_tune")
 SIDES = ("Thaw", "plain Keras")
@@ -71,7 +72,7 @@ def main() -> None:
 def thaw_side(recipe) -> dict[str, float]:
     """Train and test with Thaw; return the seconds of the training stages, of their epochs alone, and of all cores."""
     found = setting.run(recipe)
-    run = pipeline.runs_folder() / recipe.name
+    run = planning.runs_folder() / recipe.name
     histories = [pd.read_csv(run / stage / "history.csv") for stage in TRAINING]
     return {
         "seconds": sum(found[stage]["seconds"] for stage in TRAINING),
@@ -91,7 +92,7 @@ def plain_task(recipe) -> dict:
     """Return the recipe as the scripts that train without Thaw take it."""
     head, fine_tune = recipe.resolved("head"), recipe.resolved("fine_tune")
     return {
-        "images": str(pipeline.runs_folder() / recipe.name / "resize"),
+        "images": str(planning.runs_folder() / recipe.name / "resize"),
         "image_size": recipe.resolved("resize")["image_size"],
         "epochs": head["epochs"],
         "rates": [head["learning_rate"], fine_tune["learning_rate"]],
@@ -114,7 +115,7 @@ def other_side(command: list[str], task: dict) -> dict:
 
 def correct(recipe, predictions: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return which test images Thaw and plain Keras got right, in the same order."""
-    ours = pd.read_csv(pipeline.runs_folder() / recipe.name / "evaluate" / "predictions.csv").set_index("path")
+    ours = pd.read_csv(planning.runs_folder() / recipe.name / "evaluate" / "predictions.csv").set_index("path")
     theirs = pd.read_csv(predictions).set_index("path").loc[ours.index]
     return tuple((table["label"] == table["predicted"]).to_numpy(float) for table in (ours, theirs))
 

@@ -15,7 +15,9 @@ from typing import Any
 import psutil
 from sklearn.model_selection import train_test_split
 
-from helpers import execution, pipeline, recipes, runs, sources
+from helpers.core import recipes, runs
+from helpers.data import sources
+from helpers.pipeline import execution, planning
 
 SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -92,7 +94,7 @@ def run(
         watch: called with the stage and each line of its progress.
     """
     found = {}
-    for step in pipeline.plan(wanted):
+    for step in planning.plan(wanted):
         name = step.stage.name
         if step.state == "to do":
             with peak_memory() as peak:
@@ -101,7 +103,7 @@ def run(
                 found[name] = {"seconds": time.time() - begin, "processor": processor_seconds() - before}
             found[name]["memory_mb"] = peak["mb"]
         else:
-            pipeline.link_stage(step)
+            planning.link_stage(step)
         if name == until:
             break
     return found

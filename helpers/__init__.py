@@ -2,5 +2,3 @@
 
 Importing this package never loads TensorFlow; only the modules that build or train models do.
 """
-
-__version__ = "0.1.0"

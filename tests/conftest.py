@@ -13,7 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from helpers import recipes
+from helpers.core import recipes
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
 

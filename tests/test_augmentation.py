@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from helpers import augmentation
+from helpers.compute import views
+from helpers.reports import plots
+from helpers.training import transforms
 
 SIZE = 32
 
@@ -22,7 +24,7 @@ def pixels(tmp_path_factory, image_folder):
 
 def changed(augment, images, *, key=(1, 2), labels=0):
     """Images, and labels, after new layers have changed them in a TensorFlow graph, as in training."""
-    found = tf.function(augment.function())(images, labels, augmentation.key(*key))
+    found = tf.function(augment.function())(images, labels, views.key(*key))
     return found[0].numpy() if isinstance(labels, int) else tuple(part.numpy() for part in found)
 
 
@@ -35,14 +37,14 @@ def repeated(image, count):
 
 @pytest.mark.parametrize("name", ["default", "enhanced"])
 def test_presets_change_every_image_in_its_own_way_and_keep_its_range(name, pixels):
-    found = changed(augmentation.make(name), repeated(pixels[0], 8))
+    found = changed(transforms.make(name), repeated(pixels[0], 8))
     assert found.shape == (8, SIZE, SIZE, 3) and found.dtype == np.float32
     assert found.min() >= 0 and found.max() <= 255
     assert len(np.unique(found.reshape(8, -1), axis=0)) == 8 and np.abs(found - pixels[0]).mean((1, 2, 3)).min() > 0.5
 
 
 def test_enhanced_is_default_with_shear_noise_and_erasing():
-    default, enhanced = ({name for name, _ in augmentation.make(spec).layers} for spec in ("default", "enhanced"))
+    default, enhanced = ({name for name, _ in transforms.make(spec).layers} for spec in ("default", "enhanced"))
     assert enhanced >= default | {"RandomShear", "GaussianNoise", "RandomErasing"}
 
 
@@ -54,27 +56,27 @@ def test_every_layer_draws_by_the_key_alone(pixels):
     arguments |= {"RandomSaturation": {"factor": 0.6}, "RandomPosterization": {"factor": 6}}
     arguments |= {"RandomColorJitter": {"brightness_factor": 0.1}, "RandomSharpness": {"factor": 0.5}}
     with pytest.raises(ValueError) as refusal:
-        augmentation.make([{"Dense": {}}])
+        transforms.make([{"Dense": {}}])
     names = str(refusal.value).split("There are: ")[1].removesuffix(".").split(", ")
     assert len(names) > 20
     state = random.getstate()
-    every = augmentation.make([{name: arguments.get(name, {})} for name in names if name != "RandAugment"])
+    every = transforms.make([{name: arguments.get(name, {})} for name in names if name != "RandAugment"])
     change = tf.function(every.function())
-    first, other = (change(pixels[:2], 0, augmentation.key(1, step))[0].numpy() for step in (2, 3))
+    first, other = (change(pixels[:2], 0, views.key(1, step))[0].numpy() for step in (2, 3))
     again = changed(every, pixels[:2], key=(1, 2))  # with new layers, as in a new process
     assert np.isfinite(first).all() and np.array_equal(first, again) and not np.isclose(first, other, atol=1).all()
     assert random.getstate() == state  # or the weights of a head would depend on whether views were made
 
 
 def test_rand_augment_and_blur_draw_for_each_image():
-    augment, images = augmentation.make([{"RandAugment": {"num_ops": 1}}]), np.full((32, 8, 8, 3), [60, 120, 200])
+    augment, images = transforms.make([{"RandAugment": {"num_ops": 1}}]), np.full((32, 8, 8, 3), [60, 120, 200])
     flat = changed(augment, images)
     assert np.array_equal(flat, changed(augment, images))
     is_plain = (flat == [60, 120, 200]).all((1, 2, 3))  # what moves pixels leaves a flat image as it is
     assert 0 < is_plain.sum() < 32
     point = np.zeros((8, 9, 9, 3), "float32")
     point[:, 4, 4] = 255
-    blurred = changed(augmentation.make([{"RandomGaussianBlur": {"factor": [1.0, 1.0], "sigma": [0.3, 2.0]}}]), point)
+    blurred = changed(transforms.make([{"RandomGaussianBlur": {"factor": [1.0, 1.0], "sigma": [0.3, 2.0]}}]), point)
     assert len(np.unique(blurred[:, 4, 4, 0])) == 8
 
 
@@ -90,7 +92,7 @@ def test_rand_augment_and_blur_draw_for_each_image():
 )
 def test_a_warp_does_what_the_layer_of_keras_does(layer, pixels):
     ((name, arguments),) = layer.items()
-    found = changed(augmentation.make([layer]), repeated(pixels[0], 4))
+    found = changed(transforms.make([layer]), repeated(pixels[0], 4))
     expected = getattr(keras.layers, name)(**arguments, seed=1)(repeated(pixels[0], 8), training=True).numpy()
     for image in found:  # a shear goes either way
         assert min(np.abs(image - other).max() for other in expected) < 0.6  # OpenCV before 5 rounds coordinates
@@ -104,9 +106,9 @@ def test_warps_in_a_row_are_made_at_once_in_their_order(pixels):
     for layer in (turn, shift, zoom):
         ((name, arguments),) = layer.items()
         expected = getattr(keras.layers, name)(**arguments, seed=1)(expected, training=True)
-    together = changed(augmentation.make([turn, shift, zoom]), smooth)
+    together = changed(transforms.make([turn, shift, zoom]), smooth)
     assert np.abs(together - expected)[0, 12:20, 12:20].max() < 5  # interpolated once instead of three times
-    assert np.abs(changed(augmentation.make([zoom, shift, turn]), smooth) - expected)[0, 12:20, 12:20].max() > 50
+    assert np.abs(changed(transforms.make([zoom, shift, turn]), smooth) - expected)[0, 12:20, 12:20].max() > 50
 
 
 @pytest.mark.parametrize(
@@ -127,15 +129,15 @@ def test_warps_in_a_row_are_made_at_once_in_their_order(pixels):
 )
 def test_a_wrong_augmentation_says_what_is_wrong(spec, expected):
     with pytest.raises(ValueError, match=f"augmentation: {expected}"):
-        augmentation.make(spec)
+        transforms.make(spec)
 
 
 def test_nothing_is_no_augmentation_and_what_is_misspelt_is_refused():
-    assert augmentation.make([]) is None and augmentation.make("none", "none", "none") is None
+    assert transforms.make([]) is None and transforms.make("none", "none", "none") is None
     with pytest.raises(ValueError, match="flip: 'dihedra' is not one of none, horizontal, vertical, both, dihedral"):
-        augmentation.make("none", "dihedra")
+        transforms.make("none", "dihedra")
     with pytest.raises(ValueError, match="mix: 'mixer' is not one of none, mixup"):
-        augmentation.make("none", mix="mixer")
+        transforms.make("none", mix="mixer")
 
 
 # Symmetries
@@ -143,7 +145,7 @@ def test_nothing_is_no_augmentation_and_what_is_misspelt_is_refused():
 
 @pytest.mark.parametrize("flip", ["horizontal", "vertical", "both", "dihedral"])
 def test_flips_are_the_asked_for_symmetries_and_nothing_else(flip, pixels):
-    found = changed(augmentation.make("none", flip), repeated(pixels[0], 160))
+    found = changed(transforms.make("none", flip), repeated(pixels[0], 160))
     mirrored = pixels[0, :, ::-1]
     symmetries = {"horizontal": [pixels[0], mirrored], "vertical": [pixels[0], pixels[0, ::-1]]}
     symmetries["dihedral"] = [np.rot90(image, turns) for image in (pixels[0], mirrored) for turns in range(4)]
@@ -161,9 +163,9 @@ COLOURS = 255 * np.eye(3, dtype="float32")
 
 def blends(mix, key=(1, 2)):
     """48 flat images, whose colour says their class, and the shares of their classes after mixing."""
-    labels = augmentation.one_hot(np.arange(48) % 3, 3)
+    labels = transforms.one_hot(np.arange(48) % 3, 3)
     images = np.broadcast_to((labels @ COLOURS)[:, None, None], (48, SIZE, SIZE, 3))
-    return changed(augmentation.make("none", mix=mix), images, labels=labels, key=key)
+    return changed(transforms.make("none", mix=mix), images, labels=labels, key=key)
 
 
 @pytest.mark.parametrize(("mix", "tolerance"), [("mixup", 1e-4), ("cutmix", 0.06), ("both", 0.06)])
@@ -185,17 +187,18 @@ def test_labels_are_blended_as_much_as_images(mix, tolerance):
 
 def test_copies_begin_with_the_plain_image(pixels):
     examples = {"cat": pixels[:2].astype("uint8"), "dog": pixels[3:4].astype("uint8")}
-    found = augmentation.copies(examples, augmentation.make("default"), count=3)
+    found = transforms.copies(examples, transforms.make("default"), count=3)
     assert list(found) == ["cat", "dog"] and [len(images) for images in found.values()] == [4, 4]
     assert all(image.dtype == np.uint8 and image.shape == (SIZE, SIZE, 3) for image in found["dog"])
     np.testing.assert_array_equal(found["cat"][0], examples["cat"][0])
     assert (found["dog"][1] != found["dog"][0]).any() and (found["dog"][1] != found["dog"][2]).any()
-    assert all((image == examples["cat"][0]).all() for image in augmentation.copies(examples, None)["cat"])
+    assert all((image == examples["cat"][0]).all() for image in transforms.copies(examples, None)["cat"])
 
 
 def test_contact_sheets_show_each_class_plain_and_augmented(tmp_path, pixels):
     examples = [("a/b", pixels[:3].astype("uint8")), ("dog", pixels[3:].astype("uint8"))]
-    files = augmentation.write_contact_sheets(tmp_path / "sheets", examples, augmentation.make("default", mix="mixup"))
+    pairs = transforms.pairs(examples, transforms.make("default", mix="mixup"))
+    files = plots.write_before_and_after(tmp_path / "sheets", pairs)
     assert [file.name for file in files] == ["000_a_b.png", "001_dog.png"]
     sheet = cv2.imread(str(files[1]))
     plain, augmented = sheet[:, : sheet.shape[1] // 2 - 20], sheet[:, -(sheet.shape[1] // 2 - 20) :]

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import backbones, efficientnet_lite, torch_weights
+from helpers.models import backbones, efficientnet_lite, torch_weights
 
 ROOT = Path(__file__).parents[1]
 KERAS_NAMES = [name for name, found in backbones.SPECS.items() if found.module]
@@ -65,9 +65,8 @@ def test_every_network_of_keras_applications_has_a_name():
 
 
 def test_names_need_neither_keras_nor_tensorflow():
-    code = (
-        "import sys; from helpers import backbones as b; b.names(); print({'keras', 'tensorflow'} & set(sys.modules))"
-    )
+    code = "import sys; from helpers.models import backbones; backbones.names(); "
+    code += "print({'keras', 'tensorflow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -228,9 +227,9 @@ def test_weights_from_a_file(ending, tmp_path):
 
 
 def test_weights_from_a_whole_classifier(tmp_path):
-    from helpers import models
+    from helpers.models import classifier
 
-    giver = models.classifier("mobilenet_v3_small", 3, image_size=32, weights="none")
+    giver = classifier.classifier("mobilenet_v3_small", 3, image_size=32, weights="none")
     giver.save(tmp_path / "model.keras")
     taker = backbones.build("mobilenet_v3_small", 32, str(tmp_path / "model.keras"))
     images = _noise(32)

@@ -20,7 +20,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import folders, images, inventory, leaks, recipes, sources, splits
+from helpers.core import recipes
+from helpers.data import folders, images, inventory, leaks, sources, splits
 
 SOUND = 6  # images in each of the two sound classes
 COLOUR = (200, 60, 20)

@@ -10,7 +10,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from helpers import bakeoff, cli, execution, learning_curve, pipeline, plots, probe, recipes, runs
+from helpers.cli import bakeoff, main
+from helpers.core import recipes, runs
+from helpers.evaluation import learning_curve, probe
+from helpers.pipeline import execution, planning
+from helpers.reports import plots
 
 NAMES = ["cross", "disc", "square"]
 console = Console(quiet=True)
@@ -192,7 +196,7 @@ def made(monkeypatch):
         steps.append(step)
         step.folder.mkdir(parents=True)
         runs.write_json(step.folder / runs.STAGE_FILE, {"status": "done", "headline": "made", "files": {}})
-        pipeline.link_stage(step)
+        planning.link_stage(step)
         return 0.0
 
     monkeypatch.setattr(execution, "make", make)
@@ -219,7 +223,7 @@ def test_each_backbone_gets_its_own_size_and_nothing_is_made_twice(recipe, made,
 
 def test_wrong_names_are_refused_before_anything_is_made(recipe, made, monkeypatch):
     for names, message in (("resnet5", "resnet50"), ("vgg16,vgg16", "each once"), (" ,", "at least one")):
-        answer = CliRunner().invoke(cli.app, ["bakeoff", str(recipe), "--backbones", names])
+        answer = CliRunner().invoke(main.app, ["bakeoff", str(recipe), "--backbones", names])
         assert answer.exit_code == 1 and message in str(answer.exception), answer.output
     assert made == []
 

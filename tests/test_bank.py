@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from helpers import augmentation, bank, folding, runs
+from helpers.compute import bank, inference
+from helpers.core import runs
+from helpers.training import transforms
 
 COUNT = 70  # two whole groups and a smaller one
 
@@ -25,7 +27,7 @@ def images(count: int = COUNT) -> bank.Images:
     return bank.Images(pixels, [f"image {i}" for i in range(count)], np.arange(count, dtype="int32") % 3)
 
 
-AUGMENTATION = augmentation.make("default", flip="both")
+AUGMENTATION = transforms.make("default", flip="both")
 
 
 def make(folder, **changes) -> bank.Bank:
@@ -50,7 +52,7 @@ def test_view_0_is_the_plain_image_and_the_others_are_not(tmp_path):
 
 def test_several_groups_at_a_time_give_what_one_gives(tmp_path, monkeypatch):
     one = make(tmp_path / "one")
-    monkeypatch.setattr(folding, "quickest_batch", lambda run, images: 4 * len(images))
+    monkeypatch.setattr(inference, "quickest_batch", lambda run, images: 4 * len(images))
     several = make(tmp_path / "several")
     np.testing.assert_allclose(several.activations, one.activations, atol=1e-3)
 
@@ -84,7 +86,7 @@ def test_an_interrupted_bank_goes_on_where_it_was(tmp_path, monkeypatch, killed_
     monkeypatch.setattr(bank, "SECONDS_BETWEEN_MARKS", -1)
     whole = make(tmp_path / "undisturbed")
     calls = Counter()
-    real = folding.fast
+    real = inference.fast
 
     def fast(prefix, limit):
         predict = real(prefix)
@@ -97,10 +99,10 @@ def test_an_interrupted_bank_goes_on_where_it_was(tmp_path, monkeypatch, killed_
 
         return counted
 
-    monkeypatch.setattr(folding, "fast", lambda prefix, **how: fast(prefix, killed_at))
+    monkeypatch.setattr(inference, "fast", lambda prefix, **how: fast(prefix, killed_at))
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "killed")
-    monkeypatch.setattr(folding, "fast", lambda prefix, **how: fast(prefix, 99))
+    monkeypatch.setattr(inference, "fast", lambda prefix, **how: fast(prefix, 99))
     resumed = make(tmp_path / "killed")
     np.testing.assert_array_equal(resumed.activations, whole.activations)
     finished_groups = (killed_at - 1) // 3
@@ -109,9 +111,9 @@ def test_an_interrupted_bank_goes_on_where_it_was(tmp_path, monkeypatch, killed_
 
 def test_a_bank_is_found_again_whatever_the_layers_are_called(tmp_path, monkeypatch, capsys):
     first = make(tmp_path)
-    monkeypatch.setattr(folding, "fast", lambda prefix, **how: pytest.fail("computed again"))
+    monkeypatch.setattr(inference, "fast", lambda prefix, **how: pytest.fail("computed again"))
     assert make(tmp_path).folder == first.folder  # model() makes new layers, with other automatic names
-    assert make(tmp_path, augment=augmentation.make("default", flip="both")).folder == first.folder
+    assert make(tmp_path, augment=transforms.make("default", flip="both")).folder == first.folder
     assert "are there already" in capsys.readouterr().out
 
 
@@ -123,8 +125,8 @@ def test_a_bank_is_found_again_whatever_the_layers_are_called(tmp_path, monkeypa
         {"images": dataclasses.replace(images(), keys=[f"other {i}" for i in range(COUNT)])},
         {"views": 2},
         {"seed": 6},
-        {"augment": augmentation.make("default", flip="dihedral")},
-        {"augment": augmentation.make([*augmentation.DEFAULT[:2], {"RandomContrast": {"factor": 0.2}}], flip="both")},
+        {"augment": transforms.make("default", flip="dihedral")},
+        {"augment": transforms.make([*transforms.DEFAULT[:2], {"RandomContrast": {"factor": 0.2}}], flip="both")},
         {"dtype": "float32"},
         {"rounded": True},
     ],
@@ -251,7 +253,7 @@ def test_a_resumed_training_sees_what_an_undisturbed_one_sees(tmp_path):
 
 def test_mixed_images_bring_mixed_labels(tmp_path):
     shares = np.eye(3, dtype="float32")[images().labels]
-    mixing = augmentation.make("none", mix="mixup")
+    mixing = transforms.make("none", mix="mixup")
     made = make(tmp_path, images=dataclasses.replace(images(), labels=shares), augment=mixing, views=2)
     assert made.labels.shape == (2, COUNT, 3)
     np.testing.assert_array_equal(made.labels[0], shares)
@@ -264,7 +266,7 @@ def test_mixed_images_bring_mixed_labels(tmp_path):
 
 def test_mixing_needs_shares_as_labels(tmp_path):
     with pytest.raises(ValueError, match="one-hot; got shape"):
-        make(tmp_path, augment=augmentation.make("none", mix="cutmix"))
+        make(tmp_path, augment=transforms.make("none", mix="cutmix"))
 
 
 @pytest.mark.parametrize("count", [COUNT - 1, 64, COUNT + 1, 200])

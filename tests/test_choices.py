@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import choices, recipes
+from helpers.core import recipes
+from helpers.training import checks
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +23,7 @@ def check(capsys):
         start = {"head": {"backbone": backbone, "next_unfreeze": "block5"}, "fine_tune": {"unfreeze": "block5"}}
         given = {"head": head or {}, "fine_tune": fine_tune or {}}
         asked = {stage: recipe.resolved(stage) | start[stage] | given[stage] for stage in start}
-        code = choices._main([json.dumps(asked | {"image_size": size})])
+        code = checks._main([json.dumps(asked | {"image_size": size})])
         lines = [line for line in capsys.readouterr().out.splitlines() if line]
         assert code == (2 if lines else 0)
         return lines
@@ -94,7 +95,7 @@ def test_as_a_command():
     recipe = recipes.Recipe("x")
     asked = {stage: recipe.resolved(stage) for stage in ("head", "fine_tune")} | {"image_size": 64}
     asked["head"]["optimizer"] = "adamm"
-    command = [sys.executable, "-m", "helpers.choices", json.dumps(asked)]
+    command = [sys.executable, "-m", "helpers.training.checks", json.dumps(asked)]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout.startswith("head: optimizer: there is no 'adamm'. Did you mean adam")

@@ -10,10 +10,13 @@ import pandas as pd
 import pytest
 from typer.main import get_command
 
-from helpers import cli, pipeline, prediction, recipes, runs
+from helpers.cli import main
+from helpers.core import recipes, runs
+from helpers.evaluation import prediction
+from helpers.pipeline import planning
 
 ROOT = runs.ROOT
-COMMANDS = get_command(cli.app).commands
+COMMANDS = get_command(main.app).commands
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def thaw(monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["thaw", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            cli.entry()
+            main.entry()
         shown = capsys.readouterr()
         return end.value.code or 0, shown.out + shown.err
 
@@ -170,7 +173,7 @@ def test_a_backbone_is_checked_whatever_is_unfrozen(thaw, recipe, runs_folder):
 def test_no_space(thaw, recipe, runs_folder, monkeypatch):
     import shutil
 
-    monkeypatch.setattr(pipeline, "check_choices", lambda *_: None)
+    monkeypatch.setattr(planning, "check_choices", lambda *_: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
     assert "Only 0 MB are free where" in mistake(thaw, runs_folder, "run", recipe)
 
@@ -179,13 +182,13 @@ def test_a_disk_that_is_full_between_two_stages_is_told_with_what_could_go(thaw,
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "manifest.json.tmp")
 
-    monkeypatch.setattr(pipeline, "plan", full)
+    monkeypatch.setattr(planning, "plan", full)
     code, shown = thaw("show", recipe)
     assert code == 1 and "manifest.json.tmp" in shown and "is full. `thaw clean` says what could go" in shown
 
 
 def test_a_programming_error_keeps_its_traceback(thaw, recipe, monkeypatch):
-    monkeypatch.setattr(pipeline, "plan", lambda *_: {}["missing"])
+    monkeypatch.setattr(planning, "plan", lambda *_: {}["missing"])
     with pytest.raises(KeyError):
         thaw("show", recipe)
 
@@ -194,7 +197,7 @@ def test_thaw_debug_shows_where_an_expected_error_came_from(monkeypatch):
     monkeypatch.setenv("THAW_DEBUG", "1")
     monkeypatch.setattr(sys, "argv", ["thaw", "params", "haed"])
     with pytest.raises(recipes.RecipeError):
-        cli.entry()
+        main.entry()
 
 
 # New
@@ -304,7 +307,7 @@ def test_board_opens_all_runs(thaw, runs_folder, monkeypatch):
     for name in ("one/head", "two/fine_tune"):
         (runs_folder / name / "logs").mkdir(parents=True)
     started = []
-    monkeypatch.setattr(cli.subprocess, "run", lambda command, **_: started.append(command))
+    monkeypatch.setattr(main.subprocess, "run", lambda command, **_: started.append(command))
     assert thaw("board", "--port", "7007")[0] == 0
     (command,) = started
     assert "--port=7007" in command and "one/head:" in command[3] and "two/fine_tune:" in command[3]

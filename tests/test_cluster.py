@@ -21,7 +21,11 @@ import psutil
 import pytest
 from test_store import Toys, toys  # noqa: F401
 
-from helpers import cluster, execution, folders, hosts, images, inventory, profiling, ranks, recipes, runs, sources
+from helpers.compute import ranks
+from helpers.core import cluster, recipes, runs
+from helpers.data import folders, images, inventory, sources
+from helpers.pipeline import execution, hosts
+from helpers.training import profiling
 
 RECIPE = """
 name: tiny
@@ -116,7 +120,7 @@ class Place:
         self.folder, self.recipe, self.run = folder, recipe, folder / "tiny"
 
     def start(self, *arguments, **environment) -> subprocess.Popen:
-        command = [sys.executable, "-m", "helpers.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "helpers.cli.main", *map(str, arguments)]
         settings = os.environ | {"THAW_RUNS": str(self.folder), "COLUMNS": "200"} | environment
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, cwd=runs.ROOT, env=settings, **streams)

@@ -4,7 +4,9 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import bank, compiling, models, training
+from helpers.compute import bank
+from helpers.models import classifier
+from helpers.training import compiling, fitting
 
 S4 = {"name": "table", "below": {7: 1e-3, 8: 5e-4, 16: 5e-5}, "then": 1e-5}
 
@@ -112,8 +114,8 @@ def tiny_classifier():
 def test_deeper_layers_move_by_the_decayed_rate(name):
     """The gradients are equal everywhere, so that the moves differ by the shares alone."""
     model = tiny_classifier()
-    models.unfreeze(model, "block2")
-    weights, shares = model.trainable_variables, models.layer_shares(model, 0.5)
+    classifier.unfreeze(model, "block2")
+    weights, shares = model.trainable_variables, classifier.layer_shares(model, 0.5)
     optimizer = compiling.optimizer({"name": name, "weight_decay": 0.0}, 0.01, shares=shares)
     for _ in range(3):
         before = [np.array(weight) for weight in weights]
@@ -127,10 +129,12 @@ def test_deeper_layers_move_by_the_decayed_rate(name):
 
 def test_weight_decay_is_shared_out_too():
     model = tiny_classifier()
-    models.unfreeze(model, "all")
+    classifier.unfreeze(model, "all")
     weights = [weight for weight in model.trainable_variables if weight.path.endswith("kernel")]
     before = [np.array(weight) for weight in weights]
-    optimizer = compiling.optimizer({"name": "sgd", "weight_decay": 0.1}, 0.5, shares=models.layer_shares(model, 0.5))
+    optimizer = compiling.optimizer(
+        {"name": "sgd", "weight_decay": 0.1}, 0.5, shares=classifier.layer_shares(model, 0.5)
+    )
     optimizer.apply([keras.ops.zeros_like(weight) for weight in weights], weights)
     for old, new, share in zip(before, weights, [0.125, 0.25, 0.5, 1.0], strict=True):
         np.testing.assert_allclose(new, old * (1 - 0.1 * 0.5 * share), rtol=1e-5)
@@ -201,7 +205,7 @@ def test_each_way_to_even_out_classes_shows(unequal):
     """Without any, a class is predicted as often as it occurs; each of them makes the rare one more likely."""
     none = share_called_rare(unequal)
     assert none == pytest.approx(0.1, abs=0.04)
-    weighted = share_called_rare(unequal, class_weight=training.class_weights(unequal.labels))
+    weighted = share_called_rare(unequal, class_weight=fitting.class_weights(unequal.labels))
     chances = 1.0 / np.bincount(unequal.labels)[unequal.labels] / 2
     balanced = share_called_rare(unequal, probabilities=chances)
     focal = share_called_rare(unequal, loss={"name": "focal", "gamma": 4.0})

@@ -6,13 +6,14 @@ import pytest
 import tensorflow as tf
 from test_frontier import FAMILIES, classify, lively, pictures, small
 
-from helpers import backbones, convolutions, frontier
+from helpers.compute import fast_layers, frontier
+from helpers.models import backbones
 
 LABELS = np.array([0, 2])
 
 
 def thawed(name: str) -> keras.Model:
-    """A classifier whose last third of layers trains, BatchNormalization excepted, as `models.unfreeze` leaves it."""
+    """A classifier whose last third of layers trains, as `classifier.unfreeze` leaves it."""
     backbone = lively(backbones.build(name, FAMILIES[name], "none"))
     for index, layer in enumerate(backbone.layers):
         is_norm = isinstance(layer, keras.layers.BatchNormalization)
@@ -37,7 +38,7 @@ def train(model: keras.Model, values: np.ndarray, *, steps: int = 3) -> None:
 )
 def test_outputs_and_gradients_are_those_of_the_model(name):
     suffix = frontier.cut(thawed(name)).suffix
-    faster = convolutions.faster(suffix)
+    faster = fast_layers.faster(suffix)
     values = np.random.default_rng(3).normal(size=(2, *suffix.input_shape[1:])).astype("float32")
     np.testing.assert_allclose(faster(values), suffix(values), atol=1e-5)
     trained = suffix.trainable_variables
@@ -58,7 +59,7 @@ def test_every_kind_of_depthwise_convolution(side, strides, padding, multiplier)
     images = keras.Input((9, 8, 3))
     outputs = keras.layers.DepthwiseConv2D(side, **kind)(images)
     model = keras.Model(images, keras.layers.Dense(3, activation="softmax")(keras.layers.Flatten()(outputs)))
-    faster, values = convolutions.faster(model), np.random.default_rng(1).normal(size=(2, 9, 8, 3)).astype("float32")
+    faster, values = fast_layers.faster(model), np.random.default_rng(1).normal(size=(2, 9, 8, 3)).astype("float32")
     np.testing.assert_allclose(faster(values), model(values), atol=1e-6)
     both = [gradients(one, values, model.trainable_variables) for one in (model, faster)]
     for expected, found in zip(*both, strict=True):
@@ -70,7 +71,7 @@ def test_gradients_reach_the_layers_below_a_depthwise_convolution():
     value = keras.layers.Conv2D(4, 1, strides=2, name="below")(images)
     value = keras.layers.Flatten()(keras.layers.DepthwiseConv2D(5, padding="same")(value))
     model = keras.Model(images, keras.layers.Dense(3, activation="softmax")(value))
-    faster, values = convolutions.faster(model), np.random.default_rng(1).normal(size=(2, 9, 8, 3)).astype("float32")
+    faster, values = fast_layers.faster(model), np.random.default_rng(1).normal(size=(2, 9, 8, 3)).astype("float32")
     below = model.get_layer("below").trainable_variables
     for expected, found in zip(*(gradients(one, values, below) for one in (model, faster)), strict=True):
         assert np.abs(expected).max() > 0
@@ -85,7 +86,7 @@ def test_to_train_it_is_to_train_the_model():
             layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
     before, values = models[0].get_weights(), pictures(models[0]) / 255
     train(models[0], values)
-    train(convolutions.faster(models[1]), values)
+    train(fast_layers.faster(models[1]), values)
     assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(before, models[0].get_weights(), strict=True))
     for expected, found in zip(models[0].get_weights(), models[1].get_weights(), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -93,7 +94,7 @@ def test_to_train_it_is_to_train_the_model():
 
 def test_statistics_that_train_are_not_folded():
     model = classify(small())
-    faster = convolutions.faster(model)
+    faster = fast_layers.faster(model)
     norm = model.layers[1].get_layer("b_norm")
     before = norm.moving_mean.numpy()
     train(faster, pictures(model) / 255)
@@ -110,7 +111,7 @@ def pointwise() -> keras.Model:
 
 def test_rounding_is_for_training_only():
     model = pointwise()
-    exact, rounded = (convolutions.faster(model, rounded=flag) for flag in (False, True))
+    exact, rounded = (fast_layers.faster(model, rounded=flag) for flag in (False, True))
     values = np.random.default_rng(1).normal(size=(2, 6, 6, 16)).astype("float32")
     np.testing.assert_array_equal(rounded(values), exact(values))
     np.testing.assert_array_equal(rounded.predict(values, verbose=0), exact.predict(values, verbose=0))
@@ -126,7 +127,7 @@ def test_rounded_training_goes_where_exact_training_does():
         body, images = pointwise(), keras.Input((6, 6, 16))
         model = keras.Model(images, body(images, training=False))
         before = model.get_weights()
-        train(convolutions.faster(model, rounded=flag), values)
+        train(fast_layers.faster(model, rounded=flag), values)
         weights.append([after - first for after, first in zip(model.get_weights(), before, strict=True)])
         assert all(weight.dtype == np.float32 for weight in model.get_weights())
     exact, rounded = (np.concatenate([part.ravel() for part in parts]) for parts in weights)
@@ -135,12 +136,12 @@ def test_rounded_training_goes_where_exact_training_does():
 
 def test_tensorboard_shows_the_graph():
     suffix = frontier.cut(thawed("efficientnet_lite0")).suffix
-    shown = convolutions.faster(suffix).to_json()
+    shown = fast_layers.faster(suffix).to_json()
     assert all(layer.name in shown for layer in suffix.layers[1:])
 
 
 def test_weights_are_backed_up_and_restored(tmp_path):
-    first, second = (convolutions.faster(classify(small())) for _ in range(2))
+    first, second = (fast_layers.faster(classify(small())) for _ in range(2))
     train(first, pictures(first) / 255)
     first.save_weights(tmp_path / "it.weights.h5")
     values = pictures(first)

@@ -24,7 +24,8 @@ import pandas as pd
 import pytest
 from test_store import Toys, toys  # noqa: F401
 
-from helpers import execution, runs
+from helpers.core import runs
+from helpers.pipeline import execution
 
 pytestmark = pytest.mark.crash
 
@@ -42,7 +43,9 @@ head: {epochs: 8, views: 2, batch_size: 8}
 fine_tune: {unfreeze: block7, epochs: 3, views: 2, batch_size: 8}
 evaluate: {resamples: 100}
 """
-ALMOST_FULL = "from helpers import cli, store; store.LEAST_FREE_BYTES = 0; cli.entry()"
+ALMOST_FULL = (
+    "from helpers.cli import main; from helpers.pipeline import store; store.LEAST_FREE_BYTES = 0; main.entry()"
+)
 SECRET = "s3cr3t-of-the-environment"
 
 
@@ -54,7 +57,7 @@ class Place:
         self.environment = os.environ | {"THAW_RUNS": str(folder), "COLUMNS": "200", "MY_TOKEN": SECRET}
         self.environment.pop(runs.PROGRESS_VARIABLE, None)
 
-    def start(self, *arguments, code=("-m", "helpers.cli"), before=(), **options) -> subprocess.Popen:
+    def start(self, *arguments, code=("-m", "helpers.cli.main"), before=(), **options) -> subprocess.Popen:
         command = [*before, sys.executable, *code, *map(str, arguments)]
         given = {"cwd": runs.ROOT, "env": self.environment, "start_new_session": True, "text": True} | options
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **given)

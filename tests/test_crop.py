@@ -9,7 +9,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import crop, detectors, images, inventory, pipeline, prediction, recipes, report, runs, terminal
+from helpers.cli import terminal
+from helpers.core import recipes, runs
+from helpers.data import crop, detectors, images, inventory
+from helpers.evaluation import prediction
+from helpers.pipeline import planning
+from helpers.reports import report
 
 SIDE = 64  # pixels of the tiny detector's input
 RED, BLUE = (220, 10, 10), (10, 10, 220)
@@ -277,15 +282,15 @@ def cropped(tmp_path_factory, photos, by_hand):
         patch.setenv(runs.PROGRESS_VARIABLE, str(place / "progress"))
         before = {image: image.read_bytes() for image in photos.rglob("*.png")}
         for number, name in enumerate(["explore", "crop", "split", "resize"]):
-            step = pipeline.plan(recipes.load(path))[number]
+            step = planning.plan(recipes.load(path))[number]
             by_hand(name, **step.parameters, **{p: str(f) for p, f in step.input_folders.items()}, out=str(step.link))
         assert before == {image: image.read_bytes() for image in photos.rglob("*.png")}, "raw data is never changed"
         yield path
 
 
 def test_a_recipe_with_the_section_crops_between_explore_and_split(cropped):
-    run = pipeline.runs_folder() / "cars"
-    steps = pipeline.plan(recipes.load(cropped))
+    run = planning.runs_folder() / "cars"
+    steps = planning.plan(recipes.load(cropped))
     assert [step.stage.name for step in steps][:4] == ["explore", "crop", "split", "resize"]
     headline = "10 of 12 images cut to a box, the others whole: 2 no box"
     assert runs.read_json(run / "crop/stage.json")["headline"] == headline
@@ -301,7 +306,7 @@ def test_a_recipe_with_the_section_crops_between_explore_and_split(cropped):
 
 
 def test_images_that_are_alike_once_they_are_cut_stay_together(cropped):
-    run = pipeline.runs_folder() / "cars"
+    run = planning.runs_folder() / "cars"
     before, after = (pd.read_csv(run / name / "inventory.csv") for name in ("explore", "crop"))
     assert before["group"].nunique() == 12
     assert after["group"].nunique() == 3, "ten red squares, and two images that are whole"
@@ -312,7 +317,7 @@ def test_without_the_section_a_run_is_as_it_was(cropped, tmp_path, monkeypatch):
     plain = recipes.load(cropped)
     del plain.stages["crop"]
     monkeypatch.setenv("THAW_RUNS", str(tmp_path))
-    with_crop, without = ({s.stage.name: s for s in pipeline.plan(r)} for r in (recipes.load(cropped), plain))
+    with_crop, without = ({s.stage.name: s for s in planning.plan(r)} for r in (recipes.load(cropped), plain))
     assert list(without) == ["explore", "split", "resize", "head", "fine_tune", "evaluate"]
     assert without["explore"].fingerprint == with_crop["explore"].fingerprint
     assert without["split"].ingredients["inputs"] == {"explore": without["explore"].fingerprint}
@@ -323,7 +328,7 @@ def test_without_the_section_a_run_is_as_it_was(cropped, tmp_path, monkeypatch):
     link = tmp_path / "cars" / "crop"
     link.parent.mkdir()
     link.symlink_to(tmp_path)
-    pipeline.unlink_left_out(plain)
+    planning.unlink_left_out(plain)
     assert not link.is_symlink(), "a run that no longer crops keeps no link to a cropped inventory"
 
 
@@ -351,7 +356,7 @@ def test_prediction_crops_as_training_did(cropped, photos, tmp_path):
     model = keras.Sequential(
         [keras.Input((32, 32, 3)), keras.layers.Rescaling(1 / 255), pool, keras.layers.Flatten(), dense]
     )
-    about = {name: runs.read_json(pipeline.runs_folder() / "cars/resize/resize.json")[name] for name in ("fit", "crop")}
+    about = {name: runs.read_json(planning.runs_folder() / "cars/resize/resize.json")[name] for name in ("fit", "crop")}
     for name, kept in (("with", about), ("without", {"fit": "squash"})):
         (tmp_path / name).mkdir()
         model.save(tmp_path / name / "model.keras")

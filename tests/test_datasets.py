@@ -8,7 +8,10 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import augmentation, bank, datasets, models, runs
+from helpers.compute import bank
+from helpers.core import runs
+from helpers.models import classifier
+from helpers.training import datasets, transforms
 
 SIZE = 32
 COUNTS = {"train": {"cat": 7, "dog": 3, "owl": 1}, "val": {"cat": 2, "dog": 2, "owl": 1}, "test": {"cat": 1, "dog": 1}}
@@ -141,7 +144,7 @@ def test_the_length_of_an_epoch_is_known(train):
 @pytest.mark.parametrize("spec", ["none", "default"])
 def test_an_epoch_follows_from_seed_and_number_alone(train, spec, balanced):
     def options():  # new layers each time, as in a new process
-        return {"augment": augmentation.make(spec, "both"), "balanced": balanced}
+        return {"augment": transforms.make(spec, "both"), "balanced": balanced}
 
     first, second, third = epochs(train, 0, 1, 2, **options())
     assert not equal(first, second) and not equal(second, third)
@@ -151,13 +154,13 @@ def test_an_epoch_follows_from_seed_and_number_alone(train, spec, balanced):
 
 
 def test_another_epoch_augments_the_same_image_otherwise(train):
-    one, two = epochs(train, 0, 1, augment=augmentation.make("default"), batch_size=11)
+    one, two = epochs(train, 0, 1, augment=transforms.make("default"), batch_size=11)
     order = [np.argsort(np.random.default_rng([7, epoch]).permutation(11)) for epoch in (0, 1)]
     assert not np.isclose(whole(one)[order[0]], whole(two)[order[1]], atol=0.5).all(axis=(1, 2, 3)).any()
 
 
 def test_images_that_do_not_fit_in_memory_give_the_same_batches(train, monkeypatch):
-    augment = augmentation.make("default")
+    augment = transforms.make("default")
     kept = epochs(train, 0, 1, augment=augment)
     monkeypatch.setattr(bank, "SHARE_OF_RAM", 0)
     assert all(equal(a, b) for a, b in zip(kept, epochs(train, 0, 1, augment=augment), strict=True))
@@ -165,7 +168,7 @@ def test_images_that_do_not_fit_in_memory_give_the_same_batches(train, monkeypat
 
 @pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
 def test_every_seed_that_a_recipe_may_give_works(train, seed):
-    augment = augmentation.make("default")
+    augment = transforms.make("default")
     assert equal(*(epochs(train, 9_999, seed=seed, augment=augment)[0] for _ in range(2)))
 
 
@@ -213,8 +216,8 @@ def test_examples_hold_every_class_as_often_as_asked_for(train, pixels):
 @pytest.fixture(scope="module")
 def model():
     keras.utils.set_random_seed(0)
-    made = models.classifier("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
-    models.unfreeze(made, "none")
+    made = classifier.classifier("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
+    classifier.unfreeze(made, "none")
     return made
 
 
@@ -226,7 +229,7 @@ def feed(model, train, val, tmp_path):
 
 
 def test_a_feed_without_views_computes_the_whole_model(feed, model, pixels, val):
-    fed = feed(0, augment=augmentation.make("default"))
+    fed = feed(0, augment=transforms.make("default"))
     assert {id(one) for one in fed.model.variables} == {id(one) for one in model.variables} and fed.banks == []
     assert fed.steps == 3 and "views is 0" in fed.summary
     assert next(iter(fed.train))[0].shape == (4, SIZE, SIZE, 3)
@@ -234,7 +237,7 @@ def test_a_feed_without_views_computes_the_whole_model(feed, model, pixels, val)
 
 
 def test_a_feed_with_views_starts_at_the_frontier(feed, model, val):
-    fed = feed(3, augment=augmentation.make("default"))
+    fed = feed(3, augment=transforms.make("default"))
     activations = next(iter(fed.train))[0]
     assert fed.model is not model and activations.shape[1:] == fed.model.input_shape[1:] and fed.steps == 3
     assert "3 views of 11 training images and 5 validation images" in fed.summary
@@ -250,7 +253,7 @@ def test_a_feed_with_views_starts_at_the_frontier(feed, model, val):
 @pytest.mark.parametrize("views", [0, 3])
 def test_a_feed_draws_the_same_when_it_goes_on(feed, views):
     def seen(*numbers):
-        fed = feed(views, augment=augmentation.make("default"), balanced=True)
+        fed = feed(views, augment=transforms.make("default"), balanced=True)
         return [
             fed.clock.on_epoch_begin(number) or [(images.numpy(), labels.numpy()) for images, labels in fed.train]
             for number in numbers
@@ -269,7 +272,7 @@ def seen(fed, *numbers):
 @pytest.mark.parametrize("views", [0, 2])
 def test_mixed_images_have_shares_of_the_classes_as_labels(feed, views):
     def mixing():
-        return feed(views, augment=augmentation.make("none", mix="mixup"))
+        return feed(views, augment=transforms.make("none", mix="mixup"))
 
     fed = mixing()
     (_, labels), (_, more) = seen(fed, 0, 1)
@@ -285,7 +288,7 @@ def test_mixed_images_have_shares_of_the_classes_as_labels(feed, views):
 
 
 def test_blends_and_balance_go_together_only_in_fresh_batches(feed, train):
-    mixing = augmentation.make("none", mix="cutmix")
+    mixing = transforms.make("none", mix="cutmix")
     with pytest.raises(ValueError, match=r"balanced_batches cannot balance .* Take views: 0, imbalance: class_weight"):
         feed(2, augment=mixing, balanced=True)
     fed = feed(0, augment=mixing, balanced=True)
@@ -306,15 +309,15 @@ def test_a_blend_has_the_weight_of_its_larger_class():
 def test_training_the_suffix_trains_the_model(feed, model):
     keras.utils.set_random_seed(1)
     before = [value.numpy() for value in model.trainable_variables]
-    fed = feed(2, augment=augmentation.make("none", "horizontal"))
+    fed = feed(2, augment=transforms.make("none", "horizontal"))
     fed.model.compile("adam", "sparse_categorical_crossentropy")
     fed.model.fit(fed.train, epochs=1, shuffle=False, callbacks=[fed.clock], verbose=0)
     assert any((old != new.numpy()).any() for old, new in zip(before, model.trainable_variables, strict=True))
 
 
 def test_a_thawed_model_has_nothing_to_compute_beforehand(train, val, tmp_path):
-    whole_model = models.classifier("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
-    models.unfreeze(whole_model, "all")
+    whole_model = classifier.classifier("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
+    classifier.unfreeze(whole_model, "all")
     fed = datasets.feed(whole_model, train, val, cache=tmp_path, views=2, batch_size=4, seed=7)
     assert "nothing below" in fed.summary and isinstance(fed.train, tf.data.Dataset)
     assert fed.model.input_shape == whole_model.input_shape

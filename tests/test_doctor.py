@@ -9,12 +9,14 @@ import sys
 import pytest
 from test_manifest import thaw  # noqa: F401
 
-from helpers import doctor, machine, pipeline, prefetch, recipes, runs
-from helpers.doctor import GpuFacts
+from helpers.cli import doctor, prefetch
+from helpers.cli.doctor import GpuFacts
+from helpers.core import machine, recipes, runs
+from helpers.pipeline import planning
 
 
 def test_every_line_is_true_on_this_machine(runs_folder):
-    command = [sys.executable, "-m", "helpers.cli", "doctor"]
+    command = [sys.executable, "-m", "helpers.cli.main", "doctor"]
     asked = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, timeout=600, check=False)
     lines = {line.split()[1]: line for line in asked.stdout.splitlines() if re.match(r"(ok|WRONG) ", line)}
     assert {"python", "packages", "tensorflow", "CPU:0", "memory", "disk", "weights", "kernel", "runs"} <= set(lines)
@@ -177,7 +179,7 @@ def test_weights_that_cannot_be_had_stop_a_run_before_it_begins(monkeypatch, run
     recipe = recipes.load(tmp_path / "r.yaml")
     head = type("Step", (), {"stage": recipes.find_stage("head")})
     with pytest.raises(FileNotFoundError, match=r"head\.weights: The ImageNet weights of mobilenet are not") as caught:
-        pipeline.check_choices(recipe, [head])
+        planning.check_choices(recipe, [head])
     assert str(tmp_path / "keras" / "models") in str(caught.value) and "connect to the network" in str(caught.value)
     assert not (runs_folder / ".store").exists()
 
@@ -190,9 +192,9 @@ def test_fetched_weights_are_asked_for_once(monkeypatch, runs_folder):
         asked.append(command[-1])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(pipeline.subprocess, "run", run)
+    monkeypatch.setattr(planning.subprocess, "run", run)
     for _ in range(2):
-        pipeline._fetch_weights("resnet50")
+        planning._fetch_weights("resnet50")
     monkeypatch.setenv("KERAS_HOME", os.devnull)
-    pipeline._fetch_weights("resnet50")
+    planning._fetch_weights("resnet50")
     assert asked == ["resnet50", "resnet50"], "another home of Keras may lack them"

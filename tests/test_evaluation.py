@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
-from helpers import evaluation
+from helpers.evaluation import metrics
 
 
 def draw(n, k, seed=0, sharpness=1.5):
@@ -22,7 +22,7 @@ def draw(n, k, seed=0, sharpness=1.5):
 def table_of(truth, probabilities, names=None):
     names = names or [f"c{i}" for i in range(probabilities.shape[1])]
     paths = [f"test/{i:05d}.png" for i in range(len(truth))]
-    return evaluation.predictions_table(paths, [names[i] for i in truth], probabilities, names), names
+    return metrics.predictions_table(paths, [names[i] for i in truth], probabilities, names), names
 
 
 def of_hits(hits):
@@ -36,7 +36,7 @@ def of_hits(hits):
 def test_point_values_are_those_of_scikit_learn(k):
     truth, probabilities = draw(500, k)
     table, names = table_of(truth, probabilities)
-    result, picked = evaluation.metrics(table, names, n_bootstrap=20), probabilities.argmax(axis=1)
+    result, picked = metrics.metrics(table, names, n_bootstrap=20), probabilities.argmax(axis=1)
     auc = {"y_score": probabilities[:, 1]} if k == 2 else {"y_score": probabilities, "multi_class": "ovr"}
     expected = {
         "accuracy": sklearn_metrics.accuracy_score(truth, picked),
@@ -58,17 +58,17 @@ def test_point_values_are_those_of_scikit_learn(k):
 
 def test_every_interval_holds_its_value_and_is_the_same_for_the_same_seed():
     table, names = table_of(*draw(300, 5))
-    result = evaluation.metrics(table, names, seed=3, n_bootstrap=300)
-    for name in evaluation.NAMES:
+    result = metrics.metrics(table, names, seed=3, n_bootstrap=300)
+    for name in metrics.NAMES:
         assert result[name]["low"] <= result[name]["value"] <= result[name]["high"], name
-    assert evaluation.metrics(table, names, seed=3, n_bootstrap=300) == result
-    assert evaluation.metrics(table, names, seed=4, n_bootstrap=300)["accuracy"] != result["accuracy"]
+    assert metrics.metrics(table, names, seed=3, n_bootstrap=300) == result
+    assert metrics.metrics(table, names, seed=4, n_bootstrap=300)["accuracy"] != result["accuracy"]
 
 
 def test_the_accuracy_interval_is_as_wide_as_theory_says():
     rng = np.random.default_rng(0)
     table, names = of_hits(rng.random(1000) < 0.85)
-    accuracy = evaluation.metrics(table, names, n_bootstrap=4000)["accuracy"]
+    accuracy = metrics.metrics(table, names, n_bootstrap=4000)["accuracy"]
     expected = 2 * 1.96 * np.sqrt(accuracy["value"] * (1 - accuracy["value"]) / 1000)
     assert accuracy["high"] - accuracy["low"] == pytest.approx(expected, rel=0.08)
 
@@ -77,7 +77,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     rng, held = np.random.default_rng(1), 0
     for _ in range(100):
         table, names = of_hits(rng.random(200) < 0.8)
-        accuracy = evaluation.metrics(table, names, n_bootstrap=200)["accuracy"]
+        accuracy = metrics.metrics(table, names, n_bootstrap=200)["accuracy"]
         held += accuracy["low"] <= 0.8 <= accuracy["high"]
     assert 0.88 <= held / 100 <= 0.99
 
@@ -86,8 +86,8 @@ def test_resampled_auc_is_that_of_the_resample():
     truth, probabilities = draw(60, 3)
     probabilities = probabilities.round(1) + 1e-3  # many ties
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    scores = evaluation._Scores(truth, probabilities.argmax(axis=1), probabilities)
-    weights = next(evaluation._resamples(truth, seed=0, n_bootstrap=5))
+    scores = metrics._Scores(truth, probabilities.argmax(axis=1), probabilities)
+    weights = next(metrics._resamples(truth, seed=0, n_bootstrap=5))
     for row, value in zip(weights.astype(int), scores.auc(weights), strict=True):
         copies = np.repeat(np.arange(60), row)
         expected = sklearn_metrics.roc_auc_score(truth[copies], probabilities[copies], multi_class="ovr")
@@ -96,17 +96,17 @@ def test_resampled_auc_is_that_of_the_resample():
 
 def test_resamples_keep_the_class_counts():
     truth = np.repeat([0, 1, 2], [50, 9, 1])
-    weights = np.concatenate(list(evaluation._resamples(truth, seed=0, n_bootstrap=40)))
+    weights = np.concatenate(list(metrics._resamples(truth, seed=0, n_bootstrap=40)))
     assert (weights @ np.eye(3)[truth] == [50, 9, 1]).all()
 
 
 def test_without_mistakes_accuracy_has_the_exact_interval_and_nothing_is_made_up():
     table, names = of_hits(np.ones(50, bool))
-    result = evaluation.metrics(table, names, n_bootstrap=50)
+    result = metrics.metrics(table, names, n_bootstrap=50)
     assert result["accuracy"]["low"] == pytest.approx(binomtest(50, 50).proportion_ci().low)
     assert result["accuracy"]["high"] == 1.0
     assert result["macro_f1"] == {"value": 1.0, "low": None, "high": None}
-    assert evaluation.metrics_table(result).loc["macro F1"].isna().tolist() == [False, True, True]
+    assert metrics.metrics_table(result).loc["macro F1"].isna().tolist() == [False, True, True]
 
 
 def test_calibration_error_by_hand():
@@ -114,8 +114,8 @@ def test_calibration_error_by_hand():
     truth = np.array([0] * 6 + [1] * 4 + [0] * 6 + [1] * 4)
     first = np.array([0.8] * 10 + [0.6] * 10)
     table, names = table_of(truth, np.stack([first, 1 - first], axis=1))
-    assert evaluation.metrics(table, names, n_bootstrap=10)["ece"]["value"] == pytest.approx(0.1)
-    reliability = evaluation.reliability(table, names)
+    assert metrics.metrics(table, names, n_bootstrap=10)["ece"]["value"] == pytest.approx(0.1)
+    reliability = metrics.reliability(table, names)
     assert reliability["count"].tolist() == [10, 10]
     assert reliability["accuracy"].tolist() == pytest.approx([0.6, 0.6])
 
@@ -125,18 +125,18 @@ def test_classes_without_test_pictures_and_never_predicted_ones():
     spread = np.zeros((40, 4))
     spread[:, :2] = probabilities
     table, names = table_of(truth, spread)
-    result = evaluation.metrics(table, names, n_bootstrap=20)
+    result = metrics.metrics(table, names, n_bootstrap=20)
     assert result["per_class"][3] == {"label": "c3", "precision": 0.0, "recall": None, "f1": None, "support": 0}
     assert result["balanced_accuracy"]["value"] == pytest.approx(
         sklearn_metrics.balanced_accuracy_score(truth, probabilities.argmax(axis=1))
     )
     json.dumps(result, allow_nan=False)
-    assert evaluation.metrics_table(result)["value"]["log loss"] == pytest.approx(result["log_loss"]["value"], abs=1e-4)
+    assert metrics.metrics_table(result)["value"]["log loss"] == pytest.approx(result["log_loss"]["value"], abs=1e-4)
 
 
 def test_a_single_class_in_the_test_part_has_no_auc():
     table, names = table_of(np.zeros(6, int), np.tile([0.7, 0.3], (6, 1)))
-    result = evaluation.metrics(table, names, n_bootstrap=10)
+    result = metrics.metrics(table, names, n_bootstrap=10)
     assert "auc" not in result
     assert result["accuracy"]["value"] == 1.0
 
@@ -145,48 +145,48 @@ def test_files_keep_class_names_as_text(tmp_path):
     truth, probabilities = draw(30, 3)
     table, names = table_of(truth, probabilities, ["007", "NA", "true"])
     table.to_csv(tmp_path / "predictions.csv", index=False)
-    again = evaluation.read_predictions(tmp_path / "predictions.csv")
+    again = metrics.read_predictions(tmp_path / "predictions.csv")
     pd.testing.assert_frame_equal(again, table, check_dtype=False)
-    assert evaluation.metrics(again, names, n_bootstrap=5) == evaluation.metrics(table, names, n_bootstrap=5)
+    assert metrics.metrics(again, names, n_bootstrap=5) == metrics.metrics(table, names, n_bootstrap=5)
 
 
 def test_labels_may_be_names_or_indices():
-    by_name = evaluation.predictions_table(["x", "y"], ["1", "0"], GOOD, ["0", "1"])
-    by_index = evaluation.predictions_table(["x", "y"], np.array([1, 0], np.int32), GOOD, ["0", "1"])
+    by_name = metrics.predictions_table(["x", "y"], ["1", "0"], GOOD, ["0", "1"])
+    by_index = metrics.predictions_table(["x", "y"], np.array([1, 0], np.int32), GOOD, ["0", "1"])
     pd.testing.assert_frame_equal(by_name, by_index)
 
 
 def test_confident_mistakes_come_surest_first():
     table, names = table_of(np.array([0, 0, 1, 1]), np.array([[0.9, 0.1], [0.2, 0.8], [0.95, 0.05], [0.4, 0.6]]))
-    mistakes = evaluation.confident_mistakes(table, names, n=5)
+    mistakes = metrics.confident_mistakes(table, names, n=5)
     assert mistakes["path"].tolist() == ["test/00002.png", "test/00001.png"]
     assert mistakes["confidence"].tolist() == [0.95, 0.8]
 
 
 def test_confused_pairs_are_sorted_by_count_and_leave_out_the_diagonal():
-    pairs = evaluation.confused_pairs(np.array([[5, 2, 0], [4, 6, 0], [0, 2, 1]]), ["a", "b", "c"])
+    pairs = metrics.confused_pairs(np.array([[5, 2, 0], [4, 6, 0], [0, 2, 1]]), ["a", "b", "c"])
     assert pairs[["label", "predicted", "count"]].to_numpy().tolist() == [["b", "a", 4], ["c", "b", 2], ["a", "b", 2]]
 
 
 def test_compare_counts_only_disagreements():
     first, names = of_hits(np.r_[np.ones(70, bool), np.zeros(30, bool)])
     second, _ = of_hits(np.r_[np.zeros(5, bool), np.ones(90, bool), np.zeros(5, bool)])
-    result = evaluation.compare(first, second.sample(frac=1, random_state=0), names)
+    result = metrics.compare(first, second.sample(frac=1, random_state=0), names)
     assert (result["only_first_right"], result["only_second_right"]) == (5, 25)
     assert result["p_value"] == pytest.approx(binomtest(25, 30).pvalue)
     assert result["difference"]["value"] == pytest.approx(0.2)
     assert 0 < result["difference"]["low"] < 0.2 < result["difference"]["high"]
     assert "more than chance" in result["sentence"]
-    same = evaluation.compare(first, first, names)
+    same = metrics.compare(first, first, names)
     assert same["p_value"] == 1.0 and same["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_compare_refuses_other_pictures_and_other_labels():
     first, names = of_hits(np.ones(10, bool))
     with pytest.raises(ValueError, match="same pictures"):
-        evaluation.compare(first, first.head(9), names)
+        metrics.compare(first, first.head(9), names)
     with pytest.raises(ValueError, match="different labels"):
-        evaluation.compare(first, first.assign(label=first["label"].to_numpy()[::-1]), names)
+        metrics.compare(first, first.assign(label=first["label"].to_numpy()[::-1]), names)
 
 
 @pytest.mark.parametrize(
@@ -200,20 +200,20 @@ def test_compare_refuses_other_pictures_and_other_labels():
     ],
 )
 def test_the_better_phase_is_chosen_on_validation(monitor, head, fine, phase):
-    result = evaluation.better_phase(pd.DataFrame({monitor: head}), pd.DataFrame({monitor: fine}), monitor)
+    result = metrics.better_phase(pd.DataFrame({monitor: head}), pd.DataFrame({monitor: fine}), monitor)
     assert result["phase"] == phase
     assert f"phase {1 if phase == 'head' else 2} is the run's model" in result["sentence"]
 
 
 def test_without_phase_2_the_head_is_the_model():
-    assert evaluation.better_phase(pd.DataFrame({"val_loss": [0.5]}), None)["phase"] == "head"
+    assert metrics.better_phase(pd.DataFrame({"val_loss": [0.5]}), None)["phase"] == "head"
     with pytest.raises(ValueError, match="val_auc"):
-        evaluation.better_phase(pd.DataFrame({"val_loss": [0.5]}), None, "val_auc")
+        metrics.better_phase(pd.DataFrame({"val_loss": [0.5]}), None, "val_auc")
 
 
 def test_headline_names_the_published_figures():
     table, names = table_of(*draw(200, 2))
-    text = evaluation.headline(evaluation.metrics(table, names, n_bootstrap=50), {"CNN": 88.42, "SVM": 0.8244})
+    text = metrics.headline(metrics.metrics(table, names, n_bootstrap=50), {"CNN": 88.42, "SVM": 0.8244})
     assert "95 % interval" in text and "200 test pictures" in text
     assert text.endswith("published: CNN 88.42 %, SVM 82.44 %")
 
@@ -238,17 +238,17 @@ GOOD = np.array([[0.7, 0.3], [0.2, 0.8]])
 )
 def test_bad_predictions_are_refused(paths, labels, probabilities, names, message):
     with pytest.raises(ValueError, match=message):
-        evaluation.predictions_table(paths, labels, probabilities, names)
+        metrics.predictions_table(paths, labels, probabilities, names)
 
 
 def test_other_tables_are_refused(tmp_path):
     table, names = of_hits(np.ones(4, bool))
     with pytest.raises(ValueError, match="lack the columns c2"):
-        evaluation.metrics(table, [*names, "c2"])
+        metrics.metrics(table, [*names, "c2"])
     with pytest.raises(ValueError, match="was predicted but is not"):
-        evaluation.metrics(table.assign(predicted="zebra"), names)
+        metrics.metrics(table.assign(predicted="zebra"), names)
     with pytest.raises(ValueError, match="at least 1"):
-        evaluation.metrics(table, names, n_bootstrap=0)
+        metrics.metrics(table, names, n_bootstrap=0)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected path, label, predicted"):
-        evaluation.read_predictions(tmp_path / "other.csv")
+        metrics.read_predictions(tmp_path / "other.csv")

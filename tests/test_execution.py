@@ -14,7 +14,9 @@ import papermill
 import pytest
 from test_store import ALL, Toys, quick, quick_toys, toys  # noqa: F401
 
-from helpers import execution, inventory, pipeline, runs, store
+from helpers.core import runs
+from helpers.data import inventory
+from helpers.pipeline import execution, planning, store
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def dies_in(monkeypatch, module, name: str):
 
 
 @pytest.mark.parametrize(
-    "where", [(store, "contents"), (runs, "discard"), (pipeline, "link_stage")], ids=lambda w: w[1]
+    "where", [(store, "contents"), (runs, "discard"), (planning, "link_stage")], ids=lambda w: w[1]
 )
 def test_killed_after_the_last_cell_nothing_is_run_again(toy, monkeypatch, where):
     dies_in(monkeypatch, *where)
@@ -132,7 +134,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(toy, monkeypatch, where, code):
     with monkeypatch.context() as patch:
         patch.setattr(*where, full)
         with pytest.raises(
-            pipeline.StageError, match=r"explore stopped: the disk where .* lies is full\. `thaw clean`"
+            planning.StageError, match=r"explore stopped: the disk where .* lies is full\. `thaw clean`"
         ):
             toy.run()
     toy.run()

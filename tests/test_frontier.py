@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import backbones, folding, frontier
+from helpers.compute import frontier, inference
+from helpers.models import backbones
 
 # The smallest of each family that Thaw knows, at a small image size.
 FAMILIES = {
@@ -34,7 +35,7 @@ FAMILIES = {
 
 
 def classify(backbone: keras.Model, dropout: float = 0.0) -> keras.Model:
-    """A classifier of the form that `models.classifier` makes, on any backbone."""
+    """A classifier of the form that `classifier.classifier` makes, on any backbone."""
     images = keras.Input(backbone.input_shape[1:])
     features = keras.layers.GlobalAveragePooling2D(name="pool")(backbone(images, training=False))
     if dropout:
@@ -89,9 +90,9 @@ def test_prefix_then_suffix_is_the_model_in_every_family(name):
 
     head = frontier.cut(model)
     assert head.layer == "pool"
-    activations = folding.fast(head.prefix)(images)
+    activations = inference.fast(head.prefix)(images)
     np.testing.assert_allclose(run(head.suffix, activations), expected, atol=1e-3)
-    rounded = folding.fast(head.prefix, rounded=True)(images)
+    rounded = inference.fast(head.prefix, rounded=True)(images)
     assert rounded.dtype == np.float32 and np.corrcoef(rounded.ravel(), activations.ravel())[0, 1] > 0.98
 
     backbone.trainable = True
@@ -306,7 +307,7 @@ def test_folding_leaves_no_normalization_behind_a_convolution():
             layers.BatchNormalization(),
         ]
     )
-    folded = folding.fold(lively(model))
+    folded = inference.fold(lively(model))
     assert norms(folded) == 0
     np.testing.assert_allclose(run(folded, pictures(model)), run(model, pictures(model)), rtol=1e-4, atol=1e-3)
 
@@ -318,7 +319,7 @@ def test_folding_leaves_what_it_must_not_touch():
     twice = layers.Conv2D(4, 3)(images)
     value = layers.Add()([layers.BatchNormalization()(twice), twice, active])
     model = lively(keras.Model(images, layers.BatchNormalization()(layers.ReLU()(value))))
-    folded = folding.fold(model)
+    folded = inference.fold(model)
     assert norms(folded) == 3
     np.testing.assert_allclose(run(folded, pictures(model)), run(model, pictures(model)), rtol=1e-4, atol=1e-3)
 
@@ -330,7 +331,7 @@ def test_folding_of_layers_that_are_called_twice_and_of_names_that_recur():
     conv, norm = layers.Conv2D(3, 1, name="conv"), layers.BatchNormalization()
     value = norm(conv(layers.ReLU(name="relu")(norm(conv(inner(images))))))
     model = lively(keras.Model(images, value))
-    folded = folding.fold(model)
+    folded = inference.fold(model)
     assert norms(folded) == 0
     np.testing.assert_allclose(run(folded, pictures(model)), run(model, pictures(model)), rtol=1e-4, atol=1e-3)
 
@@ -354,12 +355,12 @@ def test_rounding_spares_the_first_layers():
     backbone = lively(backbones.build("efficientnet_lite0", 64, "none"))
     backbone.trainable = False
     prefix = frontier.cut(classify(backbone)).prefix
-    rounded, images = folding._rounded(folding.fold(prefix)), pictures(prefix)
+    rounded, images = inference._rounded(inference.fold(prefix)), pictures(prefix)
     kinds = {layer.name: layer.compute_dtype for layer in rounded._flatten_layers() if layer.weights}
     assert [kind for name, kind in kinds.items() if name.startswith("stem")] == ["float32"]
     assert {kind for name, kind in kinds.items() if name.startswith("block3")} == {"bfloat16"}
     exact = run(prefix, images)
-    off = np.abs(folding.fast(prefix, rounded=True)(images) - exact).max()
+    off = np.abs(inference.fast(prefix, rounded=True)(images) - exact).max()
     assert 0 < off < 0.05 * np.abs(exact).max()
 
 
@@ -376,8 +377,8 @@ def test_rounding_spares_the_first_layers():
 )
 def test_the_batch_of_a_gpu_is_the_fastest_that_fits(monkeypatch, on_cpu, seconds, fits, expected):
     clock = [0.0]  # of the test's own, since a busy machine would decide otherwise
-    monkeypatch.setattr(folding.hardware, "on_cpu", lambda: on_cpu)
-    monkeypatch.setattr(folding.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(inference.hardware, "on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: clock[0])
 
     def run(images):
         if len(images) > fits:
@@ -385,4 +386,4 @@ def test_the_batch_of_a_gpu_is_the_fastest_that_fits(monkeypatch, on_cpu, second
         clock[0] += seconds(len(images))
         return images
 
-    assert folding.quickest_batch(run, np.zeros((4, 2))) == expected
+    assert inference.quickest_batch(run, np.zeros((4, 2))) == expected

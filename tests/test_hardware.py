@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from helpers import bank, datasets, hardware, models, training
+from helpers.compute import bank, hardware
+from helpers.models import classifier
+from helpers.training import datasets, fitting
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
 LABELS = np.arange(24, dtype=np.int32) % 3
@@ -133,11 +135,11 @@ def small_backbone(name, image_size, weights):
 
 def test_mixed_precision_trains_and_opens_in_float32_elsewhere(tmp_path, monkeypatch):
     """The whole way: frontier, bank, fit, save, load; probabilities are float32 throughout."""
-    monkeypatch.setattr(models.backbones, "build", small_backbone)
+    monkeypatch.setattr(classifier.backbones, "build", small_backbone)
     hardware.prepare(precision="mixed_bfloat16")
     keras.utils.set_random_seed(1)
-    model = models.classifier("small", 3, image_size=32, dense=[4])
-    models.unfreeze(model, "block2")
+    model = classifier.classifier("small", 3, image_size=32, dense=[4])
+    classifier.unfreeze(model, "block2")
     images = datasets.Folder(
         pixels=tf.data.Dataset.from_tensor_slices(PIXELS).batch(bank.GROUP),
         keys=[str(index) for index in range(len(PIXELS))],
@@ -152,7 +154,7 @@ def test_mixed_precision_trains_and_opens_in_float32_elsewhere(tmp_path, monkeyp
         history = feed.model.fit(feed.train, epochs=2, callbacks=[feed.clock], shuffle=False, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
     assert model.get_layer("backbone").compute_dtype == "bfloat16" and model.output.dtype == "float32"
-    training.save(model, tmp_path, PIXELS[:4])
+    fitting.save(model, tmp_path, PIXELS[:4])
     expected = model.predict_on_batch(PIXELS)
 
     keras.config.set_dtype_policy("float32")
@@ -180,13 +182,13 @@ def test_a_model_in_float32_is_loaded_as_it_is(tmp_path):
 
 
 def test_caches_of_different_precision_are_not_mistaken_for_each_other():
-    from helpers import fingerprint
+    from helpers.compute import graphs
 
     signatures = []
     for policy in ("float32", "mixed_bfloat16"):
         keras.config.set_dtype_policy(policy)
         keras.utils.set_random_seed(1)
-        signatures.append(fingerprint.signature(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])))
+        signatures.append(graphs.signature(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])))
     assert signatures[0] != signatures[1]
 
 

@@ -9,7 +9,8 @@ from filelock import FileLock
 from test_manifest import thaw  # noqa: F401
 from test_store import ALL, Toys, quick, quick_toys, toys  # noqa: F401
 
-from helpers import housekeeping, runs
+from helpers.core import runs
+from helpers.pipeline import housekeeping
 
 
 @pytest.fixture

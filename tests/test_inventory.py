@@ -1,8 +1,6 @@
 """The inventory: facts about files, the quarantine, groups of what belongs together, and the source's fingerprint."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +10,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import images, inventory, labels, leaks, recipes, runs, sources
+from helpers.core import recipes, runs
+from helpers.data import images, inventory, labels, leaks, sources
 
 
 def clouds(seed: int, size: tuple[int, int] = (120, 90)) -> np.ndarray:
@@ -295,12 +294,6 @@ def test_a_submission_has_the_columns_asked_for():
     }
     with pytest.raises(ValueError, match="columns"):
         labels.submission(predictions, ["id"])
-
-
-def test_the_data_stages_never_load_tensorflow():
-    modules = "folders, images, inventory, labels, leaks, sampling, sources, splits"
-    code = f"import sys; from helpers import {modules}; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, check=False).returncode == 0
 
 
 def test_heic_is_named_with_its_extra():

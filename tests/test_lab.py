@@ -20,7 +20,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from helpers import recipes, runs
+from helpers.core import recipes, runs
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -203,7 +203,7 @@ def headless(by_hand, project, environment) -> Path:
 
 
 def thaw(project: Path, environment: dict[str, str], *arguments: str) -> str:
-    command = [sys.executable, "-m", "helpers.cli", *arguments]
+    command = [sys.executable, "-m", "helpers.cli.main", *arguments]
     ran = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout

@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 from test_store import EXPLORE, FINISH, IMPORTS, NOTE, OPEN, TROUBLE, Toys, quick, quick_toys, toys  # noqa: F401
 
-from helpers import cli, inventory, manifest, recipes, runs
+from helpers.cli import main
+from helpers.core import recipes, runs
+from helpers.data import inventory
+from helpers.pipeline import manifest
 
 EVALUATE = """
 explore: str = "runs/demo/explore"  # folder written by 00_explore
@@ -18,12 +21,12 @@ out: str = "runs/demo/evaluate"  # folder this notebook writes
 """
 PREDICT = """
 import numpy as np
-from helpers import evaluation
+from helpers.evaluation import metrics
 names, truth = ["cat", "dog"], np.arange(40) % 2
 scores = np.random.default_rng(seed).uniform(0.2, 0.8, 40) * 0.5 + truth * 0.5
-table = evaluation.predictions_table([f"{n}.png" for n in range(40)], truth, np.stack([1 - scores, scores], 1), names)
+table = metrics.predictions_table([f"{n}.png" for n in range(40)], truth, np.stack([1 - scores, scores], 1), names)
 table.to_csv(folder / "predictions.csv", index=False)
-runs.write_json(folder / "metrics.json", evaluation.metrics(table, names, n_bootstrap=100))
+runs.write_json(folder / "metrics.json", metrics.metrics(table, names, n_bootstrap=100))
 runs.finish_stage(folder, files=["predictions.csv", "metrics.json"], headline="evaluated")
 """
 
@@ -47,7 +50,7 @@ def thaw(monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["thaw", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            cli.entry()
+            main.entry()
         shown = capsys.readouterr()
         return end.value.code or 0, shown.out + shown.err
 
@@ -71,7 +74,7 @@ def test_the_manifest_holds_all_that_a_run_is_made_of(toy, monkeypatch):
     assert content["recipe"]["evaluate"] == {"letter": "c", "seed": 9} and content["seeds"] == {"evaluate": 9}
     assert content["recipe"] == recipes.read_yaml(toy.runs / "toy" / "recipe.yaml")
     assert set(content["stages"]) == set(content["code"]) == {"explore", "evaluate"}
-    assert {"05_evaluate", "helpers.evaluation"} <= set(content["code"]["evaluate"])
+    assert {"05_evaluate", "helpers.evaluation.metrics"} <= set(content["code"]["evaluate"])
     assert content["source"] == "photos:" and content["command"] and content["created"].endswith("+00:00")
     assert content["packages"]["papermill"] == content["versions"]["papermill"] and len(content["packages"]) > 50
     assert {"platform", "cpu", "cores", "memory_gb", "gpus"} == set(content["hardware"])

@@ -19,7 +19,7 @@ import papermill
 import psutil
 import pytest
 
-from helpers import recipes, runs
+from helpers.core import recipes, runs
 
 STAGES = ["explore", "split", "resize", "head", "fine_tune", "evaluate"]
 RECIPE = """
@@ -44,7 +44,7 @@ class Workplace:
         self.environment.pop(runs.PROGRESS_VARIABLE, None)
 
     def start(self, *arguments) -> subprocess.Popen:
-        command = [sys.executable, "-m", "helpers.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "helpers.cli.main", *map(str, arguments)]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, cwd=self.recipe.parent, env=self.environment, **streams)
 

@@ -14,7 +14,8 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from helpers import plots, runs
+from helpers.core import runs
+from helpers.reports import plots
 
 RNG = np.random.default_rng(0)
 
@@ -233,7 +234,8 @@ def test_a_class_in_a_script_without_a_font_floods_nobody():
 import io, matplotlib
 matplotlib.use("Agg")
 import pandas as pd
-from helpers import plots, runs
+from helpers.core import runs
+from helpers.reports import plots
 plots.class_counts(pd.DataFrame({"label": ["猫", "قط", "cat"]})).figure.savefig(io.BytesIO())
 """
     found = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True, check=True)

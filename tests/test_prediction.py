@@ -5,7 +5,9 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import models, prediction, runs
+from helpers.core import runs
+from helpers.evaluation import prediction
+from helpers.models import classifier
 
 SIZE = 64
 
@@ -13,7 +15,7 @@ SIZE = 64
 @pytest.fixture(scope="module")
 def model():
     keras.utils.set_random_seed(3)
-    return models.classifier("efficientnet_lite0", 3, image_size=SIZE, weights="none")
+    return classifier.classifier("efficientnet_lite0", 3, image_size=SIZE, weights="none")
 
 
 @pytest.fixture(scope="module")

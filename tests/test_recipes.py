@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import recipes
+from helpers.core import recipes
 
 EXPLORE = """
 source: str = "photos"  # the folder that holds the images
@@ -431,7 +431,7 @@ def test_in_force_refuses_what_papermill_let_through(toys):
 
 
 def test_every_recipe_of_the_project_can_be_run():
-    found = sorted((Path(recipes.__file__).parents[1] / "recipes").rglob("*.yaml"))
+    found = sorted((Path(recipes.__file__).parents[2] / "recipes").rglob("*.yaml"))
     assert found
     for path in found:
         recipes.load(path)

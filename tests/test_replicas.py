@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import hardware, runs
+from helpers.compute import hardware
+from helpers.core import runs
 
 HERE = Path(__file__)
 COUNTS = {"train": {"cat": 8, "dog": 8, "owl": 8}, "val": {"cat": 11, "dog": 11, "owl": 11}}  # 33 = 30 and a tail of 3
@@ -159,11 +160,13 @@ def main(home):
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    from helpers import bank, compiling, datasets, hardware, models, throughput, training
+    from helpers.compute import bank, hardware
+    from helpers.models import classifier
+    from helpers.training import compiling, datasets, fitting, throughput
 
-    models.backbones.build = backbone
+    classifier.backbones.build = backbone
     both_phases(home, "cpu", lambda work: work())
-    left = both_phases(home, "auto", lambda work: killed_and_resumed(training, work))
+    left = both_phases(home, "auto", lambda work: killed_and_resumed(fitting, work))
     images = np.concatenate(list(left["val"].pixels.as_numpy_iterator()))
     saved = keras.models.load_model(home / "auto" / "fine_tune" / "model.keras")
     found = left["feed"].model.predict(left["feed"].val, verbose=0)

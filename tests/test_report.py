@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import evaluation, report, runs
+from helpers.core import runs
+from helpers.evaluation import metrics
+from helpers.reports import report
 
 NASTY = '<script>alert("x")</script>'
 NAMES = ["functional", NASTY, "50 $ & more"]
@@ -70,12 +72,12 @@ def add_evaluation(run, names=NAMES, n=60, perfect=False):
     probabilities = rng.dirichlet(np.ones(len(names)), n) + np.eye(len(names))[truth] * (5 if perfect else 0.4)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     paths = [f"test/{i}.png" for i in range(n)]
-    table = evaluation.predictions_table(paths, [names[i] for i in truth], probabilities, names)
+    table = metrics.predictions_table(paths, [names[i] for i in truth], probabilities, names)
     table.to_csv(folder / "predictions.csv", index=False)
     (run / "resize" / "test").mkdir(parents=True, exist_ok=True)
     for path in paths[: n // 2]:
         Image.fromarray(rng.integers(0, 255, (30, 40), dtype=np.uint8)).save(run / "resize" / path)
-    result = evaluation.metrics(table, names, n_bootstrap=100)
+    result = metrics.metrics(table, names, n_bootstrap=100)
     runs.write_json(folder / "metrics.json", result | {"phase": "head", "phase_sentence": "Phase 1 it is."})
 
 

@@ -16,7 +16,10 @@ import papermill
 import pytest
 from PIL import Image
 
-from helpers import doubts, fixes, inventory, recipes, report, review, runs, sources
+from helpers.core import recipes, runs
+from helpers.data import fixes, inventory, sources
+from helpers.evaluation import label_errors
+from helpers.reports import report, review
 
 NASTY = "<script>alert('x')</script> \"&, é"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -72,7 +75,7 @@ def run(raw, tmp_path, monkeypatch) -> Path:
     features = rng.normal(0, 0.5, (len(listed), 4)).astype(np.float32)
     features[:, 0] += [3 if truth[path] == "dog" else -3 for path in listed["source"]]
     table = listed.drop(columns="path").rename(columns={"source": "path"})
-    monkeypatch.setattr(doubts, "embed", lambda head, resized: (table, features))
+    monkeypatch.setattr(label_errors, "embed", lambda head, resized: (table, features))
     return folder
 
 
@@ -131,8 +134,8 @@ def test_most_planted_errors_are_suspected_and_little_else(seed):
     features = rng.normal(0, 1, (300, 40)) + 4 * np.eye(40)[truth]
     labels = truth.copy()
     labels[wrong] = (labels[wrong] + 1) % 3
-    probabilities = doubts.out_of_sample(features, labels, pd.Series(["train"] * 300), pd.Series(range(300)), 3)
-    found = doubts.suspects(labels, probabilities)
+    probabilities = label_errors.out_of_sample(features, labels, pd.Series(["train"] * 300), pd.Series(range(300)), 3)
+    found = label_errors.suspects(labels, probabilities)
     assert len(set(found) & set(wrong)) >= 20 and len(set(found) - set(wrong)) <= 6
     assert len(set(found[:10]) & set(wrong)) >= 9, "the most suspicious come first"
 
@@ -145,10 +148,10 @@ def test_a_label_does_not_vouch_for_itself():
     labels = truth.copy()
     labels[:4] = 1 - labels[:4]
     parts, groups = pd.Series(["train"] * 80), pd.Series(range(80))
-    probabilities = doubts.out_of_sample(features, labels, parts, groups, 2)
+    probabilities = label_errors.out_of_sample(features, labels, parts, groups, 2)
     assert (probabilities[:4].argmax(axis=1) == truth[:4]).sum() >= 3
     # A copy of each image in the same group: still nothing learns an image's own copy.
-    twice = doubts.out_of_sample(
+    twice = label_errors.out_of_sample(
         np.tile(features, (2, 1)), np.tile(labels, 2), pd.concat([parts] * 2), pd.concat([groups] * 2), 2
     )
     assert (twice[:4].argmax(axis=1) == truth[:4]).sum() >= 3
@@ -159,26 +162,26 @@ def test_test_images_are_never_learned_from():
     labels = np.arange(60) % 3
     features = rng.normal(0, 0.5, (60, 4)) + np.eye(4)[labels] * 3
     parts, groups = pd.Series(["train", "train", "val", "test"] * 15), pd.Series(range(60))
-    before = doubts.out_of_sample(features, labels, parts, groups, 3)
+    before = label_errors.out_of_sample(features, labels, parts, groups, 3)
     test = (parts == "test").to_numpy()
     wrecked = np.where(test, (labels + 1) % 3, labels)
-    np.testing.assert_array_equal(before, doubts.out_of_sample(features, wrecked, parts, groups, 3))
+    np.testing.assert_array_equal(before, label_errors.out_of_sample(features, wrecked, parts, groups, 3))
 
 
 def test_an_image_whose_class_nothing_else_has_is_not_judged():
     rng = np.random.default_rng(3)
     labels = np.r_[np.arange(40) % 2, 2]
     features = rng.normal(0, 0.5, (41, 4)) + np.eye(4)[labels] * 3
-    probabilities = doubts.out_of_sample(features, labels, pd.Series(["train"] * 41), pd.Series(range(41)), 3)
+    probabilities = label_errors.out_of_sample(features, labels, pd.Series(["train"] * 41), pd.Series(range(41)), 3)
     assert np.isnan(probabilities[-1]).all() and not np.isnan(probabilities[:-1]).any()
-    assert len(doubts.suspects(labels, probabilities)) == 0
-    assert len(doubts.suspects(labels, np.full((41, 3), np.nan))) == 0
+    assert len(label_errors.suspects(labels, probabilities)) == 0
+    assert len(label_errors.suspects(labels, np.full((41, 3), np.nan))) == 0
 
 
 def test_more_folds_than_images_are_refused():
     features, labels = np.zeros((8, 2)), np.arange(8) % 2
     with pytest.raises(ValueError, match="--folds 5: expected 2 to 4"):
-        doubts.out_of_sample(features, labels, pd.Series(["train"] * 8), pd.Series(range(8)), 2, folds=5)
+        label_errors.out_of_sample(features, labels, pd.Series(["train"] * 8), pd.Series(range(8)), 2, folds=5)
 
 
 def test_copies_under_two_labels_are_shown_together(raw, tmp_path, monkeypatch):
@@ -188,16 +191,16 @@ def test_copies_under_two_labels_are_shown_together(raw, tmp_path, monkeypatch):
     Image.open(root / "cat/cat-06.png").save(root / "dog/near.bmp")
     folder = make_run(tmp_path / "runs/pets", root, parameters(root))
     listed = inventory.read(folder / "explore")
-    (alike,) = doubts.look_alikes(listed, 8)
-    (same,) = doubts.identical(folder / "explore")
+    (alike,) = label_errors.look_alikes(listed, 8)
+    (same,) = label_errors.identical(folder / "explore")
     assert set(alike["path"]) == {"cat/cat-06.png", "dog/near.bmp"}
     assert set(same["path"]) == {"cat/cat-05.png", "dog/same.png"} and same["sha256"].nunique() == 1
     # A group that the user gave, such as a patient, may well have several labels.
-    assert len(doubts.look_alikes(listed.assign(group="patient 7"), 8)) == 1
+    assert len(label_errors.look_alikes(listed.assign(group="patient 7"), 8)) == 1
 
     table = listed[["path", "label", "sha256"]].assign(part="train")
     features = np.random.default_rng(0).normal(0, 1, (len(table), 3))
-    monkeypatch.setattr(doubts, "embed", lambda head, resized: (table, features))
+    monkeypatch.setattr(label_errors, "embed", lambda head, resized: (table, features))
     page = Page(review.build(folder)[0])
     assert [card["path"] for card in page.images][:2] == sorted(alike["path"])
     assert len({card["path"] for card in page.images}) == len(page.images), "an image is shown once"
@@ -457,7 +460,7 @@ def test_earlier_fixes_stay_and_names_come_back_as_they_are(browser, tmp_path):
 
 def test_the_command_writes_the_page(tmp_path, image_folder, capsys, monkeypatch):
     keras = pytest.importorskip("keras")
-    from helpers import cli
+    from helpers.cli import main
 
     root = image_folder(tmp_path / "photos", {"cat": 12, "dog": 12}, size=32)
     folder = make_run(tmp_path / "runs/pets", root, parameters(root))
@@ -477,9 +480,9 @@ def test_the_command_writes_the_page(tmp_path, image_folder, capsys, monkeypatch
         sys, "argv", ["thaw", "review", str(folder), "--folds", "3", "--out", str(tmp_path / "page.html")]
     )
     with pytest.raises(SystemExit) as end:
-        cli.entry()
+        main.entry()
     shown = capsys.readouterr().out
     assert not end.value.code and "page.html" in shown and "explore.fixes" in shown
-    table, features = doubts.embed(folder / "head", folder / "resize")
+    table, features = label_errors.embed(folder / "head", folder / "resize")
     assert features.shape == (24, 8) and set(table["path"]) == set(listed["source"])
     assert f"{len(table)} images were judged" in Page(tmp_path / "page.html").text

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from helpers import runs
+from helpers.core import runs
 
 PARAMETERS = {"epochs": 5, "names": ["a", "b"]}
 

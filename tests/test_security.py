@@ -17,10 +17,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import folders, recipes, runs, sources, torch_weights
+from helpers.core import recipes, runs
+from helpers.data import folders, sources
+from helpers.models import torch_weights
 
-CODE = sorted((runs.ROOT / "helpers").glob("*.py"))
+CODE = sorted((runs.ROOT / "helpers").rglob("*.py"))
 NOTEBOOKS = sorted((runs.ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_the_code_is_found():
+    assert len(CODE) > 60 and len(NOTEBOOKS) >= 8
 
 
 # What the code may not do
@@ -116,7 +122,7 @@ HUGE_PLACE = b"r" + (2**31 - 1).to_bytes(4, "little")  # LONG_BINPUT: the list o
         "a place far away": (weights_file(before=b"N" + HUGE_PLACE + b"0"), "LONG_BINPUT"),
         "a function's name on the stack": (weights_file(before=_text("os") + _text("system") + b"\x930"), "STACK_G"),
         "an instruction of protocol 0": (weights_file(before=b"(S'true'\nios\nsystem\n0"), "MARK|STRING|INST|POP"),
-        "a function of ours": (weights_file(before=b"chelpers.runs\nwrite_text\n0"), "POP|only tensors"),
+        "a function of ours": (weights_file(before=b"chelpers.core.runs\nwrite_text\n0"), "POP|only tensors"),
     }.values(),
     ids=lambda value: None,
 )  # fmt: skip
@@ -154,7 +160,7 @@ def test_changed_bytes_give_arrays_or_a_clear_refusal(changes, cut, tmp_path):
 
 NAMES = (
     "os.system posix.system builtins.eval builtins.exec builtins.getattr subprocess.Popen functools.partial"
-    " operator.attrgetter collections.Counter torch.load torch._utils._rebuild_x helpers.runs.discard"
+    " operator.attrgetter collections.Counter torch.load torch._utils._rebuild_x helpers.core.runs.discard"
 )
 
 
@@ -175,7 +181,8 @@ def test_no_other_name_is_looked_up(name, argument, protocol, tmp_path):
 def test_a_model_that_holds_code_is_not_opened(tmp_path, monkeypatch):
     import keras
 
-    from helpers import backbones, hardware
+    from helpers.compute import hardware
+    from helpers.models import backbones
 
     monkeypatch.chdir(tmp_path)
     code = keras.layers.Lambda(lambda x: [__import__("pathlib").Path("harm").touch(), x][1])
@@ -245,7 +252,7 @@ def test_the_board_listens_on_this_machine_alone(runs_folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "helpers.cli", "board", "--port", str(port)]
+    command = [sys.executable, "-m", "helpers.cli.main", "board", "--port", str(port)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=runs.ROOT, start_new_session=True, **quiet)
     try:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers import folders, leaks, sampling, splits
+from helpers.data import folders, leaks, sampling, splits
 
 RATIOS = st.sampled_from([(0.6, 0.15, 0.25), (0.8, 0.1, 0.1), (0.5, 0.25, 0.25), (1 / 3, 1 / 3, 1 / 3), (0.8, 0.2, 0)])
 SEEDS = st.integers(0, 2**32 - 1)

@@ -21,7 +21,11 @@ import papermill
 import pytest
 from rich.console import Console
 
-from helpers import execution, inventory, pipeline, recipes, report, runs, store, terminal
+from helpers.cli import terminal
+from helpers.core import recipes, runs
+from helpers.data import inventory
+from helpers.pipeline import execution, fingerprints, planning
+from helpers.reports import report
 
 EXPLORE = """
 source: str = "photos"  # a folder with a file that stands for the images
@@ -43,7 +47,7 @@ IMPORTS = """
 import os
 from pathlib import Path
 
-from helpers import runs
+from helpers.core import runs
 """
 OPEN = 'folder = runs.open_stage(out, {"letter": letter})'
 NOTE = """
@@ -59,15 +63,18 @@ COMMAND = """
 import sys
 from pathlib import Path
 
-from helpers import cli, inventory, pipeline, recipes, runs
+from helpers.cli import main
+from helpers.core import recipes, runs
+from helpers.data import inventory
+from helpers.pipeline import planning
 
 recipes.NOTEBOOKS = Path(sys.argv.pop(1))
 inventory.source_fingerprint = lambda parameters, cache_file: Path(parameters["source"], "photos.txt").read_text()
-pipeline.check_choices = lambda recipe, steps, backend="": None  # asks Keras about stages that toys do not have
+planning.check_choices = lambda recipe, steps, backend="": None  # asks Keras about stages that toys do not have
 class report:
     build_report = staticmethod(lambda folder: runs.write_text(folder / "report.html", "report"))
-sys.modules["helpers.report"] = report
-cli.entry()
+sys.modules["helpers.reports.report"] = report
+main.entry()
 """
 
 
@@ -93,8 +100,8 @@ class Toys:
     def load(self, *sets: str, name: str = "") -> recipes.Recipe:
         return recipes.load(self.recipe, list(sets), name)
 
-    def plan(self, *sets: str, name: str = "", rebuild: str = "") -> dict[str, pipeline.Step]:
-        return {step.stage.name: step for step in pipeline.plan(self.load(*sets, name=name), rebuild)}
+    def plan(self, *sets: str, name: str = "", rebuild: str = "") -> dict[str, planning.Step]:
+        return {step.stage.name: step for step in planning.plan(self.load(*sets, name=name), rebuild)}
 
     def why(self, *sets: str, **options) -> dict[str, str]:
         return {name: step.why for name, step in self.plan(*sets, **options).items()}
@@ -128,7 +135,7 @@ def toys(tmp_path, toy_notebooks, notebook, runs_folder, monkeypatch):
     monkeypatch.setattr(
         inventory, "source_fingerprint", lambda p, cache_file: Path(p["source"], "photos.txt").read_text()
     )
-    monkeypatch.setattr(pipeline, "check_choices", lambda recipe, steps, backend="": None)
+    monkeypatch.setattr(planning, "check_choices", lambda recipe, steps, backend="": None)
     monkeypatch.setattr(report, "build_report", lambda folder: runs.write_text(folder / "report.html", "report"))
     return made
 
@@ -223,13 +230,13 @@ def test_a_split_that_is_dealt_anew_is_told_with_the_way_to_keep_it(quick_toys, 
 def test_a_run_cannot_remember_its_own_split(runs_folder, place):
     recipe = recipes.load("recipes/elpv.yaml", [f"split.previous={runs_folder / place}"])
     with pytest.raises(recipes.RecipeError, match=r"this run's own split.*cp .*/split\.csv data/elpv_split\.csv"):
-        pipeline.check_choices(recipe, [])
+        planning.check_choices(recipe, [])
 
 
 def test_an_earlier_split_that_is_missing_is_told_before_the_run(runs_folder):
     recipe = recipes.load("recipes/elpv.yaml", [f"split.previous={runs_folder / 'nowhere.csv'}"])
     with pytest.raises(FileNotFoundError, match=r"previous: there is no file .*nowhere\.csv"):
-        pipeline.check_choices(recipe, [])
+        planning.check_choices(recipe, [])
 
 
 def test_the_content_of_a_file_that_a_parameter_names_counts(quick_toys, tmp_path):
@@ -297,19 +304,27 @@ def test_nothing_but_results_stays_in_the_store(quick_toys):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project of two helper modules, of which the first uses the second."""
-    (tmp_path / "helpers").mkdir()
-    (tmp_path / "helpers/alpha.py").write_text("from helpers import beta\n\n\ndef one():\n    return beta.two()\n")
-    (tmp_path / "helpers/beta.py").write_text('"""Beta."""\n\n\ndef two():\n    """Two."""\n    return 2  # two\n')
-    (tmp_path / "helpers/gamma.py").write_text("3\n")
+    """A project of three departments; alpha uses beta and what only shows."""
+    for folder in ("data", "core", "reports"):
+        (tmp_path / "helpers" / folder).mkdir(parents=True)
+        (tmp_path / "helpers" / folder / "__init__.py").write_text(f'"""{folder}."""\n')
+    (tmp_path / "helpers/data/alpha.py").write_text(
+        "from helpers.core import beta\nfrom helpers.reports import figures\n\n\ndef one():\n    return beta.two()\n"
+    )
+    (tmp_path / "helpers/core/beta.py").write_text('"""Beta."""\n\n\ndef two():\n    """Two."""\n    return 2  # two\n')
+    (tmp_path / "helpers/core/gamma.py").write_text("x = 3\n")
+    (tmp_path / "helpers/reports/figures.py").write_text("COLOUR = 'blue'\n")
     monkeypatch.setattr(runs, "ROOT", tmp_path)
 
-    def code():
-        store._module_code.cache_clear()
-        return store.code_of(tmp_path / "03_train_head.ipynb")
+    def code(of=fingerprints.code_of):
+        fingerprints._module_code.cache_clear()
+        return of(tmp_path / "03_train_head.ipynb")
 
     yield code
-    store._module_code.cache_clear()
+    fingerprints._module_code.cache_clear()
+
+
+DEPARTMENTS = {"helpers.core", "helpers.data"}
 
 
 @pytest.mark.parametrize(
@@ -324,10 +339,10 @@ def project(tmp_path, monkeypatch):
 )
 def test_what_counts_as_other_code_in_a_notebook(project, notebook, tmp_path, first, second, same):
     path = tmp_path / "03_train_head.ipynb"
-    notebook(path, HEAD := "epochs: int = 5  # passes [1, 9]", "from helpers import alpha", first)
+    notebook(path, HEAD := "epochs: int = 5  # passes [1, 9]", "from helpers.data import alpha", first)
     before = project()
-    assert set(before) == {"03_train_head", "helpers.alpha", "helpers.beta"}
-    notebook(path, HEAD.replace("5", "6").replace("passes", "rounds"), "from helpers import alpha", second)
+    assert set(before) - DEPARTMENTS == {"03_train_head", "helpers.data.alpha", "helpers.core.beta"}
+    notebook(path, HEAD.replace("5", "6").replace("passes", "rounds"), "from helpers.data import alpha", second)
     assert (project() == before) is same
 
 
@@ -343,28 +358,60 @@ def test_what_counts_as_other_code_in_a_notebook(project, notebook, tmp_path, fi
     ],
 )
 def test_what_counts_as_other_code_in_a_helper(project, notebook, tmp_path, old, new, same):
-    notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "from helpers import alpha")
+    notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "from helpers.data import alpha")
     before = project()
-    path = tmp_path / "helpers/beta.py"
+    path = tmp_path / "helpers/core/beta.py"
     path.write_text(path.read_text().replace(old, new))
     after = project()
     assert (after == before) is same
-    assert {name for name in before if before[name] != after[name]} == (set() if same else {"helpers.beta"})
+    assert {name for name in before if before[name] != after[name]} == (set() if same else {"helpers.core.beta"})
 
 
 def test_the_docstring_of_an_empty_class_does_not_count(project, notebook, tmp_path):
-    notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "import helpers.gamma")
+    notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "import helpers.core.gamma")
     seen = []
     for text in ("One.", "Two."):
-        (tmp_path / "helpers/gamma.py").write_text(f'class Odd(ValueError):\n    """{text}"""\n')
+        (tmp_path / "helpers/core/gamma.py").write_text(f'class Odd(ValueError):\n    """{text}"""\n')
         seen.append(project())
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("line", ["from helpers import gamma", "import helpers.gamma", "from helpers.gamma import x"])
+WAYS_TO_IMPORT = [
+    "from helpers.core import gamma",
+    "from helpers.core import gamma as other",
+    "import helpers.core.gamma",
+    "import helpers.core.gamma as other",
+    "from helpers.core.gamma import x",
+    "from helpers.core import (\n    gamma,\n)",
+    "def late():\n    from helpers.core import gamma",
+    "try:\n    from helpers.core.gamma import x\nexcept ImportError:\n    pass",
+]
+
+
+@pytest.mark.parametrize("line", WAYS_TO_IMPORT)
 def test_every_way_to_import_a_helper_is_seen(project, notebook, tmp_path, line):
     notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", line)
-    assert "helpers.gamma" in project()
+    assert "helpers.core.gamma" in project()
+
+
+@pytest.mark.parametrize(
+    "line", [*WAYS_TO_IMPORT, "from . import gamma", "from .gamma import x", "from ..core import gamma"]
+)
+def test_every_way_to_import_is_seen_in_a_helper_too(project, notebook, tmp_path, line):
+    notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "from helpers.data import alpha")
+    (tmp_path / "helpers/core/beta.py").write_text(line + "\n")
+    before = project()
+    (tmp_path / "helpers/core/gamma.py").write_text("x = 4\n")
+    after = project()
+    assert {name for name in before if before[name] != after[name]} == {"helpers.core.gamma"}
+
+
+def test_what_only_shows_decides_nothing_and_is_on_record(project, notebook, tmp_path):
+    notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "from helpers.data import alpha")
+    before, shown = project(), project(fingerprints.shown_by)
+    assert "helpers.reports.figures" in shown and not set(shown) & set(before)
+    (tmp_path / "helpers/reports/figures.py").write_text("COLOUR = 'red'\n")
+    assert project() == before and project(fingerprints.shown_by) != shown
 
 
 def test_another_notebook_or_helper_makes_its_stage_stale(quick_toys):
@@ -413,7 +460,7 @@ def test_a_stage_changed_by_hand_is_not_trusted(quick_toys, how):
     path = (quick_toys.runs / "toy/split/word.txt").resolve()
     path.chmod(0o644)
     path.write_text("forged") if how == "edited" else path.unlink()
-    with pytest.raises(pipeline.StageError, match=r"was changed since it was made \(word\.txt.*--rebuild split"):
+    with pytest.raises(planning.StageError, match=r"was changed since it was made \(word\.txt.*--rebuild split"):
         quick_toys.run()
     quick_toys.run(rebuild="split")
     assert quick_toys.ran() == ["split", "resize"] and quick_toys.word("split") == "photos:ab"
@@ -481,7 +528,7 @@ def test_an_unfinished_stage_made_by_hand_is_refused(quick_toys, quick):
     quick_toys.run()
     by_hand(quick_toys, quick, finish=False)
     with pytest.raises(
-        pipeline.StageError, match=r"toy/split was begun by hand and is not finished\. .* another --name"
+        planning.StageError, match=r"toy/split was begun by hand and is not finished\. .* another --name"
     ):
         quick_toys.run()
     quick_toys.run(rebuild="split")
@@ -513,7 +560,7 @@ def test_dry_run_only_says_what_would_run_and_why(quick_toys):
 
 
 def test_from_and_to(quick_toys):
-    with pytest.raises(pipeline.StageError, match="--from split needs explore to be done"):
+    with pytest.raises(planning.StageError, match="--from split needs explore to be done"):
         quick_toys.run(first="split")
     quick_toys.run(last="split")
     assert quick_toys.ran() == ["explore", "split"]
@@ -564,7 +611,7 @@ def fail(toys):
 
     def fail(trouble):
         toys.trouble.write_text(trouble)
-        with pytest.raises(pipeline.StageError) as caught:
+        with pytest.raises(planning.StageError) as caught:
             toys.run(last="explore")
         return str(caught.value)
 

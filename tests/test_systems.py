@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import compiling, recipes, runs, thawing
+from helpers.core import recipes, runs
+from helpers.training import compiling, thaws
 
 NAMES = ("s1_campus", "s2_dogs", "s3_butterflies", "s4_cars", "s5_kenyan_food")
 CLASSES = {"s1_campus": 72, "s2_dogs": 120, "s3_butterflies": 50, "s4_cars": 196, "s5_kenyan_food": 13}
@@ -210,13 +211,13 @@ def test_images_are_augmented_by_the_systems_layers(system):
 
 @pytest.mark.slow
 def test_s5_trains_the_classifier_alone_or_the_top_of_the_base_as_well():
-    from helpers import models
+    from helpers.models import classifier
 
-    model = models.classifier("efficientnet_b4", 13, image_size=380, weights="none")
+    model = classifier.classifier("efficientnet_b4", 13, image_size=380, weights="none")
     layers = keras.applications.EfficientNetB4(include_top=False, weights=None, input_shape=(380, 380, 3)).layers
-    models.unfreeze(model, "none")
+    classifier.unfreeze(model, "none")
     assert sum(int(np.prod(w.shape)) for w in model.trainable_weights) == HEAD["s5_kenyan_food"]
-    models.unfreeze(model, 0.4)
+    classifier.unfreeze(model, 0.4)
     sizes = np.array([sum(int(np.prod(w.shape)) for w in layer.weights) for layer in layers])
     held = sizes[::-1].cumsum()[::-1]  # from each layer to the end
     start = int(np.flatnonzero(held >= 0.4 * sizes.sum())[-1])
@@ -245,8 +246,8 @@ def rates(name: str) -> tuple[list[float], list[float]]:
     head, tune = recipe.resolved("head"), recipe.resolved("fine_tune")
     epochs = {"epochs": head["epochs"], "steps": steps}
     first = compiling.rates(compiling.schedule(head["schedule"], head["learning_rate"], **epochs), **epochs)
-    plan = thawing.plan(tune["steps"], tune, begin=head["epochs"])
-    second = thawing.rates(plan, steps * tune["batch_size"])
+    plan = thaws.plan(tune["steps"], tune, begin=head["epochs"])
+    second = thaws.rates(plan, steps * tune["batch_size"])
     return first["learning_rate"].to_list(), second["learning_rate"].to_list()
 
 
@@ -292,7 +293,8 @@ def test_the_other_settings_are_the_systems():
 def test_a_competition_ends_in_its_submission(tmp_path, by_hand, image_folder, monkeypatch, runs_folder):
     from typer.testing import CliRunner
 
-    from helpers import cli, pipeline
+    from helpers.cli import main
+    from helpers.pipeline import planning
 
     monkeypatch.setenv(runs.PROGRESS_VARIABLE, str(tmp_path / "progress"))
     made = image_folder(tmp_path / "made", {"beagle": 10, "collie": 10, "pug": 10})
@@ -314,7 +316,7 @@ def test_a_competition_ends_in_its_submission(tmp_path, by_hand, image_folder, m
     changes += ["evaluate.resamples=100"]
     recipe = recipes.load("recipes/s2_dogs.yaml", changes, "dogs")
     for number, name in enumerate(recipe.chain()):
-        step = pipeline.plan(recipe)[number]
+        step = planning.plan(recipe)[number]
         by_hand(name, **step.parameters, **{p: str(f) for p, f in step.input_folders.items()}, out=str(step.link))
     run = runs_folder / "dogs"
     metrics = runs.read_json(run / "evaluate" / "metrics.json")
@@ -329,7 +331,7 @@ def test_a_competition_ends_in_its_submission(tmp_path, by_hand, image_folder, m
         "--columns",
         "id,*,breed",
     ]
-    result = CliRunner().invoke(cli.app, command)
+    result = CliRunner().invoke(main.app, command)
     assert result.exit_code == 0, result.output
     table = pd.read_csv(tmp_path / "out.csv")
     assert list(table.columns) == ["id", "beagle", "collie", "pug", "breed"]
@@ -338,13 +340,13 @@ def test_a_competition_ends_in_its_submission(tmp_path, by_hand, image_folder, m
 
 
 def test_a_part_that_would_be_empty_is_told_before_the_run(runs_folder, image_folder, tmp_path):
-    from helpers import pipeline
+    from helpers.pipeline import planning
 
     source = image_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
     changes = [f"explore.source={source}", "explore.labels=", "evaluate.part=test"]
     recipe = recipes.load("recipes/s2_dogs.yaml", changes)
     with pytest.raises(recipes.RecipeError, match=r"evaluate\.part: test would be empty, by split: \[0\.8, 0\.2, 0\]"):
-        pipeline.check_choices(recipe, [])
+        planning.check_choices(recipe, [])
 
 
 def test_the_table_names_only_what_exists():

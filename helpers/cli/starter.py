@@ -1,0 +1,92 @@
+"""A first recipe for somebody's own images: `thaw new`."""
+
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from helpers.core import recipes, runs
+from helpers.data import images, sources
+
+SAMPLE = 200  # images whose size is looked at
+UNEQUAL = 3  # weigh the classes when the largest has more than so many times the images of the smallest
+
+
+def write_recipe(name: str, source: str) -> str:
+    """Write recipes/<name>.yaml for the images in `source` and return a summary of what was found.
+
+    Args:
+        name: of the recipe and its run.
+        source: a folder (relative to the working directory), or the name of a built-in data set.
+
+    Raises:
+        ValueError: the name cannot name a run, or the source holds no usable images.
+        FileExistsError: the recipe exists already.
+    """
+    if problems := recipes.check({"name": name}):
+        raise recipes.RecipeError(problems[0])
+    path = runs.ROOT / "recipes" / f"{name}.yaml"
+    if path.exists():
+        raise FileExistsError(f"{runs.display_path(path)} exists already. Take another name, or edit it.")
+    if Path(source).is_dir():
+        source = runs.display_path(Path(source).resolve())
+    explore = {key: p.default for key, p in recipes.find_stage("explore").settings.items()} | {"source": source}
+    data = sources.read(explore)
+    counts, side = data.table["label"].value_counts(), _typical_side(data)
+    found = f"{counts.sum():,} images in {len(counts)} classes, {counts.min():,} to {counts.max():,} a class"
+    found += f", typically {side} pixels on the shorter side"
+    filled: dict[str, dict[str, Any]] = {"explore": {"source": source}}
+    notes = [f"{name}: {found}."]
+    if counts.max() > UNEQUAL * counts.min():
+        filled["head"] = filled["fine_tune"] = {"imbalance": "class_weight"}
+        notes.append("The classes are unequal, so the loss weighs them.")
+    image_size = recipes.find_stage("resize").settings["image_size"].default
+    if side < image_size:
+        notes.append(f"The images are smaller than resize.image_size ({image_size}) and will be enlarged to it.")
+    runs.write_text(path, _text(name, found, filled))
+    notes.append(f"Written: {runs.display_path(path)}. Next: thaw run {runs.display_path(path)}")
+    return "\n".join(notes)
+
+
+def _typical_side(data: sources.Source) -> int:
+    """Return the median of the shorter sides of up to SAMPLE images, read from their headers.
+
+    Raises:
+        ValueError: none of them is an image.
+    """
+    sides = []
+    for path in data.table["path"].sample(min(SAMPLE, len(data.table)), random_state=0):
+        try:
+            sides.append(min(images.open_image(images.read_bytes(data.root / path)).size))
+        except images.ImageError:
+            continue  # 00_explore will name it
+    if not sides:
+        raise ValueError(f"None of the files looked at below {runs.display_path(data.root)} is an image.")
+    return int(statistics.median(sides))
+
+
+def _text(name: str, found: str, filled: dict[str, dict[str, Any]]) -> str:
+    """Return a recipe with every parameter of every stage: those in `filled` set, the others as comments."""
+    lines = [
+        f"# {found}.",
+        "# Every parameter is here. Behind a #, the notebook's own value holds: remove the # to change it.",
+        f"name: {name}",
+    ]
+    for stage in recipes.stages().values():
+        given = filled.get(stage.name, {})
+        lines += ["", f"{'' if given else '# '}{stage.name}:  # notebooks/{stage.notebook.name}"]
+        for parameter in stage.settings.values():
+            value = _yaml_value(given.get(parameter.name, parameter.default))
+            mark = "  " if parameter.name in given else "#   "
+            lines.append(f"{mark}{parameter.name}: {value}  # {parameter.meaning} {parameter.allowed}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _yaml_value(value: Any) -> str:
+    stream = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.width = True, 10_000
+    yaml.dump(value, stream)
+    return stream.getvalue().replace("...", "").strip()

@@ -1,0 +1,50 @@
+"""What a model computes, as one short text: the same for the same graph, settings and weights, whatever the names."""
+
+import hashlib
+import json
+from typing import Any
+
+import keras
+import numpy as np
+
+from helpers.compute import frontier
+
+UNIMPORTANT = {"name", "trainable", "build_config"}  # settings of a layer that do not change what it computes
+
+
+def signature(model: keras.Model) -> str:
+    """Return a hash of what a model computes: its graph, the settings of its layers and its weights, but no names."""
+    graph = json.dumps(structure(model), sort_keys=True).encode()
+    return digest(graph, *(np.ascontiguousarray(value) for value in model.get_weights()))
+
+
+def structure(operation: Any) -> Any:
+    """Return the kinds, settings and wiring of an operation as JSON values, without names and trainable flags."""
+    if isinstance(operation, keras.Sequential):  # it may or may not be built by now
+        return [structure(layer) for layer in operation.layers]
+    graph = frontier.graph_of(operation)
+    if graph is None:
+        config = operation.get_config() if isinstance(operation, keras.layers.Layer) else vars(operation)
+        return [type(operation).__name__, getattr(operation, "compute_dtype", None), _plain(config)]
+    places = {id(tensor): [-1, index] for index, tensor in enumerate(graph.inputs)}
+    calls = []
+    for index, node in enumerate(frontier.nodes_of(graph)):
+        calls.append([structure(node.operation), [places[id(tensor)] for tensor in node.input_tensors]])
+        places |= {id(tensor): [index, at] for at, tensor in enumerate(node.output_tensors)}
+    return [calls, [places[id(tensor)] for tensor in graph.outputs]]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items() if key not in UNIMPORTANT}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+
+
+def digest(*parts: bytes | np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(str(len(part) if isinstance(part, bytes) else part.shape).encode() + b":")
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""Images in a fixed order and their augmented views, the same for the same seed wherever the work begins."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+GROUP = 32  # images that are augmented together: they share a seed and are mixed with one another
+
+
+class Augmentation(Protocol):
+    """What varies images, as `transforms.make` returns it: settings only, so that a fingerprint can tell two apart."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it blends images, and with them their labels."""
+
+    def function(self) -> Callable[[tf.Tensor, Any, tf.Tensor], tuple[tf.Tensor, Any]]:
+        """Return (images, labels, key) -> (images, labels); a key is what `key` returns."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images in a fixed order.
+
+    Attributes:
+        pixels: dataset of uint8 batches (any batch size, H, W, 3) or one array (n, H, W, 3), in the order of `keys`.
+        keys: one text an image that changes whenever its pixels do, e.g. content hash and image size.
+        labels: (n,) class indices, or (n, classes) shares of each class.
+    """
+
+    pixels: tf.data.Dataset | np.ndarray
+    keys: Sequence[str]
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not len(self.keys) or len(self.keys) != len(self.labels):
+            raise ValueError(
+                f"Images need one key and one label each; got {len(self.keys)} keys and {len(self.labels)} labels."
+            )
+
+    def groups(self, start: int) -> Iterator[np.ndarray]:
+        """Yield the images from index `start`, a multiple of `GROUP`, on in batches of `GROUP`, decoded ahead."""
+        if isinstance(self.pixels, tf.data.Dataset):
+            yield from self.pixels.rebatch(GROUP).skip(start // GROUP).prefetch(4).as_numpy_iterator()
+        else:
+            yield from (self.pixels[at : at + GROUP] for at in range(start, len(self.pixels), GROUP))
+
+
+def key(seed: int, *numbers: int | tf.Tensor) -> tf.Tensor:
+    """Return the int32 key of shape (2,) that belongs to a seed (0 to 2**32 - 1) and numbers such as epoch and step."""
+    found = tf.constant(np.array([seed, 0], np.uint32).view(np.int32))
+    for number in numbers:
+        found = tf.random.fold_in(found, number)
+    return found
+
+
+def in_views(
+    images: Images, start: int, views: int, augment: Augmentation | None, seed: int
+) -> Iterator[tuple[int, slice, np.ndarray, np.ndarray]]:
+    """Yield (view, rows, float32 images, labels), group by group, each made while the one before it is used.
+
+    Args:
+        images: the images.
+        start: index of the first image, a multiple of `GROUP`.
+        views: versions of each image; the first is plain.
+        augment: needed for more than one view.
+        seed: seed of the augmentation.
+
+    Raises:
+        ValueError: there are not as many images as keys.
+    """
+
+    def each() -> Iterator:
+        n, at = len(images.keys), start
+        change = tf.function(augment.function(), reduce_retracing=True) if views > 1 else None
+        for pixels in images.groups(start):
+            rows = slice(at, at + len(pixels))
+            at = rows.stop
+            if at > n or (len(pixels) < GROUP and at < n):
+                break
+            plain, labels = pixels.astype("float32"), images.labels[rows]
+            yield 0, rows, plain, labels
+            for view in range(1, views):
+                changed, shares = change(plain, labels, key(seed, view, rows.start))
+                yield view, rows, changed.numpy(), shares.numpy()
+        if at != n:
+            raise ValueError(f"There must be one image for each of {n} keys; there are {at}{' or more' * (at > n)}.")
+
+    return _ahead(each())
+
+
+def _ahead(items: Iterator) -> Iterator:
+    """Yield `items`, each made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
+
+
+def mixes_images(augment: Augmentation | None, views: int) -> bool:
+    """Return whether views hold blends, whose labels are shares of the classes."""
+    return views > 1 and augment is not None and augment.mixes

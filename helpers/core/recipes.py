@@ -1,0 +1,410 @@
+"""Recipes: what a run does, checked against the notebooks' own parameters cells.
+
+The parameters cell of a notebook is the only place where a parameter is declared. One parameter a line:
+
+    learning_rate: float = 1e-2  # step size at the start of phase 1 (0, 10]
+    optimizer: str = "adam"  # the rule that updates the weights {adam, adamw, sgd}
+
+The annotation is its type, the comment its meaning, and an interval or a set at the comment's end what it may be. (A
+`Literal` would say the same as the set, but papermill cannot read it.) A default `runs/demo/<stage>` names the folder
+that another notebook writes, which is how the order of the stages is known.
+
+A notebook with a letter after its number, such as 00b_crop, is optional: it runs when the recipe has its section, and
+the stages after it then read its folder in place of the one that it read itself.
+"""
+
+import ast
+import difflib
+import io
+import json
+import math
+import re
+import tokenize
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pydantic
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from helpers.core import runs
+
+NOTEBOOKS = runs.ROOT / "notebooks"
+DEMO = "runs/demo/"
+RUN_NAME = re.compile(r"[^\W_][\w-]{0,99}")
+NUMBER = r"[-+]?(?:inf|[\d.][\d.e+-]*)"
+INTERVAL = re.compile(rf"^(?P<text>.*?)\s*(?P<left>[\[(])(?P<low>{NUMBER}),\s*(?P<high>{NUMBER})(?P<right>[\])])$")
+CHOICES = re.compile(r"^(?P<text>.*?)\s*\{(?P<choices>\w+(?:,\s*\w+)*)\}$")
+ABOUT_THE_RUN = {"name", "extends", "description", "published"}
+
+
+class RecipeError(ValueError):
+    """A recipe or parameter that cannot be run; the message lists every problem found and how to mend each."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a parameters cell."""
+
+    name: str
+    annotation: Any
+    type_text: str
+    default: Any
+    meaning: str
+    allowed: str = ""
+
+    @property
+    def made_by(self) -> str:
+        """The stage that writes this folder, or "" when the parameter is not a stage's folder."""
+        is_folder = isinstance(self.default, str) and self.default.startswith(DEMO)
+        return self.default.removeprefix(DEMO) if is_folder else ""
+
+    def constrained(self) -> Any:
+        """Return the annotation with what is allowed as a constraint for pydantic (per item for a list)."""
+        if not self.allowed:
+            return self.annotation
+        if choices := CHOICES.match(self.allowed):
+            kind = get_args(self.annotation)[0] if get_origin(self.annotation) is list else self.annotation
+            literal = Literal[tuple(kind(text) for text in re.split(r",\s*", choices["choices"]))]
+            return literal if kind is self.annotation else list[literal]
+        bounds = _bounds(self.allowed)
+        if get_origin(self.annotation) is list:
+            return list[Annotated[get_args(self.annotation)[0], pydantic.Field(**bounds)]]
+        if self.annotation in (int, float):
+            return Annotated[self.annotation, pydantic.Field(**bounds)]
+        numbers = [
+            Annotated[t, pydantic.Field(**bounds)] if t in (int, float) else t for t in get_args(self.annotation)
+        ]
+        union = numbers[0]
+        for other in numbers[1:]:
+            union = union | other
+        return union
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A notebook seen as a function: its parameters, the stages it reads and the stage it makes."""
+
+    name: str
+    notebook: Path
+    parameters: dict[str, Parameter]
+    inputs: dict[str, str]
+    model: type[pydantic.BaseModel]
+
+    @property
+    def number(self) -> str:
+        """The number of the notebook: "03", or "00b" for an optional one."""
+        return self.notebook.name.split("_")[0]
+
+    @property
+    def optional(self) -> bool:
+        """Whether it runs only for a recipe that has its section."""
+        return self.number[-1].isalpha()
+
+    @property
+    def settings(self) -> dict[str, Parameter]:
+        """The parameters that a recipe may set: all but the folders, which the pipeline gives."""
+        return {name: p for name, p in self.parameters.items() if not p.made_by}
+
+
+@dataclass
+class Recipe:
+    """A run's name and, for every stage, the parameters that differ from the notebook's own."""
+
+    name: str
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    description: str = ""
+    published: dict[str, float] = field(default_factory=dict)
+    path: Path | None = None
+
+    def chain(self) -> list[str]:
+        """Return the names of the stages that this recipe runs, in order: all but the optional ones it leaves out."""
+        return [stage.name for stage in stages().values() if not stage.optional or stage.name in self.stages]
+
+    def resolved(self, stage: str) -> dict[str, Any]:
+        """Return every parameter of `stage` with the value that will be in force."""
+        given = self.stages.get(stage, {})
+        return {name: given.get(name, p.default) for name, p in stages()[stage].settings.items()}
+
+    def as_yaml(self) -> str:
+        """Return the recipe with every parameter written out."""
+        content: dict[str, Any] = {"name": self.name}
+        content |= {key: value for key in ("description", "published") if (value := getattr(self, key))}
+        content |= {stage: self.resolved(stage) for stage in self.chain()}
+        stream = io.StringIO()
+        _yaml().dump(content, stream)
+        return stream.getvalue()
+
+
+@cache
+def stages() -> dict[str, Stage]:
+    """Return the stages in the notebooks' order, each read from its notebook's parameters cell."""
+    paths = [path for path in NOTEBOOKS.glob("*_*.ipynb") if re.match(r"\d\d[a-z]?_", path.name)]
+    found = [_read_stage(path) for path in sorted(paths)]
+    return {stage.name: stage for stage in found}
+
+
+def studies() -> dict[str, Stage]:
+    """Return the notebooks that belong to no chain: those without a number, which answer a question about a recipe."""
+    found = [_read_stage(path) for path in sorted(NOTEBOOKS.glob("[a-z]*.ipynb"))]
+    return {study.name: study for study in found}
+
+
+def find_notebook(text: str) -> Stage:
+    """Return a study by its name, or a stage as `find_stage` does.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    return studies()[text] if text in studies() else find_stage(text)
+
+
+def find_stage(text: str) -> Stage:
+    """Return a stage by its name ("head"), its notebook ("03_train_head") or its number ("03" or "3").
+
+    Raises:
+        RecipeError: there is no such stage.
+    """
+    for stage in stages().values():
+        if text in (stage.name, stage.notebook.stem, stage.number, stage.number.removeprefix("0")):
+            return stage
+    raise RecipeError(f"There is no stage {text!r}.{_did_you_mean(text, stages())}")
+
+
+def read_parameters(source: str) -> dict[str, Parameter]:
+    """Read the source of a parameters cell.
+
+    Raises:
+        RecipeError: a line is not `name: type = literal  # meaning`.
+    """
+    comments = {
+        token.start[0]: token.string.lstrip("# ").strip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and node.module == "typing":
+            continue
+        refusal = f"Line {node.lineno} of the parameters cell is not `name: type = literal  # meaning`"
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.value is None:
+            raise RecipeError(f"{refusal}.")
+        type_text = ast.unparse(node.annotation)
+        try:
+            annotation = eval(type_text, {"__builtins__": {}}, _TYPES)  # names of _TYPES only
+            default = ast.literal_eval(node.value)
+        except (NameError, TypeError, ValueError) as error:
+            raise RecipeError(f"{refusal}: {error}.") from None
+        # A formatter may put a long line's comment on any of the lines that it makes of it.
+        comment = next((comments[line] for line in range(node.lineno, node.end_lineno + 1) if line in comments), "")
+        parts = INTERVAL.match(comment) or CHOICES.match(comment)
+        meaning, allowed = (parts["text"], comment[len(parts["text"]) :].strip()) if parts else (comment, "")
+        name = node.target.id
+        found[name] = Parameter(name, annotation, type_text, default, meaning, allowed)
+    return found
+
+
+def in_force(stage: str, namespace: Mapping[str, Any]):
+    """Check the parameters as a notebook has them now and return them as a table to show.
+
+    Args:
+        stage: the name of the stage.
+        namespace: the notebook's `globals()`.
+
+    Returns:
+        A pandas.DataFrame indexed by parameter, with the columns value, default and meaning.
+
+    Raises:
+        RecipeError: a value is of the wrong type or out of range.
+    """
+    import pandas as pd
+
+    made = find_notebook(stage)
+    parameters = made.parameters
+    values = {name: namespace[name] for name in parameters}
+    problems = _problems(made, values, everything=True)
+    if problems:
+        raise RecipeError(f"notebooks/{made.notebook.name}: " + "; ".join(problems))
+    pd.set_option("display.max_colwidth", None)  # the meanings are sentences
+    rows = {name: [values[name], p.default, p.meaning] for name, p in parameters.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default", "meaning"]).astype(object)
+
+
+def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -> Recipe:
+    """Read a recipe, apply `stage.parameter=value` overrides, and check all of it.
+
+    Args:
+        path: the YAML file. A relative path is tried from the working directory, then from the project's root.
+        overrides: settings such as "fine_tune.epochs=5"; the value is read as YAML.
+        name: the run's name in place of the recipe's.
+
+    Raises:
+        RecipeError: anything is unknown, of the wrong type or out of range. All problems are listed at once.
+    """
+    file = _find(Path(path))
+    content = _read_extended(file, ())
+    problems: list[str] = []
+    for override in overrides or []:
+        problems += _override(content, override)
+    content["name"] = name or content.get("name", file.stem)
+    problems += check(content)
+    if problems:
+        raise RecipeError("\n".join([f"{runs.display_path(file)} cannot be run:", *(f"  - {p}" for p in problems)]))
+    about = {key: content[key] for key in ("name", "description", "published") if key in content}
+    sections = {
+        name: dict(content[name])
+        for name, stage in stages().items()
+        if content.get(name) or (stage.optional and content.get(name) is not None)
+    }
+    return Recipe(stages=sections, path=file, **about)
+
+
+def check(content: Mapping[str, Any]) -> list[str]:
+    """Return every problem of a recipe's content, in words; an empty list when it can be run."""
+    problems = []
+    name = content.get("name")
+    if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
+        problems.append(
+            f"name: {name!r} cannot name a run. Use letters, digits, - and _, beginning with a letter or digit:"
+            " it becomes a folder below runs/."
+        )
+    published = content.get("published", {})
+    if not isinstance(published, dict) or not all(isinstance(v, int | float) for v in published.values()):
+        problems.append(f"published: expected a mapping of a name to a number, got {published!r}.")
+    for key, section in content.items():
+        if key in ABOUT_THE_RUN:
+            continue
+        if key not in stages():
+            problems.append(f"{key}: there is no such stage.{_did_you_mean(str(key), [*stages(), *ABOUT_THE_RUN])}")
+        elif section is not None and not isinstance(section, dict):
+            problems.append(
+                f"{key}: expected parameters, e.g. {{{next(iter(stages()[key].settings))}: ...}}, got {section!r}."
+            )
+        else:
+            problems += _problems(stages()[key], section or {})
+    return problems
+
+
+def _problems(stage: Stage, values: Mapping[str, Any], everything: bool = False) -> list[str]:
+    """Return what is wrong with `values` as parameters of `stage`; `everything` allows the folders too."""
+    allowed = stage.parameters if everything else stage.settings
+    problems = []
+    for name in values:
+        if name in stage.parameters and name not in allowed:
+            problems.append(f"{stage.name}.{name}: this folder is given by the pipeline, not by a recipe.")
+        elif name not in allowed:
+            problems.append(f"{stage.name}.{name}: there is no such parameter.{_did_you_mean(str(name), allowed)}")
+    try:
+        stage.model(**{name: value for name, value in values.items() if name in allowed})
+    except pydantic.ValidationError as error:
+        wrong = dict.fromkeys(str(item["loc"][0]) for item in error.errors())
+        for name in wrong:
+            p = stage.parameters[name]
+            expected = f"{p.type_text} in {p.allowed}" if p.allowed else p.type_text
+            problems.append(f"{stage.name}.{name}: expected {expected}, got {values[name]!r}. It is: {p.meaning}.")
+    return problems
+
+
+def _read_stage(notebook: Path) -> Stage:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise RecipeError(f"{notebook.name} needs exactly one cell tagged `parameters`, it has {len(tagged)}.")
+    parameters = read_parameters("".join(tagged[0]["source"]))
+    if "out" not in parameters or not parameters["out"].made_by:
+        raise RecipeError(f'{notebook.name}: the parameters cell needs out: str = "{DEMO}<stage>".')
+    inputs = {name: p.made_by for name, p in parameters.items() if p.made_by and name != "out"}
+    fields = {name: (p.constrained(), p.default) for name, p in parameters.items()}
+    config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    name = parameters["out"].made_by
+    return Stage(name, notebook, parameters, inputs, pydantic.create_model(name, __config__=config, **fields))
+
+
+def _read_extended(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """Read a recipe with the one it extends beneath it, parameter by parameter."""
+    if file in seen:
+        raise RecipeError(f"{runs.display_path(file)} extends itself: {' -> '.join(p.name for p in (*seen, file))}.")
+    content = read_yaml(file)
+    if "extends" not in content:
+        return content
+    base = _read_extended(_find(file.parent / str(content.pop("extends"))), (*seen, file))
+    merged = {key: value for key, value in base.items() if key != "name"}
+    for key, value in content.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merged[key] | value if both else value
+    return merged
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a YAML 1.2 mapping: `1e-2` is a number, `on` and `no` are text, a key given twice is an error.
+
+    Raises:
+        RecipeError: the file is not valid YAML or not a mapping.
+    """
+    try:
+        content = _yaml().load(file.read_text(encoding="utf-8-sig"))
+    except (YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines() if "suppress" not in line)
+        raise RecipeError(f"{runs.display_path(file)} is not valid YAML: {reason[:400]}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{runs.display_path(file)} should hold `stage: {{parameter: value}}` lines, got {content!r}."
+        )
+    return content
+
+
+def _override(content: dict[str, Any], override: str) -> list[str]:
+    key, equals, text = override.partition("=")
+    stage, dot, name = key.strip().partition(".")
+    if not (equals and dot and name):
+        return [f"--set {override}: expected stage.parameter=value, e.g. fine_tune.epochs=5."]
+    try:
+        value = _yaml().load(text) if text.strip() else ""
+    except YAMLError:
+        value = text
+    if stage in stages() and name in stages()[stage].settings and stages()[stage].settings[name].annotation is str:
+        value = value if isinstance(value, str) else text.strip()  # a folder may be called 2024
+    section = content.get(stage)
+    content[stage] = (section if isinstance(section, dict) else {}) | {name: value}
+    return []
+
+
+def _find(path: Path) -> Path:
+    for candidate in (Path.cwd() / path, runs.ROOT / path, runs.ROOT / "recipes" / path):
+        if candidate.is_file():
+            return candidate.resolve()
+    known = [str(p.relative_to(runs.ROOT)) for p in sorted((runs.ROOT / "recipes").rglob("*.yaml"))]
+    raise RecipeError(f"There is no recipe {path}.{_did_you_mean(str(path), known)}")
+
+
+def _did_you_mean(text: str, known) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(text, known, n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else f" There are: {', '.join(known)}."
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = None
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.allow_unicode = True
+    yaml.width = 110
+    return yaml
+
+
+def _bounds(interval: str) -> dict[str, float]:
+    parts = INTERVAL.match(interval)
+    low, high = float(parts["low"]), float(parts["high"])
+    bounds = {}
+    if math.isfinite(low):
+        bounds["ge" if parts["left"] == "[" else "gt"] = low
+    if math.isfinite(high):
+        bounds["le" if parts["right"] == "]" else "lt"] = high
+    return bounds
+
+
+_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict, "Literal": Literal}
+_TYPES |= {"Union": Union}

@@ -1,0 +1,104 @@
+"""Corrected labels, laid over a source as a patch: what `thaw review` found is put right and no image is touched.
+
+A fixes file is a CSV with the columns path (relative to the source's root), label (the right one; empty takes the image
+out) and sha256 (of the image that was reviewed, so that a fix can never hit another one).
+"""
+
+import hashlib
+import unicodedata
+from pathlib import Path
+
+import pandas as pd
+
+from helpers.core import runs
+
+COLUMNS = ["path", "label", "sha256"]
+CHANGES = ["path", "from", "to", "sha256"]
+SHOWN = 5  # of the problems in an error
+
+
+def read(file: Path) -> pd.DataFrame:
+    """Return a fixes file as text, each image once.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such table, or it asks for two things of one image.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"fixes: there is no file {runs.display_path(file)}.")
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"fixes: {file.name} cannot be read as a table: {error}") from None
+    if missing := [column for column in COLUMNS if column not in table]:
+        raise ValueError(
+            f"fixes: {file.name} has no column {', '.join(missing)}. It has: {', '.join(map(str, table.columns))}."
+            f" Expected {', '.join(COLUMNS)}, as `thaw review` writes them."
+        )
+    table = table[COLUMNS].drop_duplicates()
+    table["label"] = [unicodedata.normalize("NFC", label.strip()) for label in table["label"]]
+    _refuse(file, table.loc[table.duplicated("path"), "path"], "are listed more than once, differently")
+    return table.reset_index(drop=True)
+
+
+def apply(table: pd.DataFrame, root: Path, file: Path) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+    """Lay a fixes file over a source's table.
+
+    Args:
+        table: path and label of every image, and any other columns.
+        root: the folder that the paths are relative to.
+        file: the fixes file.
+
+    Returns:
+        The table with the labels corrected and the images removed; what was changed (path, from, to, sha256; an empty
+        `to` is an image that was taken out); and how many fixes are for images that the source no longer has.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read`; or an image is not the one that was reviewed, a label is not one of
+            the source's classes, or no image of the fixes file is in the source at all.
+    """
+    fixes, classes = read(file), set(table["label"])
+    unknown = fixes.loc[~fixes["label"].isin(classes | {""}), "label"].drop_duplicates()
+    _refuse(file, unknown, f"are not among the classes ({', '.join(sorted(classes)[:10])})", what="labels")
+    known = fixes[fixes["path"].isin(table["path"])].set_index("path")
+    if len(fixes) and known.empty:
+        raise ValueError(
+            f"fixes: the source has none of the {len(fixes)} images in {file.name}, such as {fixes['path'][0]!r}."
+            " Was it written for another source?"
+        )
+    found = pd.Series([_hash(root / path) for path in known.index], known.index, dtype=str)
+    other = (found != "") & (found != known["sha256"].str.strip().str.lower())
+    _refuse(
+        file, known.index[other], "are not the ones that were reviewed: their content is another. Review them again"
+    )
+    known = known[found != ""]
+    to = table["path"].map(known["label"])
+    sha256 = table["path"].map(known["sha256"])
+    changes = pd.DataFrame({"path": table["path"], "from": table["label"], "to": to, "sha256": sha256})
+    changes = changes[to.notna() & (to != table["label"])].reset_index(drop=True)
+    patched = table.assign(label=to.fillna(table["label"]))
+    return patched[patched["label"] != ""].reset_index(drop=True), changes, len(fixes) - len(known)
+
+
+def sentence(changes: pd.DataFrame) -> str:
+    """Say what was changed, such as "12 labels corrected, 3 images removed by fixes.csv."; "" when nothing was."""
+    removed = int((changes["to"] == "").sum())
+    counts = {"label": (len(changes) - removed, "corrected"), "image": (removed, "removed")}
+    said = [f"{n:,} {what}{'s' if n > 1 else ''} {done}" for what, (n, done) in counts.items() if n]
+    return f"{', '.join(said)} by fixes.csv." if said else ""
+
+
+def _hash(path: Path) -> str:
+    """Return the sha256 of a file, or "" when it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _refuse(file: Path, names, why: str, what: str = "images") -> None:
+    names = list(names)
+    if names:
+        shown = ", ".join(map(repr, names[:SHOWN])) + (" ..." if len(names) > SHOWN else "")
+        raise ValueError(f"fixes: {len(names)} {what} in {file.name} {why}: {shown}.")

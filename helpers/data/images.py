@@ -1,0 +1,348 @@
+"""From an image file to pixels: the one implementation, used by 02_resize, by prediction and by export.
+
+A file becomes RGB in the same steps everywhere: its header is checked before anything is decoded, JPEGs are decoded
+at the smallest scale that still covers the wanted size, the EXIF orientation is obeyed, transparency is laid over
+white, 16-bit and CMYK become 8-bit RGB, and the picture is fitted to a square: area averaging down, cubic up.
+
+Anything that stops a file from becoming the right pixels raises `ImageError`; nothing is ever filled in.
+"""
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from joblib import Parallel, cpu_count, delayed
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from helpers.core import cluster, runs
+
+Fit = Literal["crop", "pad", "squash"]
+Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels of the upright image, right and bottom outside
+FITS = ("crop", "pad", "squash")
+SMALLEST = 32  # pixels: below this no backbone of the suite has anything left to see
+PIECE = 64  # images that a host is given at a time
+MAX_PIXELS = 200_000_000  # the largest phone photos have 200 megapixels; a decompression bomb has billions
+MAX_16_BIT = 65_535
+FORMATS = ["JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"]
+SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .avif .heic .heif".split())
+SUFFIXES |= set(".jp2 .j2k .ppm .pgm .pbm .pnm .ico .tga .pcx".split())
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"heif")
+
+# `open_image` applies its own limit to the size in the header; Pillow's would only warn, and at another number.
+Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd metadata; damage raises
+try:
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    FORMATS.append("HEIF")
+except ImportError:  # HEIC files are then quarantined with the name of the extra that reads them
+    pass
+
+
+class ImageError(ValueError):
+    """A file that cannot become pixels.
+
+    Attributes:
+        reason: one of the short words that quarantine.csv uses, e.g. "truncated".
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self):
+        return type(self), (self.reason, self.detail)
+
+
+def load(
+    path: str | os.PathLike,
+    image_size: int,
+    fit: Fit = "crop",
+    *,
+    box: Box | None = None,
+    max_pixels: int | None = MAX_PIXELS,
+) -> np.ndarray:
+    """Read an image file as the model sees it.
+
+    Args:
+        path: a file in any of `FORMATS`; of an animation, the first frame.
+        image_size: side of the square that is returned, in pixels.
+        fit: "crop" cuts the middle square out, "pad" adds black borders, "squash" ignores the proportions.
+        box: the part of the image to take in place of all of it.
+        max_pixels: refuse a file whose header promises more; None for files that were checked before.
+
+    Returns:
+        uint8 RGB array of shape (image_size, image_size, 3), 0-255.
+
+    Raises:
+        ImageError: the file cannot be read, is cut off, is no image, or is too large.
+        ValueError: `image_size` or `fit` is not possible.
+    """
+    check_size(image_size, fit)
+    image = open_image(read_bytes(path), max_pixels=max_pixels)
+    if box is None:
+        pixels = decode(image, at_least=_inner_size(image.size, image_size, fit))
+    else:
+        pixels = decode_part(image, box, _inner_size((box[2] - box[0], box[3] - box[1]), image_size, fit))
+    return resize(pixels, image_size, fit)
+
+
+def check_size(image_size: int, fit: str) -> None:
+    """Raise ValueError, saying how to mend it, unless images can be made of this size and fit."""
+    if image_size < SMALLEST:
+        raise ValueError(f"image_size is {image_size}; give at least {SMALLEST} pixels, such as 224.")
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}.")
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Return the content of a file; ImageError says why it cannot be had."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        broken = Path(path).is_symlink()
+        raise ImageError("broken link" if broken else "missing", "there is no such file") from None
+    except OSError as error:
+        raise ImageError("unreadable", error.strerror or str(error)) from None
+    if not data:
+        raise ImageError("empty", "the file has 0 bytes")
+    return data
+
+
+def open_image(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+    """Read the header of an image file's content; no pixel is decoded yet.
+
+    Raises:
+        ImageError: it is no image, or its header promises more than `max_pixels`.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ImageError(*_unidentified(data)) from None
+    except Exception as error:  # headers can be damaged in any way, too
+        raise ImageError(_reason(error), str(error).strip() or type(error).__name__) from None
+    if max_pixels and image.width * image.height > max_pixels:
+        detail = f"{image.width} x {image.height} pixels are more than max_pixels = {max_pixels:,}"
+        raise ImageError("too many pixels", detail)
+    return image
+
+
+def decode(image: Image.Image, at_least: tuple[int, int] | None = None, mode: str = "RGB") -> np.ndarray:
+    """Decode an opened image, upright.
+
+    Args:
+        image: as `open_image` returns it.
+        at_least: (width, height) as stored that is enough: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size when
+            that still covers it.
+        mode: "RGB", or "L" for grey, which is quicker.
+
+    Returns:
+        uint8 array of shape (height, width, 3), or (height, width) for "L".
+
+    Raises:
+        ImageError: the file is cut off or damaged.
+    """
+    read_pixels(image, at_least, mode)
+    return upright(image, mode)
+
+
+def decode_part(image: Image.Image, box: Box, at_least: tuple[int, int]) -> np.ndarray:
+    """Decode the part of an opened image within `box`, upright.
+
+    Args:
+        image: as `open_image` returns it.
+        box: the part.
+        at_least: (width, height) of the part that is enough, as for `decode`.
+
+    Returns:
+        uint8 RGB array of shape (height, width, 3), at full size or at 1/2, 1/4 or 1/8 of it.
+
+    Raises:
+        ImageError: the file is cut off or damaged, or the box lies outside.
+    """
+    left, top, right, bottom = box
+    scale = max(at_least[0] / (right - left), at_least[1] / (bottom - top))
+    stored = max(image.size)
+    pixels = decode(image, at_least=tuple(math.ceil(side * scale) for side in image.size))
+    reduced = round(stored / max(pixels.shape[:2]))
+    part = pixels[top // reduced : -(-bottom // reduced), left // reduced : -(-right // reduced)]
+    if not part.size:
+        raise ImageError("box outside", f"{box} is not within {pixels.shape[1]} x {pixels.shape[0]} pixels")
+    return part
+
+
+def read_box(text: str) -> Box | None:
+    """Return the box that a CSV file holds as "left top right bottom"; None when the text is empty."""
+    return tuple(int(side) for side in text.split()) if text else None
+
+
+def read_pixels(image: Image.Image, at_least: tuple[int, int] | None = None, mode: str = "RGB") -> None:
+    """Read the pixels of an opened image, the first half of `decode`; its metadata are still whole afterwards."""
+    with _damage_told(image):
+        if at_least:
+            image.draft(mode if image.mode in ("L", "RGB", "YCbCr") else None, at_least)
+        image.load()
+
+
+def upright(image: Image.Image, mode: str = "RGB") -> np.ndarray:
+    """Return the pixels of a read image, upright, without transparency, in 8 bits: the second half of `decode`."""
+    with _damage_told(image):
+        _turn(image)
+        plain = _plain(image)
+        return np.asarray(plain if plain.mode == mode else plain.convert(mode))
+
+
+def resize(pixels: np.ndarray, image_size: int, fit: Fit = "crop") -> np.ndarray:
+    """Fit an image to a square: area averaging where it shrinks, cubic interpolation where it grows.
+
+    Args:
+        pixels: uint8 array of shape (height, width, 3).
+        image_size: side of the result in pixels.
+        fit: as in `load`.
+
+    Returns:
+        uint8 array of shape (image_size, image_size, 3).
+    """
+    height, width = pixels.shape[:2]
+    inner = _inner_size((width, height), image_size, fit)
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        pixels = pixels[top : top + side, left : left + side]
+        inner = (image_size, image_size)
+    scaled = _scale(pixels, *inner)
+    if fit != "pad":
+        return scaled
+    square = np.zeros((image_size, image_size, 3), np.uint8)
+    left, top = (image_size - inner[0]) // 2, (image_size - inner[1]) // 2
+    square[top : top + inner[1], left : left + inner[0]] = scaled
+    return square
+
+
+def write(path: Path, pixels: np.ndarray, quality: int = 95) -> None:
+    """Write uint8 RGB pixels as PNG or JPEG by the suffix of `path`; the file appears whole or not at all."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if path.suffix == ".jpg" else [cv2.IMWRITE_PNG_COMPRESSION, 1]
+    _, data = cv2.imencode(path.suffix, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def for_each(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    *,
+    workers: int = 0,
+    label: str = "",
+    reads: Sequence[str | os.PathLike] = (),
+) -> Iterator[Any]:
+    """Yield function(item) for each item, in order, on several cores, with progress.
+
+    Args:
+        workers: threads; 0 means one for each core.
+        label: what the progress is called.
+        reads: with it, the hosts of a `thaw run --hosts` share the work: files and folders that each must see. The
+            function must be of a module then, or a `functools.partial` of one.
+    """
+    address = os.environ.get(runs.HOSTS_VARIABLE)
+    if reads and address:
+        pieces = [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
+        each = cluster.spread(partial(_all_of, function), pieces, address=address, reads=reads)
+        found = itertools.chain.from_iterable(each)
+    else:
+        found = _in_threads(function, items, workers)
+    yield from runs.track(found, total=len(items), label=label)
+
+
+def _in_threads(function: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> Iterator[Any]:
+    """Yield function(item) for each item, in order, on several cores.
+
+    Threads, since decoding, resizing, hashing and encoding all release Python's lock: as quick as processes and ready
+    at once. Only a few items are under way at a time, so memory does not grow with their number.
+    """
+    run = Parallel(n_jobs=workers or cpu_count(), prefer="threads", return_as="generator")
+    threads_before = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # the cores are already taken
+    try:
+        yield from run(delayed(function)(item) for item in items)
+    finally:
+        cv2.setNumThreads(threads_before)
+
+
+def _all_of(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    return list(_in_threads(function, items))
+
+
+@contextlib.contextmanager
+def _damage_told(image: Image.Image) -> Iterator[None]:
+    """Tell as ImageError whatever a damaged file does to Pillow's decoders: they fail with any exception."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError("unreadable", f"{image.width} x {image.height} pixels do not fit into memory") from None
+    except Exception as error:
+        raise ImageError(_reason(error), str(error).strip() or type(error).__name__) from None
+
+
+def _turn(image: Image.Image) -> None:
+    # Damaged metadata say nothing about the orientation, and can fail in any way; the pixels are sound.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Return the image without transparency and in 8 bits a channel."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, dtype=np.float32)
+        if image.mode == "F" or values.min() < 0 or values.max() > MAX_16_BIT:  # black and white could be anything
+            raise ImageError("format", "pixels of 32 bits have no known black and white: save it with 8 or 16 bits")
+        return Image.fromarray(np.clip(values / 257 + 0.5, 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
+
+
+def _inner_size(size: tuple[int, int], image_size: int, fit: str) -> tuple[int, int]:
+    """Return the (width, height) that the picture itself gets; for "crop", of the whole picture before it is cut."""
+    if fit == "squash":
+        return image_size, image_size
+    scale = image_size / (min(size) if fit == "crop" else max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _scale(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    smaller = min(width, pixels.shape[1]), min(height, pixels.shape[0])
+    if smaller != (pixels.shape[1], pixels.shape[0]):
+        pixels = cv2.resize(pixels, smaller, interpolation=cv2.INTER_AREA)
+    if smaller != (width, height):
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.ascontiguousarray(pixels)
+
+
+def _reason(error: Exception) -> str:
+    ended = isinstance(error, EOFError) or re.search("truncated|unexpected end of file", str(error), re.IGNORECASE)
+    return "truncated" if ended else "unreadable"
+
+
+def _unidentified(data: bytes) -> tuple[str, str]:
+    is_heic = data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS
+    if is_heic and "HEIF" not in FORMATS:
+        return "format", "HEIC needs an extra: pip install -e '.[heic]'"
+    if is_heic or data.startswith((b"\xff\xd8", b"\x89PNG")):
+        return "truncated", "the file ends within its header"
+    return "not an image", f"the content begins with {data[:12]!r}"

@@ -1,0 +1,163 @@
+"""The labels file: a CSV, TSV or Parquet table that names an image and its class in every row."""
+
+import itertools
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from helpers.core import runs
+
+ROLES = ("path", "label", "split", "group")
+FACTS = (
+    "value",
+    "format",
+    "width",
+    "height",
+    "mode",
+    "orientation",
+    "bytes",
+    "sha256",
+    "phash",
+    "taken",
+    "part",
+    "file",
+    "box",
+)
+
+
+def read(root: Path, parameters: Mapping[str, Any]) -> tuple[pd.DataFrame, list[dict[str, str]]]:
+    """Read a labels file and find its images below `root`.
+
+    Args:
+        root: the folder that holds the images.
+        parameters: the parameters of 00_explore.
+
+    Returns:
+        The usable rows as text (path relative to `root`, label, split and group where the file has them, and its
+        other columns), and the others as rows of quarantine.csv.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, lacks a column, or the thresholds do not fit.
+    """
+    table = _named(_load(runs.resolve(parameters["labels"])), parameters)
+    found = [_locate(root, path, parameters["suffix"]) for path in table["path"]]
+    if any(reason == "missing" for _, reason, _ in found):
+        found = _look_for_other_forms(root, found)
+    table["path"] = [path for path, _, _ in found]
+    table = table.assign(reason=[reason for _, reason, _ in found], detail=[detail for _, _, detail in found])
+    if parameters["thresholds"]:
+        table = _cut(table, parameters["thresholds"], parameters["class_names"])
+    usable = table["reason"] == ""
+    rejected = table.loc[~usable, ["path", "label", "reason", "detail"]].to_dict("records")
+    return table[usable].drop(columns=["reason", "detail"]), rejected
+
+
+def _load(file: Path) -> pd.DataFrame:
+    """Return the table as text; empty cells are empty text."""
+    if not file.is_file():
+        raise FileNotFoundError(f"labels: there is no file {file}.")
+    try:
+        if file.suffix.lower() in (".parquet", ".pq"):
+            return pd.read_parquet(file).map(lambda value: "" if pd.isna(value) else str(value))
+        return pd.read_csv(file, sep=_separator(file), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except ImportError:
+        raise ValueError(f"labels: {file.name} needs a reader of Parquet: pip install -e '.[parquet]'") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"labels: {file.name} is not UTF-8 text. Save it as UTF-8 and try again.") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, OSError, ValueError) as error:
+        raise ValueError(f"labels: {file.name} cannot be read as a table: {error}") from None
+
+
+def _separator(file: Path) -> str:
+    """Return the character that divides the header: comma, semicolon (spreadsheets in much of Europe) or tab."""
+    with file.open(encoding="utf-8-sig") as stream:
+        header = stream.readline()
+    return max(",;\t", key=header.count)
+
+
+def _named(table: pd.DataFrame, parameters: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the table with its columns under the names of the inventory; other columns keep theirs."""
+    table.columns = [str(column).strip() for column in table.columns]
+    given = dict(zip(ROLES, (parameters[f"{role}_column"] for role in ROLES), strict=True))
+    missing = [name for role, name in given.items() if name not in table and (role in ROLES[:2] or name != role)]
+    if missing:
+        columns = ", ".join(table.columns)
+        raise ValueError(f"labels: the file has no column {', '.join(map(repr, missing))}. It has: {columns}.")
+    roles = {name: role for role, name in given.items() if name in table}
+    if len(roles) < len([name for name in given.values() if name in table]):
+        raise ValueError(f"labels: one column cannot be two things: {given}.")
+    others = {column: f"given_{column}" for column in (*ROLES, *FACTS) if column in table and column not in roles}
+    return table.rename(columns=others | roles).reset_index(drop=True)
+
+
+def _locate(root: Path, name: str, suffix: str) -> tuple[str, str, str]:
+    """Return the path that a row means, relative to `root`, and why it cannot be used: a reason and a detail, or ""."""
+    text = name.strip()
+    if not text:
+        return name, "no path", "the path is empty"
+    text = text if text.endswith(suffix) else text + suffix
+    path = os.path.normpath(os.path.join(root, text))
+    if not path.startswith(os.path.normpath(root) + os.sep):
+        return name, "outside the source", "the path leads out of the source folder"
+    relative = PurePosixPath(Path(path).relative_to(os.path.normpath(root))).as_posix()
+    if not os.path.lexists(path):
+        return relative, "missing", "the labels file names it, but there is no such file"
+    return relative, "", ""
+
+
+def _look_for_other_forms(root: Path, found: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Find missing names that a file system holds in another Unicode form, as those of macOS do."""
+    folders = {root / PurePosixPath(path).parent for path, reason, _ in found if reason == "missing"}
+    present = {
+        unicodedata.normalize("NFC", str(file.relative_to(root))): str(file.relative_to(root))
+        for folder in folders
+        if folder.is_dir()
+        for file in folder.iterdir()
+    }
+    others = {path: present.get(unicodedata.normalize("NFC", path)) for path, reason, _ in found if reason == "missing"}
+    return [(others[row[0]], "", "") if others.get(row[0]) else row for row in found]
+
+
+def _cut(table: pd.DataFrame, thresholds: list[float], names: list[str]) -> pd.DataFrame:
+    """Turn numeric labels into classes: a value above a threshold belongs to the class after it."""
+    if any(low >= high for low, high in itertools.pairwise(thresholds)):
+        raise ValueError(f"thresholds: {thresholds} must rise.")
+    if not names:
+        inner = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(thresholds)]
+        names = [f"up to {thresholds[0]:g}", *inner, f"above {thresholds[-1]:g}"]
+    if len(names) != len(thresholds) + 1:
+        raise ValueError(f"class_names: {len(thresholds)} thresholds make {len(thresholds) + 1} classes, not {names}.")
+    values = pd.to_numeric(table["label"], errors="coerce")
+    table.loc[values.isna() & (table["reason"] == ""), ["reason", "detail"]] = ["no label", "the label is not a number"]
+    classes = np.array(names, dtype=object)[np.searchsorted(thresholds, values.fillna(-np.inf))]
+    return table.assign(value=table["label"], label=np.where(values.isna(), table["label"], classes))
+
+
+def submission(predictions: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Return predictions in the form that a competition asks for, such as the columns id, breed.
+
+    Args:
+        predictions: path, predicted, and a column of probabilities for each class.
+        columns: the wanted columns in order. The first identifies the image: by its file name without suffix, or as it
+            stands when the column is called path. A class name is that class's probability, `*` stands for all of
+            them in the model's order, and any other name is the predicted class.
+
+    Raises:
+        ValueError: fewer than two columns are asked for.
+    """
+    if len(columns) < 2:
+        raise ValueError(
+            f"columns: {list(columns)}; expected the image's column and one more at least, as in id,breed."
+        )
+    class_names = [name for name in predictions if name not in ("path", "predicted", "confidence")]
+    identity, *rest = (name for column in columns for name in (class_names if column == "*" else [column]))
+    paths = predictions["path"]
+    filled = {identity: paths if identity == "path" else [PurePosixPath(path).stem for path in paths]}
+    filled |= {name: predictions[name if name in predictions else "predicted"] for name in rest}
+    return pd.DataFrame(filled)

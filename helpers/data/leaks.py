@@ -1,0 +1,128 @@
+"""Does the test part leak into training? The gate that a finished split must pass, and what leaking would have cost."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from helpers.data import images, inventory, splits
+
+PROBE_SIZE = 64  # pixels
+PROBE_SEEDS = 5
+
+
+def check_split(folder: Path, split: pd.DataFrame, table: pd.DataFrame, *, distance: int) -> None:
+    """Refuse a finished split that leaks or that does not agree with its folders.
+
+    Nothing that made the split is trusted: links are read from disk, and looks are compared again.
+
+    Args:
+        folder: the stage's folder.
+        split: its split.csv, read again.
+        table: the inventory, for the perceptual hashes.
+        distance: bits in which look-alikes may differ; -1 compares no looks.
+
+    Raises:
+        ValueError: two parts share a file, a group or look-alikes, or the links are not those of split.csv.
+    """
+    used = split[split["part"].isin(splits.PARTS)]
+    _check_links(folder, used)
+    for column, what in (("path", "image"), ("sha256", "file"), ("group", "group")):
+        spread = used.groupby(column)["part"].nunique()
+        leaked = used[used[column].isin(spread.index[spread > 1])].sort_values([column, "part"])
+        _refuse(leaked, f"the same {what} is in more than one part")
+    if distance >= 0:
+        unique = used.drop_duplicates("path").merge(table[["path", "phash"]], on="path").reset_index(drop=True)
+        pairs = inventory.near_duplicates(unique["phash"], distance)
+        parts = unique["part"].to_numpy()
+        _refuse(unique.iloc[pairs[parts[pairs[:, 0]] != parts[pairs[:, 1]]].ravel()], "look-alikes are in two parts")
+
+
+def settle(table: pd.DataFrame) -> pd.DataFrame:
+    """Take images out of train, then val, that share a group with a later part; their part becomes "unused".
+
+    Args:
+        table: with the columns part and group.
+    """
+    rank = table["part"].map({part: rank for rank, part in enumerate(splits.PARTS)})
+    leaks = rank < rank.groupby(table["group"]).transform("max")
+    return table.assign(part=table["part"].mask(leaks, splits.UNUSED))
+
+
+def summary(table: pd.DataFrame) -> dict[str, Any]:
+    """Return how many groups hold how many images: the figures of the report's section on leakage."""
+    sizes = table["group"].value_counts()
+    mixed = table.groupby("group")["label"].nunique() > 1
+    return {
+        "images": len(table),
+        "groups": len(sizes),
+        "groups_of_several": int((sizes > 1).sum()),
+        "images_in_them": int(sizes[sizes > 1].sum()),
+        "largest_group": int(sizes.max()),
+        "groups_with_several_labels": int(mixed.sum()),
+    }
+
+
+def honest_gap(table: pd.DataFrame, root: Path, ratio: Sequence[float], *, seed: int = 0) -> pd.DataFrame:
+    """Score a linear probe on splits that keep groups together and on naive ones that do not.
+
+    The probe is a logistic regression on gradients and colours of small pictures (no network, so this takes seconds);
+    its level means little, the difference shows how much a naive split would have flattered.
+
+    Args:
+        table: the inventory with groups.
+        root: the source's root.
+        ratio: shares of train, val and test; the probe learns on train and is scored on test.
+        seed: the first of `PROBE_SEEDS` splits of each kind.
+
+    Returns:
+        One row for each split: split ("honest" or "naive"), seed, balanced_accuracy.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    paths = [root / path for path in table["path"]]
+    features = np.stack(list(images.for_each(_describe, paths, label="probe")))
+    alone = table.assign(group=table["path"])
+    rows = []
+    for number in range(seed, seed + PROBE_SEEDS):
+        for name, grouped in (("honest", table), ("naive", alone)):
+            parts = splits.by_ratio(grouped, ratio, seed=number).to_numpy()
+            probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+            probe.fit(features[parts == "train"], table["label"][parts == "train"])
+            said = probe.predict(features[parts == "test"])
+            score = balanced_accuracy_score(table["label"][parts == "test"], said)
+            rows.append({"split": name, "seed": number, "balanced_accuracy": score})
+    return pd.DataFrame(rows)
+
+
+def _describe(path: Path) -> np.ndarray:
+    """Return histograms of gradient directions in an 8 x 8 grid of cells, and the colours of those cells."""
+    pixels = images.load(path, PROBE_SIZE, "squash", max_pixels=None).astype(np.float32) / 255
+    grey = pixels.mean(axis=2)
+    strength, angle = cv2.cartToPolar(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
+    bins = (angle / (2 * np.pi) * 8).astype(int) % 8
+    cells = [cv2.resize(np.where(bins == k, strength, 0), (8, 8), interpolation=cv2.INTER_AREA) for k in range(8)]
+    colours = cv2.resize(pixels, (8, 8), interpolation=cv2.INTER_AREA)
+    return np.concatenate([np.sqrt(np.stack(cells)).ravel(), colours.ravel()])
+
+
+def _check_links(folder: Path, used: pd.DataFrame) -> None:
+    found = {f"{part}/{link.parent.name}/{link.name}" for part in splits.PARTS for link in (folder / part).glob("*/*")}
+    lost = sorted(set(used["file"]) ^ found)
+    if lost:
+        raise ValueError(f"{len(lost)} links do not agree with split.csv, such as {lost[0]!r}. Run 01_split again.")
+
+
+def _refuse(leaked: pd.DataFrame, why: str) -> None:
+    if len(leaked):
+        shown = "; ".join(f"{row.part}: {row.path}" for row in leaked.head(6).itertuples())
+        raise ValueError(
+            f"The split leaks: {why}, {len(leaked)} images in all ({shown}). Take them out of the source, or set"
+            " on_leak: drop to leave them out of train."
+        )

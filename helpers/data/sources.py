@@ -1,0 +1,257 @@
+"""Where labelled images come from: a folder per class, a ready-made split, a table of labels, a built-in data set.
+
+Every source becomes the same thing: a root folder and a table of path and label. Nothing is decoded here and nothing
+in the source is ever changed. What cannot be used is listed with its reason rather than dropped in silence.
+"""
+
+import importlib.util
+import itertools
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from helpers.core import runs
+from helpers.data import fixes, labels
+from helpers.data.images import SUFFIXES
+
+IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r"}
+RESERVED = {"path", "label", "predicted", "confidence"}  # columns of the tables of predictions
+PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+PARTS |= {"test": "test", "testing": "test"}
+
+
+@dataclass
+class Source:
+    """Labelled images before any of them is opened.
+
+    Attributes:
+        root: the folder that every path is relative to.
+        table: one row per image: path (posix), label, split and group ("" when not known), and the labels file's
+            other columns, all text.
+        rejected: rows of quarantine.csv: path, label, reason, detail.
+        ignored: what was passed over -> how often.
+        fixes: labels that a fixes file changed: path, from, to ("": the image was taken out), sha256.
+    """
+
+    root: Path
+    table: pd.DataFrame
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    ignored: Counter = field(default_factory=Counter)
+    fixes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=fixes.CHANGES))
+
+
+def read(parameters: Mapping[str, Any]) -> Source:
+    """Find the images and their labels.
+
+    Args:
+        parameters: the parameters of 00_explore.
+
+    Raises:
+        FileNotFoundError: the folder, the labels file or a built-in data set is missing.
+        ValueError: no image is found, or the labels file lacks a column, or only one class is left, or a fix does not
+            fit the source.
+    """
+    name = parameters["source"]
+    if name in BUILT_IN:
+        if parameters["labels"]:
+            raise ValueError(f"source: {name} brings its own labels; leave `labels` empty or name a folder as source.")
+        source = BUILT_IN[name]()
+    else:
+        root = _existing_folder(name)
+        source = Source(root, *labels.read(root, parameters)) if parameters["labels"] else _read_folders(root)
+    _finish(source)
+    if parameters["fixes"]:
+        _fix(source, runs.resolve(parameters["fixes"]))
+    return source
+
+
+def natural_order(names) -> list[str]:
+    """Sort names as a person would: "9" before "10"."""
+    return sorted(set(names), key=lambda name: (_natural_key(name), name))
+
+
+def _natural_key(name: str) -> list[tuple[bool, int, str]]:
+    pieces = ["".join(piece) for _, piece in itertools.groupby(name, key=lambda character: character in "0123456789")]
+    return [(False, int(piece), "") if piece[0] in "0123456789" else (True, 0, piece.casefold()) for piece in pieces]
+
+
+def check_separate(root: Path, out: str | os.PathLike) -> None:
+    """Raise ValueError when the source lies inside the output folder or the other way round."""
+    root, out = root.resolve(), runs.resolve(out).resolve()
+    if root.is_relative_to(out) or out.is_relative_to(root):
+        raise ValueError(f"The source {root} and the output {out} lie inside each other. Choose another `out`.")
+
+
+def _existing_folder(name: str) -> Path:
+    root = runs.resolve(name)
+    if not name or not root.is_dir():
+        raise FileNotFoundError(
+            f"source: {name!r} is neither a folder ({root}) nor one of the built-in data sets {', '.join(BUILT_IN)}."
+        )
+    return root
+
+
+def _package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"The data set comes with the Python package {package}: pip install -e '.[data]'")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _elpv() -> Source:
+    """Solar cells (Deitsch et al. 2019): defective when an expert's defect probability is above one half."""
+    root = _package_folder("elpv_dataset") / "data"
+    table = pd.read_csv(root / "labels.csv", sep=r"\s+", names=["path", "probability", "type"], dtype=str)
+    defective = table["probability"].astype(float) > 0.5
+    table.insert(1, "label", np.where(defective, "defective", "functional"))
+    return Source(root, table)
+
+
+def _textile() -> Source:
+    """Simulated textile images (Megahed et al.): nominal, or with a local or global defect."""
+    return _read_folders(_package_folder("conformal_clip_data") / "data" / "textile_images" / "simulated")
+
+
+BUILT_IN = {"elpv": _elpv, "textile": _textile}
+
+
+def _read_folders(root: Path) -> Source:
+    """Read a folder per class, or train, val and test folders that each hold a folder per class."""
+    source = Source(root, pd.DataFrame())
+    tops = [entry.name for entry in os.scandir(root) if _is_folder(entry) and not _is_clutter(entry.name)]
+    parts = {top: PARTS[top.lower()] for top in tops if top.lower() in PARTS}
+    is_split = bool(tops) and len(parts) == len(tops) and "train" in parts.values()
+    rows = []
+    for path in walk(root, source.ignored):
+        pieces = PurePosixPath(path).parts
+        part = parts[pieces[0]] if is_split else ""
+        if len(pieces) < (3 if is_split else 2):
+            source.ignored["images outside any class folder"] += 1
+            continue
+        label = pieces[1 if is_split else 0]
+        if _is_utf8(path):
+            rows.append({"path": path, "label": label, "split": part})
+        else:  # with pyarrow installed, a table cannot hold such a name
+            reason = {"reason": "unusable name", "detail": "the name is not valid UTF-8; rename it"}
+            source.rejected.append({"path": _shown(path), "label": _shown(label)} | reason)
+    source.table = pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str)
+    for name in [] if is_split else natural_order({*tops} - {PurePosixPath(row["path"]).parts[0] for row in rows}):
+        source.ignored[f"folders without an image: {_shown(name)}"] += 1
+    return source
+
+
+def walk(root: Path, ignored: Counter) -> Iterator[str]:
+    """Yield the posix path of each file below `root` that is named like an image, sorted; count what is passed over."""
+    yield from sorted(_walk(root, "", ignored, (os.path.realpath(root),)))
+
+
+def _walk(root: Path, prefix: str, ignored: Counter, above: tuple[str, ...]) -> Iterator[str]:
+    try:
+        entries = list(os.scandir(root / prefix))
+    except OSError:
+        ignored["folders that cannot be opened"] += 1
+        return
+    for entry in entries:
+        path = prefix + entry.name
+        if _is_clutter(entry.name):
+            ignored["hidden and system files"] += 1
+        elif _is_folder(entry):
+            real = os.path.realpath(entry.path)
+            if real in above:
+                ignored["links to a folder above"] += 1
+            else:
+                yield from _walk(root, path + "/", ignored, (*above, real))
+        elif PurePosixPath(entry.name).suffix.lower() in SUFFIXES:
+            yield path
+        else:
+            ignored[f"files named *{_shown(PurePosixPath(entry.name).suffix.lower()) or ' without suffix'}"] += 1
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _is_clutter(name: str) -> bool:
+    return name.startswith(".") or name.lower() in IGNORED_NAMES
+
+
+def _finish(source: Source) -> None:
+    """Bring the table into its final form and refuse what no classifier could be trained on."""
+    table = source.table.reindex(columns=list(dict.fromkeys(["path", "label", "split", "group", *source.table])))
+    table[["split", "group"]] = table[["split", "group"]].fillna("")
+    table["label"] = [unicodedata.normalize("NFC", label.strip()) for label in table["label"]]
+    table["split"] = _known_parts(table["split"])
+    table = _reject(source, table, table["label"] == "", "no label", "the label is empty")
+    repeated = table.duplicated()
+    if repeated.any():
+        source.ignored["repeated rows of the labels file"] += int(repeated.sum())
+    table = table[~repeated]
+    several = table.duplicated("path", keep=False)
+    table = _reject(source, table, several, "two labels", "the labels file lists it more than once, differently")
+    source.table = table.sort_values("path", kind="stable").reset_index(drop=True)
+    if source.table.empty:
+        raise ValueError(f"{source.root} holds no labelled image. {_seen(source)}")
+    check_classes(source.table["label"])
+
+
+def _fix(source: Source, file: Path) -> None:
+    """Correct the labels by a fixes file."""
+    source.table, source.fixes, gone = fixes.apply(source.table, source.root, file)
+    if gone:
+        source.ignored["fixes of images that are no longer there"] += gone
+    check_classes(source.table["label"])
+
+
+def check_classes(labels: pd.Series) -> None:
+    """Raise ValueError unless there are two classes or more, with names that can be told apart and can be columns."""
+    names = natural_order(labels)
+    if taken := RESERVED & set(names):
+        raise ValueError(
+            f"A class cannot be called {', '.join(sorted(taken))}: predictions.csv has a column of that name beside one"
+            " column for each class. Rename it, for example with a capital letter."
+        )
+    if len(names) < 2:
+        raise ValueError(f"Only one class is left, {names}: a classifier needs at least two.")
+    alike = Counter(name.casefold() for name in names)
+    twins = [name for name in names if alike[name.casefold()] > 1]
+    if twins:
+        raise ValueError(f"These classes differ only in case: {', '.join(twins)}. Rename them to one name or to two.")
+
+
+def _known_parts(values: pd.Series) -> list[str]:
+    unknown = sorted({value for value in values if value and value.lower() not in PARTS})
+    if unknown:
+        raise ValueError(f"The split column says {', '.join(unknown[:5])}; it may say {', '.join(PARTS)} or nothing.")
+    return [PARTS[value.lower()] if value else "" for value in values]
+
+
+def _seen(source: Source) -> str:
+    seen = [f"{count:,} {what}" for what, count in source.ignored.most_common(3)]
+    seen += [f"{row['path']}: {row['detail']}" for row in source.rejected[:3]]
+    return f"Found instead: {'; '.join(seen)}." if seen else "It is empty. Expected: a folder per class, with images."
+
+
+def _reject(source: Source, table: pd.DataFrame, bad: pd.Series, reason: str, detail: str) -> pd.DataFrame:
+    """Note the rows that are `bad` in `source.rejected` and return the others."""
+    told = table.loc[bad, ["path", "label"]].assign(reason=reason, detail=detail)
+    source.rejected.extend(told.to_dict("records"))
+    return table[~bad]
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _shown(text: str) -> str:
+    """Return a name so that it can be written down: bytes that are no UTF-8 as \\x.."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")

@@ -1,0 +1,168 @@
+"""Doubts about labels: what each image looks like to a model that has not learned it, and what contradicts its label.
+
+The features are those of the run's backbone as phase 1 leaves it, frozen, so no label of the run has shaped them; a
+logistic regression on them is cross-validated over train and val, and one that learned all of train and val judges the
+test part.
+"""
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from helpers.core import runs
+from helpers.data import inventory
+
+STRENGTHS = (1e-3, 1e-2, 1e-1)  # of the logistic regression's weights (its C), on standardised features
+
+
+def embed(head: Path, resized: Path) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return the images of 02_resize, each once, and what the frozen backbone of phase 1 makes of them.
+
+    Returns:
+        A table of path (relative to the source's root), label, part and sha256, and float32 features (images, n).
+    """
+    from helpers.compute import frontier, hardware, inference
+    from helpers.models import classifier
+    from helpers.training import datasets
+
+    model = hardware.load(head / "model.keras")
+    classifier.unfreeze(model, "none")
+    run = inference.fast(frontier.cut(model).prefix)
+    listed = pd.read_csv(resized / "images.csv", dtype=str, keep_default_na=False)
+    listed = listed.drop(columns="path").rename(columns={"source": "path"})
+    tables, features = [], []
+    for part in [name for name in ("train", "val", "test") if (listed["part"] == name).any()]:
+        folder = datasets.read(resized, part)
+        tables.append(listed[listed["part"] == part])
+        batches = runs.track(folder.pixels, total=len(folder), label=part, step=32)
+        features += [np.asarray(run(batch), np.float32) for batch in batches]
+    table = pd.concat(tables, ignore_index=True)[["path", "label", "part", "sha256"]]
+    once = ~table.duplicated("path").to_numpy()  # oversampling lists an image several times
+    return table[once].reset_index(drop=True), np.concatenate(features)[once]
+
+
+def out_of_sample(
+    features: np.ndarray, labels: np.ndarray, parts: pd.Series, groups: pd.Series, classes: int, *, folds: int = 5
+) -> np.ndarray:
+    """Return what a logistic regression says about each image that it has not learned from.
+
+    Train and val are cross-validated, a group always in one fold: an image must not be vouched for by its own copy.
+    The test part is judged by a model of all of train and val, and never learned from.
+
+    Args:
+        features: float (images, n).
+        labels: class indices (images,).
+        parts: "train", "val" or "test" of each image.
+        groups: images with the same value stay together.
+        classes: number of classes.
+        folds: of the cross-validation.
+
+    Returns:
+        float64 (images, classes); NaN for an image whose class has no other image to learn from.
+
+    Raises:
+        ValueError: there are fewer groups of images than folds.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    parts, groups = np.asarray(parts), np.asarray(groups)
+    known, test = np.flatnonzero(parts != "test"), np.flatnonzero(parts == "test")
+    most = pd.DataFrame({"label": labels[known], "group": groups[known]}).groupby("label")["group"].nunique().max()
+    if not 2 <= folds <= most:
+        raise ValueError(f"--folds {folds}: expected 2 to {most}, the groups of images that the largest class has.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # rare classes are dealt with below; slow convergence is harmless
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+        rounds = [(known[a], known[b]) for a, b in splitter.split(known, labels[known], groups[known])]
+        strength = _best_strength(features, labels, *rounds[0])
+        probabilities = np.full((len(labels), classes), np.nan)
+        for learned, asked in runs.track([*rounds, (known, test)], total=folds + 1, unit="fold", label="judging"):
+            asked = asked[np.isin(labels[asked], labels[learned])]
+            if len(asked) and len(np.unique(labels[learned])) > 1:
+                model = _classifier(strength).fit(features[learned], labels[learned])
+                probabilities[asked] = 0
+                probabilities[np.ix_(asked, model.classes_)] = model.predict_proba(features[asked])
+    return probabilities
+
+
+def suspects(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Return the positions of the images whose label is probably wrong, the most suspicious first.
+
+    Confident learning (Northcutt et al., 2021) as cleanlab does it: how often each class is taken for each other one
+    says how many labels are wrong, and the images that agree least with their label are named.
+
+    Args:
+        labels: class indices (images,).
+        probabilities: as `out_of_sample` returns them.
+    """
+    cleanlab_filter, cleanlab_rank = cleanlab()
+    judged = np.flatnonzero(~np.isnan(probabilities[:, 0]))
+    present, given = np.unique(labels[judged], return_inverse=True)
+    if len(present) < 2:
+        return np.empty(0, int)
+    said = np.clip(probabilities[np.ix_(judged, present)], 1e-9, None)
+    said /= said.sum(axis=1, keepdims=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that little can be said about a class of few images
+        # One process: those that cleanlab would fork could hang on TensorFlow's threads.
+        wrong = cleanlab_filter.find_label_issues(given, said, n_jobs=1)
+    quality = cleanlab_rank.get_label_quality_scores(given, said)
+    order = np.argsort(quality, kind="stable")
+    return judged[order[wrong[order]]]
+
+
+def look_alikes(listed: pd.DataFrame, distance: int) -> list[pd.DataFrame]:
+    """Return the groups of images that look alike and have different labels, whatever the user's own groups say.
+
+    Args:
+        listed: the inventory.
+        distance: bits in which the perceptual hashes of look-alikes may differ; -1 compares no looks.
+    """
+    grouped = inventory.group(listed.assign(group=""), distance=distance)
+    mixed = grouped[grouped.groupby("group")["label"].transform("nunique") > 1]
+    return [table[["path", "label", "sha256"]] for _, table in mixed.groupby("group", sort=True)]
+
+
+def identical(explore: Path) -> list[pd.DataFrame]:
+    """Return the groups of identical files that 00_explore set aside because their labels differ."""
+    quarantine = pd.read_csv(explore / "quarantine.csv", dtype=str, keep_default_na=False)
+    table = quarantine[quarantine["reason"] == "two labels"]
+    table = table[~table.duplicated("path", keep=False)]  # listed twice in a labels file: that file is to be mended
+    table = table[table["path"].map(lambda path: (explore / "source" / path).is_file()).astype(bool)]
+    hashes = [hashlib.sha256((explore / "source" / path).read_bytes()).hexdigest() for path in table["path"]]
+    table = table[["path", "label"]].assign(sha256=hashes)
+    return [group for _, group in table.groupby("sha256", sort=True) if group["label"].nunique() > 1]
+
+
+def cleanlab() -> tuple[Any, Any]:
+    """Return the modules filter and rank of cleanlab; without it raise an ImportError that says what to install."""
+    try:
+        from cleanlab import filter, rank
+    except ImportError:
+        raise ImportError("The label review needs cleanlab: pip install -e '.[review]'") from None
+    return filter, rank
+
+
+def _classifier(strength: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300))
+
+
+def _best_strength(features: np.ndarray, labels: np.ndarray, learned: np.ndarray, asked: np.ndarray) -> float:
+    """Return the strength whose probabilities fit one held-out fold best: cleanlab lives on honest probabilities."""
+    asked = asked[np.isin(labels[asked], labels[learned])]
+    if not len(asked) or len(np.unique(labels[learned])) < 2:
+        return STRENGTHS[0]
+    losses = []
+    for strength in STRENGTHS:
+        model = _classifier(strength).fit(features[learned], labels[learned])
+        said, column = model.predict_proba(features[asked]), np.searchsorted(model.classes_, labels[asked])
+        losses.append(-np.log(np.clip(said[np.arange(len(asked)), column], 1e-9, None)).mean())
+    return STRENGTHS[int(np.argmin(losses))]

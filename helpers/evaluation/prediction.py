@@ -1,0 +1,165 @@
+"""Classify images with the model of a run, read exactly as its training images were read."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from helpers.core import cluster, runs
+from helpers.data import crop, images, sources
+
+BATCH = 32
+PIECE = 16 * BATCH  # images that a host is given at a time; whole batches, so that hosts change no digit
+
+
+def model_folder(run: str | Path) -> Path:
+    """Return the folder of the run's model: the one that 05_evaluate tested, else the last one trained.
+
+    Raises:
+        FileNotFoundError: there is no such run, or it has no trained model yet.
+    """
+    folder = Path(run) if Path(run).is_dir() else runs.resolve(run)
+    for candidate in (folder, *(folder / stage for stage in ("evaluate", "fine_tune", "head"))):
+        if (candidate / "model.keras").is_file():
+            return candidate
+    raise FileNotFoundError(f"{runs.display_path(folder)} is not a run with a trained model. Make one with `thaw run`.")
+
+
+def mirrored(model, mirror: str):
+    """Return a model whose probabilities are the mean over symmetries of an image.
+
+    Args:
+        model: keras.Model, images (batch, H, W, 3) -> probabilities (batch, classes).
+        mirror: "none" (the model itself), "horizontal", "vertical", "both", which takes all four mirror images, or
+            "dihedral", which takes all eight flips and quarter turns.
+
+    Raises:
+        ValueError: "dihedral" for images that are not square, which quarter turns do not fit.
+    """
+    import keras
+
+    if mirror == "none":
+        return model
+    image = keras.Input(model.input_shape[1:], name="image")
+    if mirror == "dihedral" and image.shape[1] != image.shape[2]:
+        raise ValueError(f"mirror: dihedral turns images and needs square ones; the model takes {image.shape[1:]}.")
+    images = [image]
+    for axis in {"vertical": [1], "horizontal": [2], "both": [1, 2], "dihedral": [1, 2]}[mirror]:
+        images += [keras.ops.flip(one, axis=axis) for one in images]
+    if mirror == "dihedral":
+        images += [keras.ops.transpose(one, (0, 2, 1, 3)) for one in images]
+    mean = keras.layers.Average(name="mean_probabilities")([model(one) for one in images])
+    return keras.Model(image, mean, name="mirrored")
+
+
+def probabilities(model, images) -> np.ndarray:
+    """Return what a model says of the images of a resized folder, (images, classes) float32, in their order.
+
+    Args:
+        model: keras.Model, images (batch, H, W, 3) -> probabilities (batch, classes).
+        images: datasets.Folder.
+    """
+    from helpers.compute import inference
+
+    run = inference.fast(model)
+    batches = runs.track(images.pixels.prefetch(2), total=len(images), step=BATCH, label="predict")
+    return np.concatenate([run(batch) for batch in batches])
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Return the files among `paths` and all files below the folders among them, sorted within each folder.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or a folder holds no file.
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            below = [path / name for name in sorted(sources.walk(path, Counter()))]
+            if not below:
+                raise FileNotFoundError(f"The folder {path} holds no images.")
+            found += below
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"There is no image or folder {path}.")
+    return found
+
+
+def predict(run: str | Path, paths: Iterable[str | Path], hosts: str = "") -> tuple[pd.DataFrame, dict[str, str]]:
+    """Classify image files and folders of images.
+
+    Args:
+        run: the folder of a run, or of one of its training stages.
+        paths: image files and folders.
+        hosts: address of a Dask scheduler whose hosts share the work; they must see the run and the images under the
+            same paths.
+
+    Returns:
+        A table with the columns path, predicted, confidence and one probability per class, and a mapping of each file
+        that is not a readable image to the reason. `attrs["caution"]` of the table says what should be known about it.
+
+    Raises:
+        FileNotFoundError: the run, its model, or a path does not exist.
+        cluster.HostError: the hosts cannot do it.
+    """
+    folder, paths = model_folder(run).resolve(), list(paths)
+    files = find_images(paths)
+    class_names, about = runs.read_json(folder / "class_names.json"), runs.read_json(folder / "model.json")
+    if hosts:
+        pieces = [[os.path.abspath(path) for path in files[at : at + PIECE]] for at in range(0, len(files), PIECE)]
+        work = partial(_classify_with, str(folder), (folder / "model.keras").stat().st_mtime_ns)
+        reads = [folder / "model.keras", *map(os.path.abspath, paths)]
+        parts = list(cluster.spread(work, pieces, address=hosts, reads=reads))
+    else:
+        parts = [_classify(_load(str(folder)), folder, files)]
+    reasons = [reason for _, found in parts for reason in found]
+    scores = np.concatenate([scores for scores, _ in parts])
+    read = [str(path) for path, reason in zip(files, reasons, strict=True) if not reason]
+    unreadable = {str(path): reason for path, reason in zip(files, reasons, strict=True) if reason}
+    table = pd.DataFrame(scores, columns=class_names)
+    table.insert(0, "confidence", scores.max(axis=1) if len(scores) else [])
+    table.insert(0, "predicted", [class_names[index] for index in scores.argmax(axis=1)])
+    table.insert(0, "path", read)
+    if boxes := about.get("crop", {}).get("boxes"):
+        table.attrs["caution"] = f"The model learned on images cut to the boxes of {boxes}; these are taken whole."
+    return table, unreadable
+
+
+def _load(folder: str):
+    from helpers.compute import hardware  # takes seconds, which a wrong path need not
+
+    return hardware.load(Path(folder) / "model.keras")
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: str, modified: int):
+    return _load(folder)
+
+
+def _classify_with(folder: str, modified: int, files: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Classify files on a host, which keeps the model for its next piece."""
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the host's worker lives on beside what comes next
+    return _classify(_loaded(folder, modified), Path(folder), files)
+
+
+def _classify(model, folder: Path, files: Sequence[str | Path]) -> tuple[np.ndarray, list[str]]:
+    """Return the probabilities of the files that are readable images, and for each file why it is none, or ""."""
+    about, class_names = runs.read_json(folder / "model.json"), runs.read_json(folder / "class_names.json")
+    part_of = crop.cutter(about["crop"]) if "crop" in about else lambda path: None
+    scores, reasons = [np.zeros((0, len(class_names)), np.float32)], []
+    for start in range(0, len(files), BATCH):
+        pixels = []
+        for path in map(Path, files[start : start + BATCH]):
+            try:
+                pixels.append(images.load(path, about["image_size"], about["fit"], box=part_of(path)))
+                reasons.append("")
+            except images.ImageError as error:
+                reasons.append(str(error))
+        if pixels:
+            scores.append(model.predict_on_batch(np.stack(pixels)))
+    return np.concatenate(scores), reasons

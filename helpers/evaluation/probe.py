@@ -1,0 +1,310 @@
+"""A probe: how well a linear classifier tells the classes apart from what a frozen backbone makes of the images.
+
+The features are those that phase 1 trains on, computed once and kept where the training stages look for them. They are
+computed in a process of its own, `python -m helpers.evaluation.probe`, so that the memory measured is this backbone's
+and a backbone that cannot be had, or does not fit into memory, is a row with a reason. Only train and val are read.
+"""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from helpers.core import runs
+from helpers.evaluation import metrics
+from helpers.models import backbones
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the weights (scikit-learn's C), on standardised features
+FOLDS = 3
+TOLERANCE = 1e-2  # of the solver: ten times the usual, four times as fast and, measured on ELPV, no worse
+SECONDS = 3.0  # how long the forward pass is measured
+BATCH = 32
+COLUMNS = "backbone image_size accuracy low high balanced_accuracy p_value images_per_second memory_mb parameters"
+COLUMNS = [*COLUMNS.split(), "model_mb", "cache_mb", "strength", "problem"]
+
+
+def embed(
+    backbone: str,
+    source: Path,
+    *,
+    cache: Path,
+    weights: str = "imagenet",
+    next_unfreeze: str | int | float | dict = "none",
+    cache_gb: float = 20.0,
+) -> dict[str, Any]:
+    """Compute what a frozen backbone makes of the plain images of train and val, in a process of its own.
+
+    Args:
+        backbone: name, as `thaw backbones` lists them.
+        source: folder of 02_resize.
+        cache: folder of banks, as the training stages use it; what is there already is not computed again.
+        weights: "imagenet" or "none".
+        next_unfreeze: as in 03_train_head, whose activations are then kept too; where the backbone has no such layer,
+            the features alone are.
+        cache_gb: disk that the activations may take, in 1e9 bytes.
+
+    Returns:
+        backbone, image_size and, if it worked, train and val (files of float16 or float32 features), images_per_second
+        (of the forward pass), memory_mb (the most that the process held), parameters, model_mb (of its weights),
+        cache_mb (of what is kept); if it did not, `problem`, the reason in words.
+    """
+    about = {"backbone": backbone, "image_size": runs.read_json(source / "resize.json")["image_size"]}
+    if about["image_size"] < (least := backbones.spec(backbone).min_size):
+        return about | {"problem": f"it needs images of at least {least} pixels (resize.image_size)"}
+    settings = {"source": str(source), "cache": str(cache), "weights": weights, "next_unfreeze": next_unfreeze}
+    task = json.dumps(about | settings | {"cache_gb": cache_gb})
+    command = [sys.executable, "-m", "helpers.evaluation.probe", task]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, env=environment, check=False)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return about | {"problem": f"its process was ended by {name}, most often because memory ran out"}
+    if done.returncode:
+        return about | {"problem": done.stderr.strip()[-2000:] or f"its process ended with {done.returncode}"}
+    return about | json.loads(done.stdout.splitlines()[-1])
+
+
+def embed_all(names: Sequence[str], sources: Sequence[Path], **settings: Any) -> list[dict[str, Any]]:
+    """Return what `embed` returns for each backbone, and as `source` the folder that it read.
+
+    Args:
+        names: of backbones, each once.
+        sources: folders of 02_resize. A backbone takes the one of the size that its ImageNet weights were trained at,
+            the first one where there is none.
+        settings: the other arguments of `embed`.
+
+    Raises:
+        ValueError: a name is unknown or given twice.
+    """
+    by_size = {runs.read_json(source / "resize.json")["image_size"]: source for source in reversed(sources)}
+    own = {name: by_size.get(backbones.spec(name).size, sources[0]) for name in names}
+    if not own or len(own) < len(names):
+        raise ValueError(f"Name at least one backbone, and each once; got {', '.join(names) or 'none'}.")
+    tracked = runs.track(own.items(), total=len(own), unit="backbone", label="features")
+    return [embed(name, source, **settings) | {"source": str(source)} for name, source in tracked]
+
+
+def problems(found: Sequence[dict[str, Any]]) -> str:
+    """Return which of the backbones could not be had, and why."""
+    return "\n".join(f"{item['backbone']}: {item['problem']}" for item in found if "problem" in item)
+
+
+def rank(
+    found: Sequence[dict[str, Any]], *, seed: int = 0, resamples: int = 2000
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """Judge each backbone by a probe on the validation images.
+
+    Args:
+        found: from `embed_all`.
+        seed: of folds and resamples.
+        resamples: behind each interval.
+
+    Returns:
+        A table, the best first and what could not be had last, and the predictions by backbone. Its columns are
+        backbone, image_size (pixels), accuracy with low and high (95 % interval), balanced_accuracy, p_value (exact
+        McNemar test against the best), images_per_second, memory_mb, parameters, model_mb, cache_mb, strength (of the
+        probe) and problem.
+
+    Raises:
+        ValueError: no backbone could be had.
+    """
+    good = [item for item in found if "problem" not in item]
+    if not good:
+        raise ValueError(f"None of the backbones could be had.\n{problems(found)}")
+    rows, predictions = [], {}
+    for item in runs.track(good, total=len(good), unit="backbone", label="probe"):
+        strength, table = judge(item, seed)
+        names = list(table.columns[len(metrics.KEYS) :])
+        result = metrics.metrics(table, names, seed=seed, n_bootstrap=resamples)
+        accuracy = result["accuracy"] | {"balanced_accuracy": result["balanced_accuracy"]["value"]}
+        rows.append(item | accuracy | {"accuracy": accuracy["value"], "strength": strength})
+        predictions[item["backbone"]] = table
+    order = sorted(rows, key=lambda row: (-row["accuracy"], -row["images_per_second"]))
+    best = predictions[order[0]["backbone"]]
+    for row in order[1:]:
+        row["p_value"] = metrics.compare(best, predictions[row["backbone"]], names, n_bootstrap=1)["p_value"]
+    table = pd.DataFrame([*order, *(item for item in found if "problem" in item)]).reindex(columns=COLUMNS)
+    return table, predictions
+
+
+def headline(table: pd.DataFrame) -> str:
+    """Return the best of a table of `rank` as one line."""
+    best, known = table.iloc[0], int(table["accuracy"].notna().sum())
+    value, low, high = (metrics.percent(best[name]) for name in ("accuracy", "low", "high"))
+    return (
+        f"{best['backbone']} is best of {known}: {value} of validation (95 % interval {low} to {high}),"
+        f" {best['images_per_second']:,.0f} images/s"
+    )
+
+
+def write_predictions(folder: Path, predictions: dict[str, pd.DataFrame]) -> list[str]:
+    """Write a CSV for each backbone and return the names of the files."""
+    files = {f"predictions-{re.sub(r'[^-.0-9A-Za-z_]+', '-', name)}.csv": table for name, table in predictions.items()}
+    for name, table in files.items():
+        table.to_csv(folder / name, index=False)
+    return list(files)
+
+
+def parts(source: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Return the rows of images.csv of train and of val, with class indices in `target`, and the class names."""
+    table = pd.read_csv(source / "images.csv", dtype=str, keep_default_na=False)
+    class_names = runs.read_json(source / "class_names.json")
+    table["target"] = pd.Index(class_names).get_indexer(table["label"])
+    train, val = (table[table["part"] == part].reset_index(drop=True) for part in ("train", "val"))
+    return train, val, class_names
+
+
+def classifier(strength: float) -> Any:
+    """Return the probe: standardised features, then logistic regression with scikit-learn's C = `strength`."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=TOLERANCE, max_iter=300))
+
+
+def fit(model: Any, features: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> Any:
+    """Fit a probe; `weights` (images,) say how much each image counts.
+
+    That the solver stops at its last step is no reason to warn: more steps hardly change a class.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.fit(features, labels, logisticregression__sample_weight=weights)
+
+
+def best_strength(features: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int = 0) -> float:
+    """Return the strength with the best log loss in cross-validation of the training images.
+
+    Args:
+        features: float (images, n).
+        labels: class indices (images,).
+        groups: images with the same value, such as copies, stay in one fold.
+    """
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    folds = min(FOLDS, len(np.unique(groups)))
+    if folds < 2:
+        return STRENGTHS[len(STRENGTHS) // 2]
+    losses = np.zeros(len(STRENGTHS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer images than folds
+        splits = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(features, labels, groups))
+    for learned, asked in splits:
+        asked = asked[np.isin(labels[asked], labels[learned])]
+        if not len(asked) or len(np.unique(labels[learned])) < 2:
+            continue
+        for index, strength in enumerate(STRENGTHS):
+            model = fit(classifier(strength), features[learned], labels[learned])
+            said = model.predict_proba(features[asked])
+            losses[index] += len(asked) * log_loss(labels[asked], said, labels=model.classes_)
+    return STRENGTHS[int(np.argmin(losses))]
+
+
+def read(found: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the features of train and val that `embed` found, float32 (images, n)."""
+    train, val = (np.load(found[part]) for part in ("train", "val"))
+    return tuple(part.reshape(-1, part.shape[-1]).astype("float32") for part in (train, val))
+
+
+def judge(item: dict[str, Any], seed: int = 0) -> tuple[float, pd.DataFrame]:
+    """Fit a probe to the training images of one backbone and predict the validation images.
+
+    Args:
+        item: from `embed_all`.
+        seed: of the folds.
+
+    Returns:
+        The strength that cross-validation chose, and predictions as `metrics.predictions_table` makes them.
+    """
+    train, val, class_names = parts(Path(item["source"]))
+    features, asked = read(item)
+    labels = train["target"].to_numpy()
+    strength = best_strength(features, labels, train["sha256"].to_numpy(), seed)
+    model = fit(classifier(strength), features, labels)
+    said = np.zeros((len(asked), len(class_names)))
+    said[:, model.classes_] = model.predict_proba(asked)  # a class that it has never seen keeps 0
+    return strength, metrics.predictions_table(list(val["path"]), list(val["label"]), said, class_names)
+
+
+def _embed(task: dict[str, Any]) -> dict[str, Any]:
+    """Do the work of `embed` in this process."""
+    from helpers.compute import frontier
+    from helpers.models import classifier
+    from helpers.training import datasets
+
+    train, val = (datasets.read(task["source"], part) for part in ("train", "val"))
+    model = classifier.classifier(
+        task["backbone"], len(train.class_names), image_size=train.image_size, weights=task["weights"]
+    )
+    classifier.unfreeze(model, "none")
+    how = {"cache": Path(task["cache"]), "views": 1, "batch_size": BATCH, "seed": 0, "cache_gb": task["cache_gb"]}
+    before = _disk(how["cache"])
+    try:
+        feed = datasets.feed(model, train, val, **how, next_unfreeze=task["next_unfreeze"])
+    except ValueError:  # this backbone has no such layer
+        feed = None
+    if feed is None or not feed.banks:
+        feed = datasets.feed(model, train, val, **how)
+    if not feed.banks:
+        raise ValueError(f"{task['cache_gb']:g} GB of cache_gb do not hold its features.")
+    prefix = frontier.cut(model).prefix
+    files = [str(folder / "activations.npy") for folder in feed.banks]
+    return {
+        "train": files[0],
+        "val": files[1],
+        "images_per_second": _speed(prefix, train),
+        "memory_mb": _peak_memory() / 1e6,
+        "parameters": prefix.count_params(),
+        "model_mb": sum(np.dtype(str(w.dtype)).itemsize * int(np.prod(w.shape)) for w in prefix.weights) / 1e6,
+        "cache_mb": (_disk(how["cache"]) - before) / 1e6,
+    }
+
+
+def _speed(prefix: Any, images: Any) -> float:
+    """Return the images/s of the forward pass, decoded images in, features out."""
+    from helpers.compute import inference
+
+    run, batch = inference.fast(prefix), next(iter(images.pixels.rebatch(BATCH))).numpy().astype("float32")
+    run(batch)
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() < begin + SECONDS:
+        count += len(run(batch))
+    return count / (time.perf_counter() - begin)
+
+
+def _peak_memory() -> int:
+    """Return the most memory in bytes that this process has held."""
+    try:  # ru_maxrss may be that of the process that started this one
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.npy")) if folder.is_dir() else 0
+
+
+def _main(task: str) -> None:
+    try:
+        found = _embed(json.loads(task))
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        found = {"problem": str(error) or type(error).__name__}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,301 @@
+"""One stage made: by nobody else at the same time, by papermill, in a folder beside the place where it will be kept.
+
+Whatever ends a run, a kill or a full disk too, the same command goes on where it stopped.
+"""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
+
+from helpers.core import machine, runs
+from helpers.pipeline import fingerprints, planning, store
+from helpers.pipeline.planning import StageError, Step
+
+try:
+    import fcntl
+except ImportError:  # Windows, whose kernels end with their parent
+    fcntl = None
+
+Watch = Callable[[dict[str, Any]], None]
+
+KERNEL = "kernel-"  # begins the names of the folders in the store that serve a running kernel
+NEARLY_FULL = 10_000_000  # bytes
+NO_SPACE = re.compile(r"No space left|[Ee]rrno(:| =)? (27|28|122)\b|Disk quota exceeded|File too large")
+
+
+def make(
+    step: Step,
+    watch: Watch,
+    say: Callable[[str], None],
+    run: Callable[[Step, Watch, TextIO], None] | None = None,
+) -> float:
+    """Make one stage, or wait for another `thaw run` that is making it; return the seconds it took.
+
+    Args:
+        step: what to make.
+        watch: called with each line of progress (see `runs.report_progress`).
+        say: called with a sentence when there is something to tell.
+        run: what runs the notebook in place of `execute`.
+
+    Raises:
+        StageError: a cell failed or the kernel died. The unfinished stage is kept, so that the next try goes on there.
+    """
+    start = time.monotonic()
+    try:
+        with _alone(step, say):
+            made_meanwhile = step.why != planning.REBUILD and (step.folder / runs.STAGE_FILE).is_file()
+            if not made_meanwhile or store.dangling_link(step.folder):
+                store.check_disk(step.folder.parent)
+                _make(step, watch, say, run)
+        planning.link_stage(step)
+    except OSError as error:
+        if not store.is_full(error):
+            raise
+        raise StageError(f"{step.stage.name} stopped: {store.full(step.folder.parent)}") from None
+    return time.monotonic() - start
+
+
+@contextmanager
+def _alone(step: Step, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other `thaw run` is making this stage, and keep others from it."""
+    lock = FileLock(step.folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another thaw run is making {step.stage.name}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(step: Step, watch: Watch, say: Callable[[str], None], run: Callable | None) -> None:
+    """Make one stage in its partial folder and keep it."""
+    start = time.monotonic()
+    log, executed = step.partial.with_suffix(".log"), step.partial.with_suffix(".ipynb")
+    with open(log, "a", encoding="utf-8") as stream:
+        wait_for_orphan(stream, say)
+        if step.why == planning.REBUILD or runs.stage_status(step.partial) == "foreign":
+            runs.discard(step.partial)
+        if not is_executed(step):
+            (run or execute)(step, watch, stream)
+    if executed.exists():  # else a run that was killed right after had moved it
+        executed.replace(step.partial / "notebook.ipynb")
+    kept = step.partial / "notebook.log"
+    log.replace(kept) if log.stat().st_size or not kept.exists() else log.unlink()
+    record = {"stage": step.stage.name, "fingerprint": step.fingerprint, "ingredients": step.ingredients}
+    seconds = round(time.monotonic() - start, 1)
+    record |= {"shown_by": fingerprints.shown_by(step.stage.notebook)}
+    store.keep(step.partial, step.folder, record | {"seconds": seconds, "hardware": machine.hardware()})
+
+
+def wait_for_orphan(stream: TextIO, say: Callable[[str], None]) -> None:
+    """Wait for the kernel of a `thaw run` that was killed: it notices, but writes on for a moment.
+
+    A kernel's output goes to the stage's log, and it inherits the lock on that open file, which ends with its last
+    holder.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("the kernel of a run that was killed is still ending; waiting for it")
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system without locks
+            raise
+
+
+def is_executed(step: Step) -> bool:
+    """Say whether an interrupted run left the stage with its notebook run to the end, so that it needs only be kept."""
+    if runs.stage_status(step.partial) != "done":
+        return False
+    if (step.partial / "notebook.ipynb").is_file():
+        return True
+    try:
+        cells = runs.read_json(step.partial.with_suffix(".ipynb"))["cells"]
+    except (OSError, ValueError):  # killed while it was written
+        return False
+    return all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
+
+
+def execute(
+    step: Step,
+    watch: Watch,
+    stream: TextIO,
+    *,
+    variables: Mapping[str, str] | None = None,
+    wanted: Callable[[], bool] = lambda: True,
+) -> None:
+    """Run the notebook by papermill into the partial folder; what its kernel prints goes to `stream`.
+
+    Args:
+        variables: of the kernel's environment, beside those of this process.
+        wanted: asked every second; the kernel is killed when it says no.
+
+    Raises:
+        StageError: as `make`.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    # When Ctrl-C ends the kernel, asyncio would complain of a task of papermill that nobody awaits any more.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    executed = step.partial.with_suffix(".ipynb")
+    folders = {name: runs.display_path(path) for name, path in step.input_folders.items()}
+    parameters = step.parameters | folders | {"out": runs.display_path(step.partial)}
+    # All is written by then, and TensorFlow would take 1.5 s to take leave. Of several ranks none hurries: one that
+    # fails because another died should not be the first to tell.
+    leave = "graceful" if variables else "immediate"
+    with _kernel_environment(step.folder.parent, watch, variables or {}), _killed_unless(wanted) as started:
+        try:
+            papermill.execute_notebook(
+                step.stage.notebook,
+                executed,
+                parameters,
+                kernel_name="python3",
+                cwd=str(runs.ROOT),
+                progress_bar=False,
+                stdout_file=stream,
+                stderr_file=stream,
+                start_timeout=180,
+                shutdown_kernel=leave,
+                kernel_manager_class=_kernel_that_logs_to(stream, started),
+            )
+        except PapermillExecutionError as error:
+            # Its index counts from 0, but also the cell that papermill put in after the parameters cell.
+            cell = f"cell {error.cell_index}, {error.ename}: {error.evalue.strip()}"
+            cause = f"{cell}\n  {store.full(step.folder.parent)}" if NO_SPACE.search(error.evalue) else cell
+            raise StageError(_failure(step, cause, "\n".join(error.traceback))) from None
+        except DeadKernelError:
+            if not wanted():
+                raise StageError("it was stopped with the others") from None
+            raise StageError(_failure(step, _why_it_died(step))) from None
+    if runs.stage_status(step.partial) != "done":
+        raise StageError(_failure(step, "it ended without runs.finish_stage in its last cell"))
+
+
+def _why_it_died(step: Step) -> str:
+    if shutil.disk_usage(step.folder.parent).free < NEARLY_FULL:
+        return f"its kernel died: {store.full(step.folder.parent)}"
+    return (
+        "its kernel died, most often because memory ran out"
+        f" (free now: {machine.free_memory() / 1e9:.1f} GB). A smaller batch_size or image_size needs less."
+    )
+
+
+@contextmanager
+def _killed_unless(wanted: Callable[[], bool]) -> Iterator[list[int]]:
+    """Yield the list to which the kernel's process group is to be added, to be killed when it is no longer wanted."""
+    started: list[int] = []
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(1):
+            for group in () if wanted() else started:
+                with suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield started
+    finally:
+        finished.set()
+        watcher.join()
+
+
+def _kernel_that_logs_to(stream: TextIO, started: list[int]) -> type:
+    """Return a kernel manager whose kernel's own output, which is not a cell's, goes to `stream`.
+
+    The number of its process group is added to `started`.
+    """
+    from jupyter_client.manager import AsyncKernelManager
+
+    class LoggedKernelManager(AsyncKernelManager):
+        async def _async_start_kernel(self, **settings: Any) -> None:
+            await super()._async_start_kernel(stdout=stream, stderr=stream, **settings)
+            started.append(self.provisioner.pid)
+
+        start_kernel = _async_start_kernel
+
+    return LoggedKernelManager
+
+
+def _failure(step: Step, cause: str, trace: str = "") -> str:
+    """Leave the executed copy in the run's folder and say what happened and how to go on."""
+    executed, log = step.partial.with_suffix(".ipynb"), step.partial.with_suffix(".log")
+    copy = step.link.parent / step.stage.notebook.name
+    with suppress(OSError):  # the disk may be full, and the cause must be told all the same
+        with open(log, "a", encoding="utf-8") as stream:
+            stream.write(trace + "\n")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.unlink(missing_ok=True)
+        shutil.copy(executed, copy)
+    return (
+        f"notebooks/{step.stage.notebook.name} failed: {cause}\n"
+        f"  executed copy: {runs.display_path(copy)}\n"
+        f"  log: {runs.display_path(log)}\n"
+        "  When the cause is mended, the same command goes on from here."
+    )
+
+
+@contextmanager
+def _kernel_environment(shelf: Path, watch: Watch, variables: Mapping[str, str]) -> Iterator[None]:
+    """Make "python3" mean this Python whatever kernels the machine has, and follow the progress it reports."""
+    from ipykernel.kernelspec import write_kernel_spec
+
+    place = Path(tempfile.mkdtemp(prefix=KERNEL, dir=shelf))
+    # Without the first, log lines of native libraries would stand in the notebook as if they were errors.
+    quiet = ["--IPKernelApp.capture_fd_output=False", "--IPKernelApp.log_level=ERROR"]
+    write_kernel_spec(place / "kernels" / "python3", extra_arguments=quiet)
+    progress = place / "progress.jsonl"
+    progress.touch()
+    search = os.pathsep.join(filter(None, [str(place), os.environ.get("JUPYTER_PATH")]))
+    changed = {"JUPYTER_PATH": search, runs.PROGRESS_VARIABLE: str(progress), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    changed |= variables
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    finished = threading.Event()
+    follower = threading.Thread(target=_follow, args=(progress, watch, finished), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        follower.join()
+        shutil.rmtree(place, ignore_errors=True)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def _follow(progress: Path, watch: Watch, finished: threading.Event) -> None:
+    with open(progress, encoding="utf-8") as stream:
+        unfinished = ""
+        while True:
+            last = finished.is_set()
+            *lines, unfinished = (unfinished + stream.read()).split("\n")
+            for line in lines:
+                watch(json.loads(line))
+            if last:
+                return
+            finished.wait(0.2)

@@ -1,0 +1,183 @@
+"""What a run is made of, on record in its manifest.json: to check it, and to make it again somewhere else.
+
+Passwords and tokens are nothing that a run needs, so nothing of the environment is recorded but what is named here.
+"""
+
+import os
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from helpers.core import machine, recipes, runs
+from helpers.data import inventory
+from helpers.pipeline import planning, store
+
+FILE = "manifest.json"
+AGAIN = ".reproduced"  # in the folder of all runs, where `thaw reproduce` works when it is told no other place
+ENVIRONMENT = ("KERAS_BACKEND", "CUDA_VISIBLE_DEVICES", "TF_ENABLE_ONEDNN_OPTS", "TF_XLA_FLAGS", "OMP_NUM_THREADS")
+COMPARED = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")  # of metrics.json
+SHOWN = 5  # of the differences of a kind
+
+
+def write(recipe: recipes.Recipe, steps: list[planning.Step], command: str) -> bool:
+    """Write the run's recipe.yaml and manifest.json; return whether anything differs from what they said before."""
+    run = planning.runs_folder() / recipe.name
+    stages = {step.stage.name: step.fingerprint for step in steps}
+    path, resolved, text = run / FILE, run / "recipe.yaml", recipe.as_yaml()
+    written = path.is_file() and resolved.is_file() and resolved.read_text(encoding="utf-8") == text
+    if written and runs.read_json(path).get("stages") == stages:
+        return False
+    runs.write_text(resolved, text)
+    content = {
+        "name": recipe.name,
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": recipes.read_yaml(resolved),
+        "seeds": {step.stage.name: step.parameters["seed"] for step in steps if "seed" in step.parameters},
+        "source": steps[0].ingredients.get("source", ""),
+        "stages": stages,
+        "code": {step.stage.name: step.ingredients["code"] for step in steps},
+        "git": _git(),
+        "hardware": machine.hardware(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "versions": runs.versions(),
+        "packages": dict(sorted((found.name, found.version) for found in metadata.distributions() if found.name)),
+    }
+    runs.write_json(path, content)
+    return True
+
+
+def read(run: Path) -> dict[str, Any]:
+    """Return the manifest of a run.
+
+    Raises:
+        FileNotFoundError: the folder is no run, or one that `thaw run` has not finished.
+        ValueError: it is damaged, or of an older version that did not record the recipe.
+    """
+    shown = runs.display_path(run)
+    try:
+        content = runs.read_json(run / FILE)
+    except OSError:
+        raise FileNotFoundError(f"{shown} has no {FILE}: it is no run, or `thaw run` has not finished it.") from None
+    except ValueError:
+        raise ValueError(f"{shown}/{FILE} is damaged: it is no JSON.") from None
+    if not isinstance(content, dict) or "recipe" not in content:
+        raise ValueError(f"{shown}/{FILE} does not hold the recipe. `thaw run` on its recipe writes it anew.")
+    return content
+
+
+def find(run: str) -> Path:
+    """Return the folder of a run that is given as a path or, below the folder of all runs, by its name."""
+    places = (Path(run), runs.resolve(run), planning.runs_folder() / run)
+    return next((place.absolute() for place in places if place.is_dir()), runs.resolve(run))
+
+
+def verify(run: Path) -> dict[str, list[str]]:
+    """Read every recorded file of a run again and return what is wrong, stage by stage, in words.
+
+    Returns:
+        Stage -> problems, an empty list where all is as it was made; "source" for the raw images and "run" for the
+        run's own files are among the keys.
+    """
+    manifest = read(run)
+    found = {name: _verify_stage(run / name, fingerprint) for name, fingerprint in manifest["stages"].items()}
+    try:
+        same = recipes.read_yaml(run / "recipe.yaml") == manifest["recipe"]
+        found["run"] = [] if same else ["recipe.yaml was changed"]
+    except (OSError, ValueError):
+        found["run"] = ["recipe.yaml is missing or damaged"]
+    try:
+        now = inventory.source_fingerprint(manifest["recipe"]["explore"])
+        found["source"] = [] if now == manifest["source"] else ["the images, their labels or the fixes were changed"]
+    except (OSError, ValueError) as error:
+        found["source"] = [str(error)]
+    return found
+
+
+def _verify_stage(link: Path, fingerprint: str) -> list[str]:
+    if not link.is_dir():
+        return ["it is missing"]
+    try:
+        record = runs.read_json(link / runs.STAGE_FILE)
+    except (OSError, ValueError):
+        return [f"{runs.STAGE_FILE} is missing or damaged"]
+    if "files" not in record:
+        return ["it was made by hand, so no hashes are on record"]
+    problems = store.differences(link.resolve())
+    return problems if record["fingerprint"] == fingerprint else [*problems, f"it is not the one that {FILE} names"]
+
+
+def recipe_of(content: dict[str, Any], file: Path, overrides: list[str] | None = None) -> recipes.Recipe:
+    """Write the recipe that a manifest holds to `file` and return it, checked against the notebooks as they are now."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return recipes.load(runs.write_json(file, content["recipe"]), overrides)  # JSON is YAML too
+
+
+def results(run: Path, again: Path) -> tuple[bool, list[str]]:
+    """Compare what two runs gave: whether every test image got the same class, and a sentence for each comparison."""
+    files = [folder / "evaluate" / "predictions.csv" for folder in (run, again)]
+    if missing := [runs.display_path(file) for file in files if not file.is_file()]:
+        return False, [f"There is nothing to compare: {', '.join(missing)} is missing."]
+    if files[0].read_bytes() == files[1].read_bytes():
+        return True, ["The predictions are equal, byte for byte."]
+    first, second = (pd.read_csv(file, dtype={"path": str}).set_index("path") for file in files)
+    if set(first.index) != set(second.index) or list(first.columns) != list(second.columns):
+        return False, ["The test images or the classes are not the same."]
+    second = second.loc[first.index]
+    same = int((first["predicted"] == second["predicted"]).sum())
+    off = (first.select_dtypes("number") - second.select_dtypes("number")).abs().to_numpy().max()
+    said = [f"{same:,} of {len(first):,} test images got the same class; probabilities differ by {off:.2g} at most."]
+    before, now = (runs.read_json(file.with_name("metrics.json")) for file in files)
+    values = ((name, before[name]["value"], now[name]["value"]) for name in COMPARED)
+    said += [f"{name.replace('_', ' ')}: {old:.6g} -> {new:.6g}" for name, old, new in values if old != new]
+    return same == len(first), said
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say in words how two manifests differ in what may change a result: images, recipe, code, packages, machine."""
+    said = [] if before["source"] == now["source"] else ["the images, their labels or the fixes are not the same"]
+    said += _changes("parameters", *(_parameters(manifest["recipe"]) for manifest in (before, now)))
+    code = [
+        {part: code for parts in manifest["code"].values() for part, code in parts.items()}
+        for manifest in (before, now)
+    ]
+    changed = [part for part in code[0].keys() | code[1].keys() if code[0].get(part) != code[1].get(part)]
+    said += [f"code: {_few(changed)}"] if changed else []
+    for kind in ("git", "packages", "hardware", "environment"):
+        said += _changes(kind, before[kind], now[kind])
+    return said
+
+
+def _parameters(recipe: dict[str, Any]) -> dict[str, Any]:
+    sections = ((stage, section) for stage, section in recipe.items() if stage in recipes.stages())
+    return {f"{stage}.{name}": value for stage, section in sections for name, value in section.items()}
+
+
+def _changes(kind: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    names = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+    changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in sorted(names)]
+    return [f"{kind}: {_few(changed)}"] if changed else []
+
+
+def _few(items: list[str]) -> str:
+    more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return ", ".join([*sorted(items)[:SHOWN], *more])
+
+
+def _git() -> dict[str, Any]:
+    """Return the commit of the project and whether files differ from it; both None where there is no git."""
+    commit, changes = _ask_git("rev-parse", "HEAD"), _ask_git("status", "--porcelain")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _ask_git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(runs.ROOT), *arguments]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return asked.stdout.strip()

@@ -1,0 +1,393 @@
+"""The report of a run: one HTML file that needs no network, the answer first and then everything behind it.
+
+`build_report` reads only what lies in the run's folder, so a report can be made again at any time, and of a run that
+stopped early. Figures, pictures and style sheets are inside the file; text from data (class names, file names, notes)
+is escaped by Jinja, and the notebooks' own HTML is cleaned by nbconvert.
+"""
+
+import base64
+import io
+import os
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+from markupsafe import Markup
+from PIL import Image
+
+from helpers.core import recipes, runs
+from helpers.data import fixes
+from helpers.evaluation import metrics
+from helpers.reports import plots
+
+STAGES = {
+    "explore": ("Explore", "00_explore"),
+    "crop": ("Crop", "00b_crop"),
+    "split": ("Split", "01_split"),
+    "resize": ("Resize", "02_resize"),
+    "head": ("Train the head", "03_train_head"),
+    "fine_tune": ("Fine-tune", "04_fine_tune"),
+    "evaluate": ("Evaluate", "05_evaluate"),
+}
+PHASES = {"head": "Phase 1, the head", "fine_tune": "Phase 2, the thawed backbone"}
+PARTS, UNUSED = ("train", "val", "test"), "unused"
+GROUPS, PER_GROUP = 3, 2  # groups of look-alikes shown, and pictures of each
+MISTAKES = 18  # pictures in the gallery: three rows of six
+ROWS = 20  # of a table that could grow without end, such as the quarantine
+# What a notebook's own HTML may hold: structure, tables and pictures; no style, no script, nothing that loads.
+# fmt: off
+TAGS = {
+    "a", "abbr", "b", "blockquote", "br", "caption", "code", "dd", "del", "details", "div", "dl", "dt", "em",
+    "figcaption", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "li", "ol", "p", "pre", "s", "span",
+    "strong", "sub", "summary", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
+}
+# fmt: on
+
+
+def build_report(run_folder: str | os.PathLike) -> Path:
+    """Write `report.html` of a run, whole or not at all, and return its path.
+
+    Args:
+        run_folder: runs/<name>, with whatever stages are done so far.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no stage in it is done.
+    """
+    run = runs.resolve(run_folder)
+    stages = {name: read_stage(run / name) for name in STAGES}
+    if not any(stages.values()):
+        raise FileNotFoundError(
+            f"{runs.display_path(run)} has no finished stage to report on. `thaw run` with its recipe makes them."
+        )
+    return runs.write_text(run / "report.html", render(run, stages))
+
+
+def render(run: Path, stages: dict[str, dict | None]) -> str:
+    """The report as a string of HTML."""
+    recipe = _recipe(run)
+    results = _results(run, stages, recipe)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"percent": _percent, "duration": duration, "figure": _figure, "moment": _moment}
+    return environment.get_template("report.html.j2").render(
+        name=recipe.get("name", run.name),
+        description=recipe.get("description", ""),
+        now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        steps=_steps(stages),
+        seconds=sum(stage.get("seconds", 0) for stage in stages.values() if stage),
+        results=results,
+        training=_training(run, stages),
+        data=_data(run, stages),
+        settings=_settings(stages),
+        versions=_versions(stages),
+        notebooks=_notebooks(run, stages),
+        code_style=_code_style(),
+    )
+
+
+def read_stage(folder: Path) -> dict | None:
+    """The stage.json of a finished stage; None if the stage is missing, unfinished or not one of ours."""
+    return runs.read_json(folder / runs.STAGE_FILE) if runs.stage_status(folder) == "done" else None
+
+
+def duration(seconds: float) -> str:
+    """72.4 as "1 min 12 s"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _recipe(run: Path) -> dict:
+    path = run / "recipe.yaml"
+    return recipes.read_yaml(path) if path.is_file() else {}
+
+
+def _steps(stages: dict[str, dict | None]) -> list[dict]:
+    return [
+        {"title": title, "notebook": notebook, "done": bool(stages[name]), "record": stages[name] or {}, "name": name}
+        for name, (title, notebook) in STAGES.items()
+        if stages[name] or not recipes.stages()[name].optional
+    ]
+
+
+def _results(run: Path, stages: dict, recipe: dict) -> dict | None:
+    """Headline, confusions and mistakes on the test part, or on what was measured in its place."""
+    if not stages["evaluate"]:
+        return None
+    folder = run / "evaluate"
+    metrics = runs.read_json(folder / "metrics.json")
+    names = metrics["class_names"]
+    predictions = metrics.read_predictions(folder / "predictions.csv")
+    mistakes = metrics.confident_mistakes(predictions, names, n=MISTAKES)
+    frame = pd.DataFrame(metrics["per_class"])
+    return {
+        "metrics": metrics,
+        "kind": "validation" if metrics.get("part") == "val" else "test",
+        "cards": [(key, metrics.NAMES[key], metrics[key]) for key in metrics.NAMES if key in metrics],
+        "published": _published(metrics["accuracy"], recipe.get("published") or {}),
+        "confusion": _svg(plots.confusion_matrix, metrics["confusion_matrix"], names),
+        "per_class_figure": _svg(plots.per_class, frame) if len(names) > 2 else None,
+        "per_class": frame.astype(object).where(frame.notna(), None).to_dict("records"),
+        "reliability": _svg(plots.reliability, pd.DataFrame(metrics["reliability"])),
+        "mistakes": [_picture(run, row) for row in mistakes.to_dict("records")],
+        "n_mistakes": metrics["n"] - metrics["n_correct"],
+    }
+
+
+def _published(accuracy: dict, published: dict[str, float]) -> dict | None:
+    """This run's accuracy and the published ones as places (0-100) on one common scale, best first."""
+    if not published:
+        return None
+    rows = [{"name": name, "value": metrics.as_fraction(value), "own": False} for name, value in published.items()]
+    rows.append({"name": "this run", "own": True, **accuracy})
+    ends = [value for row in rows for value in (row["value"], row.get("low"), row.get("high")) if value is not None]
+    margin = 0.15 * (max(ends) - min(ends)) or 0.05
+    low, high = max(0.0, min(ends) - margin), min(1.0, max(ends) + margin)
+    for row in rows:
+        for key in ("value", "low", "high"):
+            if row.get(key) is not None:
+                row[f"{key}_at"] = round(100 * (row[key] - low) / (high - low), 2)
+    return {"rows": sorted(rows, key=lambda row: -row["value"]), "low": low, "high": high}
+
+
+def _training(run: Path, stages: dict) -> dict | None:
+    """The curves of the phases that are done, as one chart."""
+    histories = [pd.read_csv(run / name / "history.csv") for name in ("head", "fine_tune") if stages[name]]
+    histories = [history for history in histories if len(history)]
+    if not histories:
+        return None
+    history = pd.concat(histories, ignore_index=True)
+    monitors = [stages[name]["parameters"].get("monitor") for name in ("head", "fine_tune") if stages[name]]
+    return {
+        "curves": _svg(plots.training_curves, history, monitor=monitors[-1] or "val_loss"),
+        "rates": _svg(plots.learning_rates, history)
+        if history.get("learning_rate", pd.Series()).notna().any()
+        else None,
+        "phases": [
+            (PHASES.get(name, name), len(table), table["seconds"].sum())
+            for name, table in history.groupby("phase", sort=False)
+        ],
+    }
+
+
+def _data(run: Path, stages: dict) -> dict | None:
+    """What went in: pictures per class and part, what was set aside and why, and whether the parts are apart."""
+    if not stages["explore"] and not stages["split"]:
+        return None
+    data: dict[str, Any] = {
+        "counts": None,
+        "quarantine": None,
+        "ignored": {},
+        "leaks": None,
+        "sizes": None,
+        "groups": {},
+        "alike": [],
+        "gap": None,
+    }
+    changes = run / "explore" / "fixes.csv"
+    data["fixes"] = fixes.sentence(_table(changes)) if changes.is_file() else ""
+    data["crop"] = stages["crop"]["headline"] if stages["crop"] else ""
+    if stages["explore"]:
+        listed = run / ("crop" if stages["crop"] else "explore")
+        inventory = _table(listed / "inventory.csv")
+        sizes = inventory[["width", "height"]].astype(float).astype(int)
+        data["pictures"], data["sizes"] = len(inventory), _svg(plots.image_sizes, sizes["width"], sizes["height"])
+        data["counts"] = inventory[["label"]]
+        data["quarantine"] = _quarantine(run)
+        data["groups"], data["alike"] = _alike(run, listed / "groups.json", inventory)
+        ignored = run / "explore" / "ignored.json"
+        data["ignored"] = runs.read_json(ignored) if ignored.is_file() else {}
+    if stages["split"]:
+        split = _table(run / "split" / "split.csv")
+        data["counts"], data["leaks"], data["pictures"] = split, _leaks(split), split["path"].nunique()
+        data["gap"] = _honest_gap(run / "split" / "leakage.json")
+    counts = data["counts"]
+    data["figure"] = _svg(plots.class_counts, counts)
+    data["parts"] = [part for part in (*PARTS, UNUSED) if part in set(counts.get("part", ()))]
+    table = pd.crosstab(counts["label"], counts["part"]) if data["parts"] else counts.groupby("label").size().to_frame()
+    table["total"] = table.sum(axis=1)
+    names = run / ("explore" if stages["explore"] else "split") / "class_names.json"
+    if names.is_file():  # natural order: 9 before 10
+        table = table.reindex([name for name in runs.read_json(names) if name in table.index])
+    data["counts"] = table.reset_index().to_dict("records")
+    return data
+
+
+def _alike(run: Path, figures: Path, inventory: pd.DataFrame) -> tuple[dict, list[dict]]:
+    """What must stay together: the figures of groups.json, and the largest groups as pictures."""
+    if not figures.is_file():
+        return {}, []
+    sizes = inventory["group"].value_counts()
+    alike = []
+    for group, size in sizes[sizes > 1].sort_index().sort_values(ascending=False, kind="stable").head(GROUPS).items():
+        rows = inventory[inventory["group"] == group].head(PER_GROUP).to_dict("records")
+        alike.append({"size": int(size), "rows": [_picture(run, row) for row in rows]})
+    return runs.read_json(figures), alike
+
+
+def _quarantine(run: Path) -> dict:
+    """Files set aside by any stage: how many for each reason, and the first of them."""
+    files = [run / stage / "quarantine.csv" for stage in ("explore", "resize")]
+    tables = [_table(path) for path in files if path.is_file()]
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["path", "reason"])
+    return {
+        "n": len(table),
+        "reasons": table["reason"].value_counts().to_dict(),
+        "rows": table.head(ROWS).to_dict("records"),
+    }
+
+
+def _leaks(split: pd.DataFrame) -> list[tuple[str, int]]:
+    """How many contents and groups lie in more than one part: none should. What is unused lies in none."""
+    found, split = [], split[split["part"].isin(PARTS)]
+    for column, what in (("sha256", "identical files"), ("group", "groups")):
+        if column in split and (split[column] != "").any():
+            rows = split[split[column] != ""]
+            found.append((what, int((rows.groupby(column)["part"].nunique() > 1).sum())))
+    return found
+
+
+def _honest_gap(file: Path) -> dict | None:
+    """What a probe scored on splits that keep groups together and on naive ones; None when that was not asked for."""
+    rows = runs.read_json(file).get("honest_gap") if file.is_file() else None
+    if not rows:
+        return None
+    scores = pd.DataFrame(rows).groupby("split")["balanced_accuracy"]
+    spread = {f"{name}_spread": value for name, value in scores.std().items()}
+    return scores.mean().to_dict() | spread | {"splits": len(scores.get_group("honest"))}
+
+
+def _settings(stages: dict) -> list[dict]:
+    """The parameters of each stage, less the folders that `thaw run` chose itself."""
+    settings = []
+    for name, (title, _) in STAGES.items():
+        parameters = (stages[name] or {}).get("parameters") or {}
+        kept = {key: value for key, value in parameters.items() if key != "out" and ".store" not in str(value)}
+        if kept:
+            settings.append({"name": name, "title": title, "parameters": kept})
+    return settings
+
+
+def _versions(stages: dict) -> dict[str, str]:
+    """Package -> version; several if stages were made in different environments."""
+    found: dict[str, list[str]] = {}
+    for stage in filter(None, stages.values()):
+        for package, version in stage.get("versions", {}).items():
+            if version not in found.setdefault(package, []):
+                found[package].append(version)
+    return {package: " and ".join(versions) for package, versions in found.items()}
+
+
+def _notebooks(run: Path, stages: dict) -> list[dict]:
+    exporter = _exporter()
+    notebooks = []
+    for name, (title, notebook) in STAGES.items():
+        places = (run / name / "notebook.ipynb", run / f"{notebook}.ipynb")
+        path = next((place for place in places if place.is_file()), None)
+        if path:
+            body, _ = exporter.from_filename(str(path.resolve()))
+            notebooks.append({"name": notebook, "title": title, "html": Markup(body)})  # cleaned by the exporter
+    return notebooks
+
+
+def _exporter():
+    """nbconvert's barest HTML: no style, script or font of its own, and the cells' HTML cleaned."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(template_name="basic", sanitize_html=True, embed_images=True, exclude_anchor_links=True)
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    exporter.register_preprocessor(_tidy, enabled=True)
+    exporter.register_filter("clean_html", _clean)  # nbconvert's own lets neither headings nor table heads through
+    return exporter
+
+
+def _clean(html: str) -> str:
+    import bleach
+
+    def allowed(tag: str, name: str, value: str) -> bool:
+        if tag == "img":
+            return name in ("alt", "width", "height") or (name == "src" and value.startswith("data:image/"))
+        return name in ("class", "colspan", "rowspan", "title") or (tag == "a" and name == "href")
+
+    protocols = ("http", "https", "mailto", "data")
+    return bleach.clean(str(html), tags=TAGS, attributes=allowed, protocols=protocols)
+
+
+def _tidy(notebook, resources):
+    """Drop what says nothing: style sheets, which the cleaner would turn into text, and TensorFlow's start-up notes."""
+    for cell in notebook.cells:
+        cell.metadata.setdefault("alt", "figure drawn by the cell above")
+        for output in cell.get("outputs", []):
+            if html := output.get("data", {}).get("text/html"):
+                text = re.sub(r"<(style|script)\b.*?</\1\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)
+                output["data"]["text/html"] = text
+            elif output.get("name") == "stderr":
+                output["text"] = re.sub(
+                    r"(?m)^(I0000 00:|WARNING: All log messages before absl).*\n?", "", output["text"]
+                )
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("text", "kept").strip()]
+    return notebook, resources
+
+
+def _code_style() -> Markup:
+    from pygments.formatters import HtmlFormatter
+
+    return Markup(HtmlFormatter(style="friendly").get_style_defs(".highlight"))
+
+
+def _svg(draw: Callable, *values, **options) -> str:
+    """A figure as a data URI: SVG stays sharp on paper, and its text is drawn, so that it needs no font."""
+    with matplotlib.rc_context({"svg.hashsalt": "thaw", "svg.fonttype": "path", "figure.dpi": 100}):
+        axes = draw(*values, **options)
+        figure = (axes if hasattr(axes, "figure") else axes[0]).figure
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    plt.close(figure)
+    return _uri("image/svg+xml", buffer.getvalue())
+
+
+def _picture(run: Path, row: dict) -> dict:
+    """A row of the mistakes with its picture; without one if the file is no longer there."""
+    places = (run / "resize" / row["path"], run / "explore" / "source" / row["path"])
+    path = next((place for place in places if place.is_file()), None)
+    return row | {"image": _jpeg(path) if path else None}
+
+
+def _jpeg(path: Path) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(plots.thumbnail(path, 240)).save(buffer, format="JPEG", quality=85)
+    return _uri("image/jpeg", buffer.getvalue())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _percent(fraction: float | None, digits: int = 1) -> str:
+    return metrics.percent(fraction, digits).replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _figure(value: float | None, key: str) -> str:
+    """A metric as text: log loss and AUC as plain numbers, shares in percent."""
+    return f"{value:.3f}" if value is not None and key in ("log_loss", "auc") else _percent(value)
+
+
+def _moment(iso: str) -> str:
+    return datetime.fromisoformat(iso).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+_table = partial(pd.read_csv, dtype=str, keep_default_na=False)

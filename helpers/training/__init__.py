@@ -1,0 +1,1 @@
+"""What `compile` and `fit` are given, and what they leave."""
