@@ -11,8 +11,8 @@ import statistics
 from rich.console import Console
 
 from helpers.cli import terminal
-from helpers.core import recipes, runs
-from helpers.pipeline import planning
+from helpers.core import disk, project
+from helpers.pipeline import recipes
 
 NAMES = ("accuracy", "balanced_accuracy", "macro_f1")
 
@@ -30,7 +30,7 @@ def main() -> None:
         recipe = recipes.load(arguments.recipe, [*arguments.overrides, *seeds])
         recipe.name = f"{recipe.name}-seed{seed}"
         terminal.run(recipe, console)
-        metrics = runs.read_json(planning.runs_folder() / recipe.name / "evaluate" / "metrics.json")
+        metrics = disk.read_json(project.runs_folder() / recipe.name / "evaluate" / "metrics.json")
         found.append([metrics[name]["value"] for name in NAMES])
     console.print(f"\n{'seed':<8}" + "".join(f"{name:>20}" for name in NAMES))
     for seed, values in zip(arguments.seeds, found, strict=True):

@@ -40,8 +40,8 @@ from joblib import cpu_count
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from helpers.core import recipes, runs
-from helpers.data import folders, images, inventory, leaks, sources, splits
+from helpers.core import notebooks, parallel, progress, project
+from helpers.data import grouping, images, inventory, leaks, links, resizing, sources, splits
 
 SIZE = 224
 PIXELS = 4000 * 3000
@@ -147,7 +147,7 @@ def resize_all(files: list[Path], target: Path) -> None:
     """Resize and write on all cores, as 02_resize does."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    for _ in images.for_each(lambda file: images.write(target / file.name, images.load(file, SIZE)), files):
+    for _ in parallel.for_each(lambda file: images.write(target / file.name, images.load(file, SIZE)), files):
         pass
 
 
@@ -182,7 +182,7 @@ def compare_memory(folder: Path, few: int, many: int) -> None:
         raw = folder / f"raw{count}"
         make_small(raw, count)
         command = [sys.executable, __file__, "--measure", str(raw)]
-        environment = os.environ | {runs.PROGRESS_VARIABLE: os.devnull, "PYTHONPATH": str(runs.ROOT)}
+        environment = os.environ | {progress.PROGRESS_VARIABLE: os.devnull, "PYTHONPATH": str(project.ROOT)}
         found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
         peaks.append(json.loads(found.stdout.splitlines()[-1]))
         print(f"\n{count:,} small images: peak memory {peaks[-1] / 1024:.0f} MiB")
@@ -201,17 +201,17 @@ def make_small(folder: Path, count: int) -> None:
 
 def _send_through(raw: Path) -> None:
     """Explore, split and resize `raw` in this process and print its peak memory in KiB."""
-    parameters = {name: p.default for name, p in recipes.find_stage("explore").settings.items()}
+    parameters = {name: p.default for name, p in notebooks.find_stage("explore").settings.items()}
     data = sources.read(parameters | {"source": str(raw)})
     table, _ = inventory.take(data)
-    table = inventory.group(table)
+    table = grouping.group(table)
     table["part"] = splits.assign(table)
     out = raw.with_name(raw.name + "-out")
     (out / "split").mkdir(parents=True)
-    folders.write_split(out / "split", table, data.root)
-    leaks.check_split(out / "split", folders.read_split(out / "split"), table, distance=8)
+    links.write_split(out / "split", table, data.root)
+    leaks.check_split(out / "split", links.read_split(out / "split"), table, distance=8)
     (out / "resize").mkdir()
-    folders.write_images(out / "resize", out / "split", image_size=32, fit="crop")
+    resizing.write_images(out / "resize", out / "split", image_size=32, fit="crop")
     # Not ru_maxrss: a new process inherits that of the one that started it.
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(peak.split()[1])

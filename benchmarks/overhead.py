@@ -20,7 +20,8 @@ from pathlib import Path
 import nbformat
 import setting
 
-from helpers.core import recipes, runs
+from helpers.core import disk, project, stages
+from helpers.pipeline import recipes
 
 KINDS = ("kernel", "imports", "figures", "work")
 
@@ -37,7 +38,7 @@ def main() -> None:
         command = [sys.executable, "-m", "helpers.cli.main", "run", arguments.recipe]
         command += [part for override in arguments.overrides for part in ("--set", override)]
         begin = time.perf_counter()
-        subprocess.run(command, env=os.environ | {"THAW_RUNS": place}, cwd=runs.ROOT, check=True)
+        subprocess.run(command, env=os.environ | {"THAW_RUNS": place}, cwd=project.ROOT, check=True)
         seconds = time.perf_counter() - begin
         stages = {name: stage_seconds(Path(place) / recipe.name / name) for name in recipe.chain()}
     conclude(seconds, stages)
@@ -48,7 +49,7 @@ def stage_seconds(folder: Path) -> dict[str, float]:
     found = dict.fromkeys(KINDS, 0.0)
     for cell in nbformat.read(folder / "notebook.ipynb", as_version=4).cells:
         found[kind_of(cell)] += cell.metadata.get("papermill", {}).get("duration") or 0.0
-    found["kernel"] = runs.read_json(folder / runs.STAGE_FILE)["seconds"] - sum(found.values())
+    found["kernel"] = disk.read_json(folder / stages.STAGE_FILE)["seconds"] - sum(found.values())
     return found
 
 

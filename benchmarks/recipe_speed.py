@@ -25,8 +25,7 @@ import numpy as np
 import pandas as pd
 import setting
 
-from helpers.core import runs
-from helpers.pipeline import planning
+from helpers.core import project
 
 TRAINING = ("head", "fine_tune")
 SIDES = ("Thaw", "plain Keras")
@@ -72,7 +71,7 @@ def main() -> None:
 def thaw_side(recipe) -> dict[str, float]:
     """Train and test with Thaw; return the seconds of the training stages, of their epochs alone, and of all cores."""
     found = setting.run(recipe)
-    run = planning.runs_folder() / recipe.name
+    run = project.runs_folder() / recipe.name
     histories = [pd.read_csv(run / stage / "history.csv") for stage in TRAINING]
     return {
         "seconds": sum(found[stage]["seconds"] for stage in TRAINING),
@@ -92,7 +91,7 @@ def plain_task(recipe) -> dict:
     """Return the recipe as the scripts that train without Thaw take it."""
     head, fine_tune = recipe.resolved("head"), recipe.resolved("fine_tune")
     return {
-        "images": str(planning.runs_folder() / recipe.name / "resize"),
+        "images": str(project.runs_folder() / recipe.name / "resize"),
         "image_size": recipe.resolved("resize")["image_size"],
         "epochs": head["epochs"],
         "rates": [head["learning_rate"], fine_tune["learning_rate"]],
@@ -105,7 +104,7 @@ def plain_task(recipe) -> dict:
 
 def other_side(command: list[str], task: dict) -> dict:
     """Start a script that trains without Thaw, and return the JSON that it prints last."""
-    environment = os.environ | {"PYTHONPATH": str(runs.ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = os.environ | {"PYTHONPATH": str(project.ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     task = json.dumps(task | {"begin": time.time()})
     done = subprocess.run([*command, task], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -115,7 +114,7 @@ def other_side(command: list[str], task: dict) -> dict:
 
 def correct(recipe, predictions: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return which test images Thaw and plain Keras got right, in the same order."""
-    ours = pd.read_csv(planning.runs_folder() / recipe.name / "evaluate" / "predictions.csv").set_index("path")
+    ours = pd.read_csv(project.runs_folder() / recipe.name / "evaluate" / "predictions.csv").set_index("path")
     theirs = pd.read_csv(predictions).set_index("path").loc[ours.index]
     return tuple((table["label"] == table["predicted"]).to_numpy(float) for table in (ours, theirs))
 

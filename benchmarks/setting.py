@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 from sklearn.model_selection import train_test_split
 
-from helpers.core import recipes, runs
+from helpers.core import notebooks, project
 from helpers.data import sources
-from helpers.pipeline import execution, planning
+from helpers.pipeline import execution, planning, recipes
 
 SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -38,7 +38,7 @@ def cells(folder: Path, count: int, seed: int = 0) -> Path:
     Raises:
         ValueError: ELPV has fewer.
     """
-    defaults = {name: p.default for name, p in recipes.find_stage("explore").settings.items()}
+    defaults = {name: p.default for name, p in notebooks.find_stage("explore").settings.items()}
     data = sources.read(defaults | {"source": "elpv"})
     table = data.table
     if count > len(table):
@@ -74,7 +74,7 @@ def s1(folder: Path, source: Path, name: str, *, parts: tuple[int, int, int], ep
     """
     ratio = [part / sum(parts) for part in parts]
     head = {"backbone": "efficientnet_lite0", "next_unfreeze": "block7", "flip": "both"}
-    content = {"name": name, "extends": str(runs.ROOT / "recipes" / "s1_campus.yaml")}
+    content = {"name": name, "extends": str(project.ROOT / "recipes" / "s1_campus.yaml")}
     content |= {"explore": {"source": str(source)}, "split": {"ratio": ratio, "seed": seed}}
     content |= {"resize": {"image_size": 224}, "head": head | {"epochs": epochs, "views": views, "seed": seed}}
     content |= {"fine_tune": {"unfreeze": "block7", "epochs": epochs, "views": views, "seed": seed}}

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from helpers.compute import fast_layers, frontier, inference
 from helpers.core import machine
-from helpers.models import classifier
+from helpers.models import classifier, unfreezing
 
 BATCH = 32
 
@@ -31,8 +31,8 @@ def main() -> None:
     print(f"{setting.machine()}, multiplies bfloat16: {'yes' if machine.multiplies_bfloat16() else 'no, so slowly'}")
     for name in arguments.cuts:
         backbone, block = name.split(":")
-        model = classifier.classifier(backbone, 2, image_size=arguments.image_size, weights="none")
-        classifier.unfreeze(model, block)
+        model = classifier.build(backbone, 2, image_size=arguments.image_size, weights="none")
+        unfreezing.unfreeze(model, block)
         cut = frontier.cut(model)
         print(f"\n{backbone}, thawed from {block} on; milliseconds for {BATCH} images of {arguments.image_size} pixels")
         compare("prefix", prefixes(cut.prefix), arguments.tries)

@@ -19,9 +19,9 @@ from pathlib import Path
 from rich.console import Console
 
 from helpers.cli import terminal
-from helpers.core import recipes, runs
+from helpers.core import disk, project
 from helpers.data import images, sources
-from helpers.pipeline import planning
+from helpers.pipeline import recipes
 
 UNLABELLED = 20  # images that are only predicted
 EPOCHS = {"head": 4, "fine_tune": 2}
@@ -36,16 +36,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=160, help="pixels of the square images")
     parser.add_argument("names", nargs="*", help="recipes, e.g. s4_cars; all by default")
     arguments = parser.parse_args()
-    console, paths = Console(highlight=False, soft_wrap=True), sorted((runs.ROOT / "recipes").glob("s[1-5]*.yaml"))
-    paths += sorted((runs.ROOT / "recipes" / "s4").glob("*.yaml"))
-    os.environ["THAW_RUNS"] = str(runs.resolve(os.environ.get("THAW_RUNS", "runs")) / "systems")
-    shutil.rmtree(planning.runs_folder(), ignore_errors=True)
+    console, paths = Console(highlight=False, soft_wrap=True), sorted((project.ROOT / "recipes").glob("s[1-5]*.yaml"))
+    paths += sorted((project.ROOT / "recipes" / "s4").glob("*.yaml"))
+    os.environ["THAW_RUNS"] = str(project.resolve(os.environ.get("THAW_RUNS", "runs")) / "systems")
+    shutil.rmtree(project.runs_folder(), ignore_errors=True)
     lines = []
     for path in paths:
         name = recipes.load(path).name
         if arguments.names and name not in arguments.names:
             continue
-        place = planning.runs_folder() / ".data" / name
+        place = project.runs_folder() / ".data" / name
         recipe = recipes.load(path, changes(path, place, arguments.images, arguments.size))
         recipe.published = {}  # which is about other images
         begun = time.time()
@@ -113,19 +113,21 @@ def _link(target: Path, link: Path) -> None:
 
 def result(recipe: recipes.Recipe) -> str:
     """Return the run's accuracy with its interval, after checking that the report is there."""
-    run = planning.runs_folder() / recipe.name
+    run = project.runs_folder() / recipe.name
     if not (run / "report.html").is_file():
         raise RuntimeError(f"{recipe.name} left no report.")
-    metrics = runs.read_json(run / "evaluate" / "metrics.json")
+    metrics = disk.read_json(run / "evaluate" / "metrics.json")
     value, low, high = (metrics.percent(metrics["accuracy"][key]) for key in ("value", "low", "high"))
     return f"accuracy {value} ({low} to {high}) on {metrics['n']} images of {metrics['part']}"
 
 
 def submission(run: str, folder: Path, columns: str) -> str:
     """Predict the unlabelled images as a user would, and say what the submission holds."""
-    file = planning.runs_folder() / run / "submission.csv"
-    command = [sys.executable, "-m", "helpers.cli.main", "predict", str(planning.runs_folder() / run), str(folder)]
-    subprocess.run([*command, "--csv", str(file), "--columns", columns], check=True, capture_output=True, cwd=runs.ROOT)
+    file = project.runs_folder() / run / "submission.csv"
+    command = [sys.executable, "-m", "helpers.cli.main", "predict", str(project.runs_folder() / run), str(folder)]
+    subprocess.run(
+        [*command, "--csv", str(file), "--columns", columns], check=True, capture_output=True, cwd=project.ROOT
+    )
     with open(file, newline="", encoding="utf-8") as stream:
         header, *rows = list(csv.reader(stream))
     if len(rows) != len(list(folder.iterdir())):

@@ -22,11 +22,11 @@ import numpy as np
 import recipe_speed
 import setting
 
-from helpers.core import runs
+from helpers.core import project
 from helpers.models import efficientnet_lite
 
 PACKAGES = ("torch==2.13.*", "efficientnet-lite-pytorch", "numpy", "pillow")
-PLACE = runs.ROOT / "runs" / ".torch"
+PLACE = project.ROOT / "runs" / ".torch"
 SIDES = ("Thaw", "plain Keras", "plain PyTorch")
 
 
@@ -67,7 +67,7 @@ def torch_python() -> str:
     """Return the Python of the benchmark's own environment, made if it is not there."""
     python = PLACE / "bin" / "python"
     if not (PLACE / "ready").is_file():
-        print(f"Installing PyTorch into {runs.display_path(PLACE)} ...", flush=True)
+        print(f"Installing PyTorch into {project.display_path(PLACE)} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(PLACE)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
         (PLACE / "ready").touch()

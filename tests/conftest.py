@@ -13,7 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from helpers.core import recipes
+from helpers.core import notebooks
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
 
@@ -57,16 +57,16 @@ def toy_notebooks(tmp_path, monkeypatch) -> Path:
     """An empty folder that takes the place of `notebooks/`."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    monkeypatch.setattr(recipes, "NOTEBOOKS", folder)
-    recipes.stages.cache_clear()
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", folder)
+    notebooks.stages.cache_clear()
     yield folder
-    recipes.stages.cache_clear()
+    notebooks.stages.cache_clear()
 
 
 def _by_hand(stage: str, *, before: Mapping[str, Callable[[dict], None]] | None = None, **parameters) -> dict:
     import matplotlib.pyplot as plt
 
-    found = recipes.find_notebook(stage)
+    found = notebooks.find_notebook(stage)
     cells = [cell for cell in nbformat.read(found.notebook, as_version=4).cells if cell.cell_type == "code"]
     before = before or {}
     assert set(before) <= {cell.id for cell in cells}, f"{found.notebook.name} has no cell {', '.join(before)}"

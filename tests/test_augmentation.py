@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from helpers.compute import views
-from helpers.reports import plots
+from helpers.reports import sheets
 from helpers.training import transforms
 
 SIZE = 32
@@ -198,7 +198,7 @@ def test_copies_begin_with_the_plain_image(pixels):
 def test_contact_sheets_show_each_class_plain_and_augmented(tmp_path, pixels):
     examples = [("a/b", pixels[:3].astype("uint8")), ("dog", pixels[3:].astype("uint8"))]
     pairs = transforms.pairs(examples, transforms.make("default", mix="mixup"))
-    files = plots.write_before_and_after(tmp_path / "sheets", pairs)
+    files = sheets.write_before_and_after(tmp_path / "sheets", pairs)
     assert [file.name for file in files] == ["000_a_b.png", "001_dog.png"]
     sheet = cv2.imread(str(files[1]))
     plain, augmented = sheet[:, : sheet.shape[1] // 2 - 20], sheet[:, -(sheet.shape[1] // 2 - 20) :]

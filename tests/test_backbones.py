@@ -229,7 +229,7 @@ def test_weights_from_a_file(ending, tmp_path):
 def test_weights_from_a_whole_classifier(tmp_path):
     from helpers.models import classifier
 
-    giver = classifier.classifier("mobilenet_v3_small", 3, image_size=32, weights="none")
+    giver = classifier.build("mobilenet_v3_small", 3, image_size=32, weights="none")
     giver.save(tmp_path / "model.keras")
     taker = backbones.build("mobilenet_v3_small", 32, str(tmp_path / "model.keras"))
     images = _noise(32)

@@ -20,8 +20,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers.core import recipes
-from helpers.data import folders, images, inventory, leaks, sources, splits
+from helpers.core import notebooks, words
+from helpers.data import grouping, images, inventory, leaks, links, resizing, sources, splits
 
 SOUND = 6  # images in each of the two sound classes
 COLOUR = (200, 60, 20)
@@ -72,18 +72,18 @@ def root(tmp_path: Path) -> Path:
 
 def process(root: Path, method: str = "ratio", on_leak: str = "fail", **parameters: Any) -> Outcome:
     """Send a source through explore, split and resize, as the notebooks do."""
-    defaults = {name: p.default for name, p in recipes.find_stage("explore").settings.items()}
+    defaults = {name: p.default for name, p in notebooks.find_stage("explore").settings.items()}
     data = sources.read(defaults | {"source": str(root)} | parameters)
     table, quarantine = inventory.take(data, max_pixels=1_000_000)
-    table = inventory.group(table)
+    table = grouping.group(table)
     table["part"] = splits.assign(table, method, ratio=(0.5, 0.25, 0.25), seed=3)
     table = leaks.settle(table) if on_leak == "drop" else table
     out = root.parent / "out"
     (out / "split").mkdir(parents=True)
     (out / "resize").mkdir()
-    split = folders.write_split(out / "split", table, data.root)
-    leaks.check_split(out / "split", folders.read_split(out / "split"), table, distance=8)
-    written, late = folders.write_images(out / "resize", out / "split", image_size=32, fit="squash")
+    split = links.write_split(out / "split", table, data.root)
+    leaks.check_split(out / "split", links.read_split(out / "split"), table, distance=8)
+    written, late = resizing.write_images(out / "resize", out / "split", image_size=32, fit="squash")
     assert late.empty, "what 00 let through, 02 must be able to read"
     return Outcome(root, data, table, quarantine, split, written, out / "resize")
 
@@ -553,7 +553,7 @@ def test_a_missing_labels_file_is_an_error(root):
 
 def test_numeric_class_names_stay_text_in_natural_order(labelled):
     outcome = labelled(rows(classes=("9", "10", "007", "NA")))
-    assert sources.natural_order(outcome.images["label"]) == ["007", "9", "10", "NA"]
+    assert words.natural_order(outcome.images["label"]) == ["007", "9", "10", "NA"]
 
 
 def test_a_label_with_a_slash_or_dots_gets_a_folder_of_its_own(labelled):

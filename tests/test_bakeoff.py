@@ -11,10 +11,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from helpers.cli import bakeoff, main
-from helpers.core import recipes, runs
+from helpers.core import disk, progress, stages
 from helpers.evaluation import learning_curve, probe
-from helpers.pipeline import execution, planning
-from helpers.reports import plots
+from helpers.pipeline import execution, planning, recipes
+from helpers.reports import charts, curves
 
 NAMES = ["cross", "disc", "square"]
 console = Console(quiet=True)
@@ -22,7 +22,7 @@ console = Console(quiet=True)
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch, tmp_path):
-    monkeypatch.setenv(runs.PROGRESS_VARIABLE, str(tmp_path / "progress"))
+    monkeypatch.setenv(progress.PROGRESS_VARIABLE, str(tmp_path / "progress"))
 
 
 def known_features(rng, count, *, dimensions=24, distance=1.0):
@@ -41,8 +41,8 @@ def resized(tmp_path):
     paths = [f"{part}/{label}/{number}.png" for number, (part, label) in enumerate(zip(parts, labels, strict=True))]
     table = {"path": paths, "label": labels, "part": parts, "source": paths, "sha256": paths}
     pd.DataFrame(table).to_csv(tmp_path / "images.csv", index=False)
-    runs.write_json(tmp_path / "class_names.json", NAMES)
-    runs.write_json(tmp_path / "resize.json", {"image_size": 64, "fit": "crop", "format": "png"})
+    disk.write_json(tmp_path / "class_names.json", NAMES)
+    disk.write_json(tmp_path / "resize.json", {"image_size": 64, "fit": "crop", "format": "png"})
     return tmp_path
 
 
@@ -78,8 +78,8 @@ def test_the_backbone_that_tells_the_classes_apart_is_first_and_what_could_not_b
     table.to_csv(tmp_path / "bakeoff.csv", index=False)
     lines = bakeoff.as_text(tmp_path).splitlines()
     assert [line.split()[0] for line in lines] == ["backbone", "good", "noise", "lost"] and "nowhere" not in lines[-1]
-    assert [text.get_text() for text in plots.intervals(table).get_yticklabels()] == ["noise", "good"]
-    shown = plots.accuracy_and_speed(table.assign(images_per_second=[10.0, 900.0, np.nan]))
+    assert [text.get_text() for text in charts.intervals(table).get_yticklabels()] == ["noise", "good"]
+    shown = charts.accuracy_and_speed(table.assign(images_per_second=[10.0, 900.0, np.nan]))
     assert {text.get_text() for text in shown.texts} == {"noise", "good"}
     shown.figure.draw_without_rendering()
     assert {"10", "100", "500"} <= {text.get_text() for text in shown.get_xticklabels()}
@@ -101,7 +101,7 @@ def test_a_class_that_only_validation_has_is_never_predicted(found, resized):
 
 def test_names_are_checked_and_sizes_given_before_anything_is_computed(resized, tmp_path, monkeypatch):
     (tmp_path / "large").mkdir()
-    runs.write_json(tmp_path / "large" / "resize.json", {"image_size": 240})
+    disk.write_json(tmp_path / "large" / "resize.json", {"image_size": 240})
     monkeypatch.setattr(probe, "embed", lambda name, source, **_: {"backbone": name, "from": source.name})
     both = [resized, tmp_path / "large"]
     items = probe.embed_all(["efficientnet_lite0", "efficientnet_lite1"], both, cache=tmp_path)
@@ -171,7 +171,7 @@ def test_too_few_images_for_a_law_are_measured_all_the_same(features):
     curve = learning_curve.measure(few, range(2))
     table = learning_curve.table(curve)
     assert table["measured"].notna().sum() == 2 and table["accuracy"].isna().all()
-    assert [line.get_label() for line in plots.learning_curve(table).lines] == ["drawn on", "fitted", "measured"]
+    assert [line.get_label() for line in curves.learning_curve(table).lines] == ["drawn on", "fitted", "measured"]
     assert learning_curve.gains(few, curve.wrong[-1, 0], more=50, seeds=[0], most=9).empty
 
 
@@ -195,7 +195,7 @@ def made(monkeypatch):
     def make(step, watch, say):
         steps.append(step)
         step.folder.mkdir(parents=True)
-        runs.write_json(step.folder / runs.STAGE_FILE, {"status": "done", "headline": "made", "files": {}})
+        disk.write_json(step.folder / stages.STAGE_FILE, {"status": "done", "headline": "made", "files": {}})
         planning.link_stage(step)
         return 0.0
 
@@ -250,4 +250,4 @@ def test_the_notebook_ranks_real_weights(tmp_path, image_folder, by_hand):
     assert {"learning_curve.csv", "gains.csv", "predictions-efficientnet_lite0.csv"} <= names
     kept = [json.loads(path.read_text())["settings"] for path in tmp_path.glob("cache/*/bank.json")]
     assert len(kept) == 4, "the features, and below them what block7 will train on, of train and val each"
-    assert runs.read_json(folder / runs.STAGE_FILE)["headline"].startswith("efficientnet_lite0 is best of 1")
+    assert disk.read_json(folder / stages.STAGE_FILE)["headline"].startswith("efficientnet_lite0 is best of 1")

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from helpers.compute import bank, inference
-from helpers.core import runs
+from helpers.core import disk
 from helpers.training import transforms
 
 COUNT = 70  # two whole groups and a smaller one
@@ -289,4 +289,4 @@ def test_activations_of_no_fixed_shape_are_refused(tmp_path):
 
 def test_a_finished_bank_is_marked_done(tmp_path):
     made = make(tmp_path)
-    assert runs.read_json(made.folder / "bank.json")["done"] == COUNT
+    assert disk.read_json(made.folder / "bank.json")["done"] == COUNT

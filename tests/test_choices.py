@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.core import recipes
+from helpers.pipeline import recipes
 from helpers.training import checks
 
 ROOT = Path(__file__).parents[1]

@@ -11,11 +11,11 @@ import pytest
 from typer.main import get_command
 
 from helpers.cli import main
-from helpers.core import recipes, runs
+from helpers.core import notebooks, project
 from helpers.evaluation import prediction
-from helpers.pipeline import planning
+from helpers.pipeline import planning, recipes
 
-ROOT = runs.ROOT
+ROOT = project.ROOT
 COMMANDS = get_command(main.app).commands
 
 
@@ -76,7 +76,7 @@ def test_wrong_usage_is_exit_code_two(thaw, arguments):
 def test_parameters_are_explained_from_the_notebook(thaw, stage):
     code, shown = thaw("params", stage)
     assert code == 0 and "head (notebooks/03_train_head.ipynb)" in shown
-    for p in recipes.find_stage("head").parameters.values():
+    for p in notebooks.find_stage("head").parameters.values():
         assert p.name in shown and p.meaning.split("`")[0] in shown and p.allowed in shown
     assert "list[Union[int, dict]]" in shown
 
@@ -196,7 +196,7 @@ def test_a_programming_error_keeps_its_traceback(thaw, recipe, monkeypatch):
 def test_thaw_debug_shows_where_an_expected_error_came_from(monkeypatch):
     monkeypatch.setenv("THAW_DEBUG", "1")
     monkeypatch.setattr(sys, "argv", ["thaw", "params", "haed"])
-    with pytest.raises(recipes.RecipeError):
+    with pytest.raises(notebooks.RecipeError):
         main.entry()
 
 
@@ -208,7 +208,7 @@ def project(tmp_path, monkeypatch, runs_folder):
     """Recipes are written to a project of the test's own."""
     root = tmp_path / "project"
     (root / "recipes").mkdir(parents=True)
-    monkeypatch.setattr(runs, "ROOT", root)
+    monkeypatch.setattr(project, "ROOT", root)
     return root
 
 
@@ -220,7 +220,7 @@ def test_new_writes_a_recipe_that_can_be_run_as_it_is(thaw, project, photos, mon
     )
     recipe = recipes.load(project / "recipes/my_photos.yaml")
     assert recipe.name == "my_photos" and recipe.resolved("explore")["source"] == str(photos)
-    monkeypatch.setattr(runs, "ROOT", ROOT)
+    monkeypatch.setattr(project, "ROOT", ROOT)
     assert thaw("run", project / "recipes/my_photos.yaml", "--dry-run")[0] == 0
 
 
@@ -228,14 +228,14 @@ def test_new_explains_every_parameter_with_its_own_value(thaw, project, photos):
     thaw("new", "all", photos)
     path = project / "recipes/all.yaml"
     text = path.read_text()
-    for stage in recipes.stages().values():
+    for stage in notebooks.stages().values():
         for p in stage.settings.values():
             assert f"{p.name}: " in text and f"# {p.meaning}" in text
     body = text.split("\nname: ")[1]
     path.write_text("name: " + re.sub(r"^# ( *)", r"\1", body, flags=re.M))
     given = recipes.load(path)
-    assert set(given.stages) == set(recipes.stages())
-    for name, stage in recipes.stages().items():
+    assert set(given.stages) == set(notebooks.stages())
+    for name, stage in notebooks.stages().items():
         expected = {p.name: p.default for p in stage.settings.values()}
         expected |= {"source": str(photos)} if name == "explore" else {}
         changed = {key for key, value in given.stages[name].items() if value != expected[key]}

@@ -22,8 +22,8 @@ import pytest
 from test_store import Toys, toys  # noqa: F401
 
 from helpers.compute import ranks
-from helpers.core import cluster, recipes, runs
-from helpers.data import folders, images, inventory, sources
+from helpers.core import disk, notebooks, parallel, project
+from helpers.data import images, inventory, links, resizing, sources
 from helpers.pipeline import execution, hosts
 from helpers.training import profiling
 
@@ -62,7 +62,7 @@ def test_alone_nothing_is_shared():
 
 def test_hosts_need_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(ImportError, match=r"pip install -e '\.\[cluster\]'"), cluster.connect("tcp://127.0.0.1:1"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[cluster\]'"), parallel.connect("tcp://127.0.0.1:1"):
         pass
 
 
@@ -123,7 +123,7 @@ class Place:
         command = [sys.executable, "-m", "helpers.cli.main", *map(str, arguments)]
         settings = os.environ | {"THAW_RUNS": str(self.folder), "COLUMNS": "200"} | environment
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=runs.ROOT, env=settings, **streams)
+        return subprocess.Popen(command, cwd=project.ROOT, env=settings, **streams)
 
     def thaw(self, *arguments, expect=0, **environment) -> str:
         process = self.start(*arguments, **environment)
@@ -179,23 +179,23 @@ class Cluster:
         self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", file)
         while not file.is_file():
             time.sleep(0.1)
-        self.address = runs.read_json(file)["address"]
+        self.address = disk.read_json(file)["address"]
         for number in range(2):
             self._start(
                 "worker", self.address, "--nthreads", "1", "--nworkers", "1", "--local-directory", folder / str(number)
             )
-        with cluster.connect(self.address) as client:
+        with parallel.connect(self.address) as client:
             client.wait_for_workers(2, timeout=60)
 
     def _start(self, *arguments) -> None:
         command = [sys.executable, "-m", "distributed.cli.dask_" + arguments[0], *map(str, arguments[1:])]
         command += ["--dashboard-address", "127.0.0.1:0"]
         with open(self.folder / f"{len(self.processes)}.log", "w") as log:
-            self.processes.append(subprocess.Popen(command, cwd=runs.ROOT, stdout=log, stderr=log))
+            self.processes.append(subprocess.Popen(command, cwd=project.ROOT, stdout=log, stderr=log))
 
     def workers(self) -> list[psutil.Process]:
         """The workers' processes, in the order of the ranks."""
-        with cluster.connect(self.address) as client:
+        with parallel.connect(self.address) as client:
             client.wait_for_workers(2, timeout=60)
             return [psutil.Process(pid) for _, pid in sorted(client.run(os.getpid).items())]
 
@@ -204,7 +204,7 @@ class Cluster:
         victim, ready, killed = self.workers()[1], threading.Event(), threading.Event()
 
         def kill() -> None:
-            with cluster.connect(self.address) as client:
+            with parallel.connect(self.address) as client:
                 (address,) = (name for name, pid in client.run(os.getpid).items() if pid == victim.pid)
                 ready.set()
                 while not client.processing().get(address):
@@ -284,7 +284,7 @@ def test_the_run_ends_as_any_other(alone, together):
 @pytest.mark.cluster
 def test_bulk_stages_give_the_same_files(alone, together):
     for stage in ("explore", "resize"):
-        names = [sorted(runs.read_json(p.run / stage / "stage.json")["files"]) for p in (alone, together)]
+        names = [sorted(disk.read_json(p.run / stage / "stage.json")["files"]) for p in (alone, together)]
         assert names[0] == names[1] and len(names[0]) > 3
         for name in names[0]:
             if not name.startswith("notebook"):
@@ -336,19 +336,19 @@ def test_a_killed_worker_costs_bulk_work_nothing(two, tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), cv2.resize(rng.integers(0, 255, (40, 40, 3), np.uint8), (1600, 1200)))
     monkeypatch.setattr(images, "PIECE", 4)
-    given = {name: p.default for name, p in recipes.find_notebook("explore").parameters.items()}
+    given = {name: p.default for name, p in notebooks.find_notebook("explore").parameters.items()}
     source = sources.read(given | {"source": str(tmp_path / "photos")})
     table, _ = inventory.take(source)
     split = table.assign(part="train")
-    folders.write_split(tmp_path / "split", split, source.root)
+    links.write_split(tmp_path / "split", split, source.root)
     how = {"image_size": 224, "fit": "crop"}
     (tmp_path / "local").mkdir()
-    folders.write_images(tmp_path / "local", tmp_path / "split", **how)
+    resizing.write_images(tmp_path / "local", tmp_path / "split", **how)
 
-    monkeypatch.setenv(runs.HOSTS_VARIABLE, two.address)
+    monkeypatch.setenv(project.HOSTS_VARIABLE, two.address)
     for work, target in [
         (lambda: inventory.take(source)[0], None),
-        (lambda: folders.write_images(tmp_path / "shared", tmp_path / "split", **how), tmp_path / "shared"),
+        (lambda: resizing.write_images(tmp_path / "shared", tmp_path / "split", **how), tmp_path / "shared"),
     ]:
         if target:
             target.mkdir()
@@ -386,10 +386,10 @@ def test_what_cannot_be_is_said(two, recipe, tmp_path, monkeypatch):
     assert "No Dask scheduler answers at tcp://127.0.0.1:1" in shown and "dask worker" in shown
     shown = place.thaw("run", recipe, "--hosts", two.address, "--set", "head.profile_steps=[1,2]", expect=1)
     assert "profile_steps needs TensorFlow" in shown
-    with cluster.connect(two.address) as client:
+    with parallel.connect(two.address) as client:
         monkeypatch.setattr(hosts, "_version", lambda package: "0.1")
-        with pytest.raises(cluster.HostError, match=r"differs from this host: tensorflow \(2\..* there, 0\.1 here\)"):
+        with pytest.raises(parallel.HostError, match=r"differs from this host: tensorflow \(2\..* there, 0\.1 here\)"):
             hosts.check(client, tmp_path)
     monkeypatch.setattr(os.path, "exists", lambda path: True)  # here
-    with pytest.raises(cluster.HostError, match="does not see /nowhere"):
-        list(cluster.spread(len, ["piece"], address=two.address, reads=["/nowhere"]))
+    with pytest.raises(parallel.HostError, match="does not see /nowhere"):
+        list(parallel.spread(len, ["piece"], address=two.address, reads=["/nowhere"]))

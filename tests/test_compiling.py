@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from helpers.compute import bank
-from helpers.models import classifier
+from helpers.models import unfreezing
 from helpers.training import compiling, fitting
 
 S4 = {"name": "table", "below": {7: 1e-3, 8: 5e-4, 16: 5e-5}, "then": 1e-5}
@@ -114,8 +114,8 @@ def tiny_classifier():
 def test_deeper_layers_move_by_the_decayed_rate(name):
     """The gradients are equal everywhere, so that the moves differ by the shares alone."""
     model = tiny_classifier()
-    classifier.unfreeze(model, "block2")
-    weights, shares = model.trainable_variables, classifier.layer_shares(model, 0.5)
+    unfreezing.unfreeze(model, "block2")
+    weights, shares = model.trainable_variables, unfreezing.layer_shares(model, 0.5)
     optimizer = compiling.optimizer({"name": name, "weight_decay": 0.0}, 0.01, shares=shares)
     for _ in range(3):
         before = [np.array(weight) for weight in weights]
@@ -129,11 +129,11 @@ def test_deeper_layers_move_by_the_decayed_rate(name):
 
 def test_weight_decay_is_shared_out_too():
     model = tiny_classifier()
-    classifier.unfreeze(model, "all")
+    unfreezing.unfreeze(model, "all")
     weights = [weight for weight in model.trainable_variables if weight.path.endswith("kernel")]
     before = [np.array(weight) for weight in weights]
     optimizer = compiling.optimizer(
-        {"name": "sgd", "weight_decay": 0.1}, 0.5, shares=classifier.layer_shares(model, 0.5)
+        {"name": "sgd", "weight_decay": 0.1}, 0.5, shares=unfreezing.layer_shares(model, 0.5)
     )
     optimizer.apply([keras.ops.zeros_like(weight) for weight in weights], weights)
     for old, new, share in zip(before, weights, [0.125, 0.25, 0.5, 1.0], strict=True):

@@ -13,7 +13,7 @@ LABELS = np.array([0, 2])
 
 
 def thawed(name: str) -> keras.Model:
-    """A classifier whose last third of layers trains, as `classifier.unfreeze` leaves it."""
+    """A classifier whose last third of layers trains, as `unfreezing.unfreeze` leaves it."""
     backbone = lively(backbones.build(name, FAMILIES[name], "none"))
     for index, layer in enumerate(backbone.layers):
         is_norm = isinstance(layer, keras.layers.BatchNormalization)

@@ -24,7 +24,7 @@ import pandas as pd
 import pytest
 from test_store import Toys, toys  # noqa: F401
 
-from helpers.core import runs
+from helpers.core import disk, progress, project
 from helpers.pipeline import execution
 
 pytestmark = pytest.mark.crash
@@ -55,11 +55,11 @@ class Place:
     def __init__(self, folder: Path, recipe: Path):
         self.folder, self.recipe, self.run, self.store = folder, recipe, folder / "tiny", folder / ".store"
         self.environment = os.environ | {"THAW_RUNS": str(folder), "COLUMNS": "200", "MY_TOKEN": SECRET}
-        self.environment.pop(runs.PROGRESS_VARIABLE, None)
+        self.environment.pop(progress.PROGRESS_VARIABLE, None)
 
     def start(self, *arguments, code=("-m", "helpers.cli.main"), before=(), **options) -> subprocess.Popen:
         command = [*before, sys.executable, *code, *map(str, arguments)]
-        given = {"cwd": runs.ROOT, "env": self.environment, "start_new_session": True, "text": True} | options
+        given = {"cwd": project.ROOT, "env": self.environment, "start_new_session": True, "text": True} | options
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **given)
 
     def thaw(self, *arguments, expect=0, **options) -> str:
@@ -102,7 +102,7 @@ def undisturbed(tmp_path_factory, recipe) -> Place:
 @pytest.fixture(scope="module")
 def seconds(undisturbed) -> dict[str, float]:
     """How long each stage takes here."""
-    return {stage: runs.read_json(undisturbed.run / stage / "stage.json")["seconds"] for stage in STAGES}
+    return {stage: disk.read_json(undisturbed.run / stage / "stage.json")["seconds"] for stage in STAGES}
 
 
 # Kills
@@ -272,17 +272,17 @@ def test_a_run_that_is_read_only_can_be_looked_at_and_used(undisturbed, recipe, 
 
 def test_project_photos_and_home_may_be_read_only(undisturbed, recipe, read_only, tmp_path):
     """As in a container whose user is not the owner of the project."""
-    project, home = tmp_path / "project", tmp_path / "home"
+    checkout, home = tmp_path / "project", tmp_path / "home"
     for name in ("helpers", "notebooks", "recipes"):
-        shutil.copytree(runs.ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(runs.ROOT / "pyproject.toml", project)
+        shutil.copytree(project.ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(project.ROOT / "pyproject.toml", checkout)
     home.mkdir()
-    for folder in (project, home, recipe.parent):
+    for folder in (checkout, home, recipe.parent):
         read_only(folder)
     place = Place(tmp_path / "runs", recipe)
-    place.environment |= {"HOME": str(home), "PYTHONPATH": str(project)}
+    place.environment |= {"HOME": str(home), "PYTHONPATH": str(checkout)}
     place.environment.pop("KERAS_HOME", None)
-    place.thaw("run", recipe, before=bound(), cwd=project)
+    place.thaw("run", recipe, before=bound(), cwd=checkout)
     first, second = (pd.read_csv(one.run / "evaluate" / "predictions.csv") for one in (undisturbed, place))
     pd.testing.assert_frame_equal(first, second)
 

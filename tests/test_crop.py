@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from helpers.cli import terminal
-from helpers.core import recipes, runs
+from helpers.core import disk, progress, project
 from helpers.data import crop, detectors, images, inventory
 from helpers.evaluation import prediction
-from helpers.pipeline import planning
+from helpers.pipeline import planning, recipes
 from helpers.reports import report
 
 SIDE = 64  # pixels of the tiny detector's input
@@ -279,7 +279,7 @@ def cropped(tmp_path_factory, photos, by_hand):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("THAW_RUNS", str(place / "runs"))
-        patch.setenv(runs.PROGRESS_VARIABLE, str(place / "progress"))
+        patch.setenv(progress.PROGRESS_VARIABLE, str(place / "progress"))
         before = {image: image.read_bytes() for image in photos.rglob("*.png")}
         for number, name in enumerate(["explore", "crop", "split", "resize"]):
             step = planning.plan(recipes.load(path))[number]
@@ -289,11 +289,11 @@ def cropped(tmp_path_factory, photos, by_hand):
 
 
 def test_a_recipe_with_the_section_crops_between_explore_and_split(cropped):
-    run = planning.runs_folder() / "cars"
+    run = project.runs_folder() / "cars"
     steps = planning.plan(recipes.load(cropped))
     assert [step.stage.name for step in steps][:4] == ["explore", "crop", "split", "resize"]
     headline = "10 of 12 images cut to a box, the others whole: 2 no box"
-    assert runs.read_json(run / "crop/stage.json")["headline"] == headline
+    assert disk.read_json(run / "crop/stage.json")["headline"] == headline
     assert headline in report.build_report(run).read_text()
     table = pd.read_csv(run / "resize/images.csv", keep_default_na=False)
     boxes = {f"{x} {y} {x + 32} {y + 32}" for x in (0, 32, 64) for y in (0, 32)}
@@ -306,11 +306,11 @@ def test_a_recipe_with_the_section_crops_between_explore_and_split(cropped):
 
 
 def test_images_that_are_alike_once_they_are_cut_stay_together(cropped):
-    run = planning.runs_folder() / "cars"
+    run = project.runs_folder() / "cars"
     before, after = (pd.read_csv(run / name / "inventory.csv") for name in ("explore", "crop"))
     assert before["group"].nunique() == 12
     assert after["group"].nunique() == 3, "ten red squares, and two images that are whole"
-    assert runs.read_json(run / "crop/groups.json")["groups"] == 3
+    assert disk.read_json(run / "crop/groups.json")["groups"] == 3
 
 
 def test_without_the_section_a_run_is_as_it_was(cropped, tmp_path, monkeypatch):
@@ -356,12 +356,12 @@ def test_prediction_crops_as_training_did(cropped, photos, tmp_path):
     model = keras.Sequential(
         [keras.Input((32, 32, 3)), keras.layers.Rescaling(1 / 255), pool, keras.layers.Flatten(), dense]
     )
-    about = {name: runs.read_json(planning.runs_folder() / "cars/resize/resize.json")[name] for name in ("fit", "crop")}
+    about = {name: disk.read_json(project.runs_folder() / "cars/resize/resize.json")[name] for name in ("fit", "crop")}
     for name, kept in (("with", about), ("without", {"fit": "squash"})):
         (tmp_path / name).mkdir()
         model.save(tmp_path / name / "model.keras")
-        runs.write_json(tmp_path / name / "model.json", kept | {"image_size": 32})
-        runs.write_json(tmp_path / name / "class_names.json", ["cars", "vans"])
+        disk.write_json(tmp_path / name / "model.json", kept | {"image_size": 32})
+        disk.write_json(tmp_path / name / "class_names.json", ["cars", "vans"])
     part = Image.open(photos / "cars" / "1.png").crop((32, 0, 64, 32))
     part.save(tmp_path / "part.png")
     whole, _ = prediction.predict(tmp_path / "with", [photos / "cars" / "1.png", photos / "cars" / "5.png"])
@@ -369,7 +369,7 @@ def test_prediction_crops_as_training_did(cropped, photos, tmp_path):
     np.testing.assert_allclose(whole[["cars", "vans"]], expected[["cars", "vans"]], atol=1e-6)
     assert "caution" not in whole.attrs
     by_table = about | {"image_size": 32, "crop": about["crop"] | {"boxes": "b.csv", "detector": ""}}
-    runs.write_json(tmp_path / "with" / "model.json", by_table)
+    disk.write_json(tmp_path / "with" / "model.json", by_table)
     table, _ = prediction.predict(tmp_path / "with", [photos / "cars" / "1.png"])
     assert "cut to the boxes of b.csv; these are taken whole" in table.attrs["caution"]
 

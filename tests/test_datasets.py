@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.compute import bank
-from helpers.core import runs
-from helpers.models import classifier
-from helpers.training import datasets, transforms
+from helpers.core import disk
+from helpers.models import classifier, unfreezing
+from helpers.training import datasets, feeds, transforms
 
 SIZE = 32
 COUNTS = {"train": {"cat": 7, "dog": 3, "owl": 1}, "val": {"cat": 2, "dog": 2, "owl": 1}, "test": {"cat": 1, "dog": 1}}
@@ -28,8 +28,8 @@ def resized(tmp_path_factory, image_folder):
         rows += [(str(f.relative_to(folder)), f.parent.name, part, f"raw/{f.name}", f"{part}{f.name}") for f in files]
     table = pd.DataFrame(rows, columns=["path", "label", "part", "source", "sha256"])
     table.to_csv(folder / "images.csv", index=False)
-    runs.write_json(folder / "class_names.json", ["dog", "cat", "owl"])
-    runs.write_json(folder / "resize.json", {"image_size": SIZE, "fit": "crop", "format": "png"})
+    disk.write_json(folder / "class_names.json", ["dog", "cat", "owl"])
+    disk.write_json(folder / "resize.json", {"image_size": SIZE, "fit": "crop", "format": "png"})
     return folder
 
 
@@ -99,7 +99,7 @@ def test_an_empty_part_is_an_error(resized):
 def test_a_label_without_a_class_is_an_error(resized, tmp_path):
     for name in ("images.csv", "resize.json"):
         (tmp_path / name).write_bytes((resized / name).read_bytes())
-    runs.write_json(tmp_path / "class_names.json", ["dog"])
+    disk.write_json(tmp_path / "class_names.json", ["dog"])
     with pytest.raises(ValueError, match=r"labels that class_names\.json lacks: cat, owl"):
         datasets.read(tmp_path, "train")
 
@@ -107,7 +107,7 @@ def test_a_label_without_a_class_is_an_error(resized, tmp_path):
 def test_labels_that_look_like_numbers_or_nothing_stay_text(resized, tmp_path):
     table = pd.read_csv(resized / "images.csv").replace({"label": {"cat": "NA", "dog": "01", "owl": "1e5"}})
     table.to_csv(tmp_path / "images.csv", index=False)
-    runs.write_json(tmp_path / "class_names.json", ["01", "1e5", "NA"])
+    disk.write_json(tmp_path / "class_names.json", ["01", "1e5", "NA"])
     (tmp_path / "resize.json").write_bytes((resized / "resize.json").read_bytes())
     assert np.bincount(datasets.read(tmp_path, "train").labels).tolist() == [3, 1, 7]
 
@@ -216,14 +216,14 @@ def test_examples_hold_every_class_as_often_as_asked_for(train, pixels):
 @pytest.fixture(scope="module")
 def model():
     keras.utils.set_random_seed(0)
-    made = classifier.classifier("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
-    classifier.unfreeze(made, "none")
+    made = classifier.build("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
+    unfreezing.unfreeze(made, "none")
     return made
 
 
 @pytest.fixture
 def feed(model, train, val, tmp_path):
-    return lambda views, **options: datasets.feed(
+    return lambda views, **options: feeds.feed(
         model, train, val, cache=tmp_path / "cache", views=views, batch_size=4, seed=7, **options
     )
 
@@ -316,9 +316,9 @@ def test_training_the_suffix_trains_the_model(feed, model):
 
 
 def test_a_thawed_model_has_nothing_to_compute_beforehand(train, val, tmp_path):
-    whole_model = classifier.classifier("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
-    classifier.unfreeze(whole_model, "all")
-    fed = datasets.feed(whole_model, train, val, cache=tmp_path, views=2, batch_size=4, seed=7)
+    whole_model = classifier.build("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
+    unfreezing.unfreeze(whole_model, "all")
+    fed = feeds.feed(whole_model, train, val, cache=tmp_path, views=2, batch_size=4, seed=7)
     assert "nothing below" in fed.summary and isinstance(fed.train, tf.data.Dataset)
     assert fed.model.input_shape == whole_model.input_shape
     assert {id(one) for one in fed.model.variables} == {id(one) for one in whole_model.variables}

@@ -11,13 +11,13 @@ from test_manifest import thaw  # noqa: F401
 
 from helpers.cli import doctor, prefetch
 from helpers.cli.doctor import GpuFacts
-from helpers.core import machine, recipes, runs
-from helpers.pipeline import planning
+from helpers.core import machine, notebooks, project
+from helpers.pipeline import planning, recipes
 
 
 def test_every_line_is_true_on_this_machine(runs_folder):
     command = [sys.executable, "-m", "helpers.cli.main", "doctor"]
-    asked = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, timeout=600, check=False)
+    asked = subprocess.run(command, capture_output=True, text=True, cwd=project.ROOT, timeout=600, check=False)
     lines = {line.split()[1]: line for line in asked.stdout.splitlines() if re.match(r"(ok|WRONG) ", line)}
     assert {"python", "packages", "tensorflow", "CPU:0", "memory", "disk", "weights", "kernel", "runs"} <= set(lines)
     assert lines["CPU:0"].startswith("ok") and "a convolution is right and takes" in lines["CPU:0"]
@@ -95,7 +95,7 @@ def test_a_tensorflow_that_cannot_be_loaded_is_told(monkeypatch):
 
 def test_packages_are_compared_with_the_lock(monkeypatch, tmp_path):
     (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["pytest>=8", "no-such-thing>=1"]\n')
-    monkeypatch.setattr(doctor.runs, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor.project, "ROOT", tmp_path)
     assert doctor._packages().text == "not installed: no-such-thing" and doctor._packages().fix
     (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["pytest>=8"]\n')
     assert "no requirements.lock" in doctor._packages().text
@@ -111,7 +111,7 @@ def test_little_memory_little_disk_and_a_folder_that_is_read_only_are_told(monke
     assert "1.0 of" in doctor._memory().text and "batch_size" in doctor._memory().fix
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: doctor.shutil._ntuple_diskusage(1, 1, 10**6))
     assert "thaw clean" in next(doctor._disk()).fix
-    monkeypatch.setattr(doctor.store, "is_writable", lambda folder: False)
+    monkeypatch.setattr(doctor.disk, "is_writable", lambda folder: False)
     assert next(doctor._disk()).fix.endswith("set THAW_RUNS")
 
 
@@ -177,7 +177,7 @@ def test_weights_that_cannot_be_had_stop_a_run_before_it_begins(monkeypatch, run
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     recipe = recipes.load(tmp_path / "r.yaml")
-    head = type("Step", (), {"stage": recipes.find_stage("head")})
+    head = type("Step", (), {"stage": notebooks.find_stage("head")})
     with pytest.raises(FileNotFoundError, match=r"head\.weights: The ImageNet weights of mobilenet are not") as caught:
         planning.check_choices(recipe, [head])
     assert str(tmp_path / "keras" / "models") in str(caught.value) and "connect to the network" in str(caught.value)

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
-from helpers.evaluation import metrics
+from helpers.evaluation import comparison, metrics
 
 
 def draw(n, k, seed=0, sharpness=1.5):
@@ -87,7 +87,7 @@ def test_resampled_auc_is_that_of_the_resample():
     probabilities = probabilities.round(1) + 1e-3  # many ties
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     scores = metrics._Scores(truth, probabilities.argmax(axis=1), probabilities)
-    weights = next(metrics._resamples(truth, seed=0, n_bootstrap=5))
+    weights = next(metrics.resamples(truth, seed=0, n_bootstrap=5))
     for row, value in zip(weights.astype(int), scores.auc(weights), strict=True):
         copies = np.repeat(np.arange(60), row)
         expected = sklearn_metrics.roc_auc_score(truth[copies], probabilities[copies], multi_class="ovr")
@@ -96,7 +96,7 @@ def test_resampled_auc_is_that_of_the_resample():
 
 def test_resamples_keep_the_class_counts():
     truth = np.repeat([0, 1, 2], [50, 9, 1])
-    weights = np.concatenate(list(metrics._resamples(truth, seed=0, n_bootstrap=40)))
+    weights = np.concatenate(list(metrics.resamples(truth, seed=0, n_bootstrap=40)))
     assert (weights @ np.eye(3)[truth] == [50, 9, 1]).all()
 
 
@@ -171,22 +171,22 @@ def test_confused_pairs_are_sorted_by_count_and_leave_out_the_diagonal():
 def test_compare_counts_only_disagreements():
     first, names = of_hits(np.r_[np.ones(70, bool), np.zeros(30, bool)])
     second, _ = of_hits(np.r_[np.zeros(5, bool), np.ones(90, bool), np.zeros(5, bool)])
-    result = metrics.compare(first, second.sample(frac=1, random_state=0), names)
+    result = comparison.compare(first, second.sample(frac=1, random_state=0), names)
     assert (result["only_first_right"], result["only_second_right"]) == (5, 25)
     assert result["p_value"] == pytest.approx(binomtest(25, 30).pvalue)
     assert result["difference"]["value"] == pytest.approx(0.2)
     assert 0 < result["difference"]["low"] < 0.2 < result["difference"]["high"]
     assert "more than chance" in result["sentence"]
-    same = metrics.compare(first, first, names)
+    same = comparison.compare(first, first, names)
     assert same["p_value"] == 1.0 and same["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_compare_refuses_other_pictures_and_other_labels():
     first, names = of_hits(np.ones(10, bool))
     with pytest.raises(ValueError, match="same pictures"):
-        metrics.compare(first, first.head(9), names)
+        comparison.compare(first, first.head(9), names)
     with pytest.raises(ValueError, match="different labels"):
-        metrics.compare(first, first.assign(label=first["label"].to_numpy()[::-1]), names)
+        comparison.compare(first, first.assign(label=first["label"].to_numpy()[::-1]), names)
 
 
 @pytest.mark.parametrize(
@@ -200,15 +200,15 @@ def test_compare_refuses_other_pictures_and_other_labels():
     ],
 )
 def test_the_better_phase_is_chosen_on_validation(monitor, head, fine, phase):
-    result = metrics.better_phase(pd.DataFrame({monitor: head}), pd.DataFrame({monitor: fine}), monitor)
+    result = comparison.better_phase(pd.DataFrame({monitor: head}), pd.DataFrame({monitor: fine}), monitor)
     assert result["phase"] == phase
     assert f"phase {1 if phase == 'head' else 2} is the run's model" in result["sentence"]
 
 
 def test_without_phase_2_the_head_is_the_model():
-    assert metrics.better_phase(pd.DataFrame({"val_loss": [0.5]}), None)["phase"] == "head"
+    assert comparison.better_phase(pd.DataFrame({"val_loss": [0.5]}), None)["phase"] == "head"
     with pytest.raises(ValueError, match="val_auc"):
-        metrics.better_phase(pd.DataFrame({"val_loss": [0.5]}), None, "val_auc")
+        comparison.better_phase(pd.DataFrame({"val_loss": [0.5]}), None, "val_auc")
 
 
 def test_headline_names_the_published_figures():

@@ -14,7 +14,7 @@ import papermill
 import pytest
 from test_store import ALL, Toys, quick, quick_toys, toys  # noqa: F401
 
-from helpers.core import runs
+from helpers.core import disk, stages
 from helpers.data import inventory
 from helpers.pipeline import execution, planning, store
 
@@ -39,7 +39,7 @@ def dies_in(monkeypatch, module, name: str):
 
 
 @pytest.mark.parametrize(
-    "where", [(store, "contents"), (runs, "discard"), (planning, "link_stage")], ids=lambda w: w[1]
+    "where", [(store, "contents"), (disk, "discard"), (planning, "link_stage")], ids=lambda w: w[1]
 )
 def test_killed_after_the_last_cell_nothing_is_run_again(toy, monkeypatch, where):
     dies_in(monkeypatch, *where)
@@ -98,7 +98,7 @@ def test_rebuilding_never_leaves_half_of_a_stage_in_its_place(toy, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runs.shutil, "rmtree", dies)
+        patch.setattr(disk.shutil, "rmtree", dies)
         toy.run(rebuild="resize")
     assert not place.exists() and list(place.parent.glob(".resize-*.discarded/word.txt")), "it went whole"
     toy.run()
@@ -157,7 +157,7 @@ def test_a_full_disk_is_known_by_what_libraries_say(text):
 
 def test_a_folder_that_cannot_be_written_to_can_be_looked_at(toy, monkeypatch):
     toy.run()
-    monkeypatch.setattr(store, "is_writable", lambda folder: False)
+    monkeypatch.setattr(disk, "is_writable", lambda folder: False)
     asked = []
     monkeypatch.setattr(inventory, "source_fingerprint", lambda p, cache: asked.append(cache) or "photos:")
     assert set(toy.why().values()) == {"done"} and asked == [None]
@@ -170,7 +170,7 @@ def test_a_folder_that_cannot_be_made_is_not_writable(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(store.Path, "mkdir", refuse)
-    assert not store.is_writable(tmp_path / "runs")
+    assert not disk.is_writable(tmp_path / "runs")
 
 
 def test_the_store_may_lie_behind_a_link_on_another_file_system(toy, tmp_path_factory):
@@ -187,7 +187,7 @@ def test_the_store_may_lie_behind_a_link_on_another_file_system(toy, tmp_path_fa
 def test_a_clock_that_was_set_back_changes_nothing(toy, monkeypatch):
     later = time.time() + 1e7
     with monkeypatch.context() as patch:
-        patch.setattr(runs.time, "time", lambda: later)
+        patch.setattr(stages.time, "time", lambda: later)
         toy.run(last="split")
         dies_in(patch, store, "contents")
         with pytest.raises(Killed):
@@ -198,11 +198,11 @@ def test_a_clock_that_was_set_back_changes_nothing(toy, monkeypatch):
     toy.run()
     assert toy.ran() == [] and toy.word() == "photos:abc"
     toy.run(rebuild="resize")
-    assert all(runs.read_json(toy.runs / "toy" / name / "stage.json")["seconds"] >= 0 for name in ALL)
+    assert all(disk.read_json(toy.runs / "toy" / name / "stage.json")["seconds"] >= 0 for name in ALL)
 
 
 def test_files_of_a_stage_stay_read_only_when_it_is_kept_again(toy, monkeypatch):
-    dies_in(monkeypatch, runs, "discard")
+    dies_in(monkeypatch, disk, "discard")
     with pytest.raises(Killed):
         toy.run(last="explore")
     toy.run(last="explore")

@@ -35,7 +35,7 @@ FAMILIES = {
 
 
 def classify(backbone: keras.Model, dropout: float = 0.0) -> keras.Model:
-    """A classifier of the form that `classifier.classifier` makes, on any backbone."""
+    """A classifier of the form that `classifier.build` makes, on any backbone."""
     images = keras.Input(backbone.input_shape[1:])
     features = keras.layers.GlobalAveragePooling2D(name="pool")(backbone(images, training=False))
     if dropout:

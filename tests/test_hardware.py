@@ -11,8 +11,8 @@ import pytest
 import tensorflow as tf
 
 from helpers.compute import bank, hardware
-from helpers.models import classifier
-from helpers.training import datasets, fitting
+from helpers.models import classifier, unfreezing
+from helpers.training import datasets, feeds, saving
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
 LABELS = np.arange(24, dtype=np.int32) % 3
@@ -138,8 +138,8 @@ def test_mixed_precision_trains_and_opens_in_float32_elsewhere(tmp_path, monkeyp
     monkeypatch.setattr(classifier.backbones, "build", small_backbone)
     hardware.prepare(precision="mixed_bfloat16")
     keras.utils.set_random_seed(1)
-    model = classifier.classifier("small", 3, image_size=32, dense=[4])
-    classifier.unfreeze(model, "block2")
+    model = classifier.build("small", 3, image_size=32, dense=[4])
+    unfreezing.unfreeze(model, "block2")
     images = datasets.Folder(
         pixels=tf.data.Dataset.from_tensor_slices(PIXELS).batch(bank.GROUP),
         keys=[str(index) for index in range(len(PIXELS))],
@@ -148,13 +148,13 @@ def test_mixed_precision_trains_and_opens_in_float32_elsewhere(tmp_path, monkeyp
         class_names=["a", "b", "c"],
         image_size=32,
     )
-    feed = datasets.feed(model, images, images, cache=tmp_path / "cache", views=1, batch_size=8, seed=1)
+    feed = feeds.feed(model, images, images, cache=tmp_path / "cache", views=1, batch_size=8, seed=1)
     feed.model.compile(optimizer="adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"])
     with hardware.batch_that_fits(feed.model, feed.train, 8):
         history = feed.model.fit(feed.train, epochs=2, callbacks=[feed.clock], shuffle=False, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
     assert model.get_layer("backbone").compute_dtype == "bfloat16" and model.output.dtype == "float32"
-    fitting.save(model, tmp_path, PIXELS[:4])
+    saving.save(model, tmp_path, PIXELS[:4])
     expected = model.predict_on_batch(PIXELS)
 
     keras.config.set_dtype_policy("float32")

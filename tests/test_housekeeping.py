@@ -9,7 +9,7 @@ from filelock import FileLock
 from test_manifest import thaw  # noqa: F401
 from test_store import ALL, Toys, quick, quick_toys, toys  # noqa: F401
 
-from helpers.core import runs
+from helpers.core import disk
 from helpers.pipeline import housekeeping
 
 
@@ -38,7 +38,7 @@ def test_runs_are_listed_with_date_size_and_headline(toy, thaw):  # noqa: F811
     assert code == 0 and {"sweep/one", "two"} <= set(lines)
     assert "photos:abc" in lines["two"] and " 3 " in lines["two"]
     assert "photos:ab" in lines["sweep/one"] and " 2 " in lines["sweep/one"]
-    made = runs.read_json(toy.runs / "two/resize/stage.json")["created"]
+    made = disk.read_json(toy.runs / "two/resize/stage.json")["created"]
     assert made[:16].replace("T", " ") in lines["two"]
     two = next(run for run in housekeeping.runs_in(toy.runs) if run.name == "two")
     assert two.size == sum(housekeeping.size_of(toy.runs / "two" / stage) for stage in ALL) > 0

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.core import parallel
 from helpers.data import images
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -165,7 +166,7 @@ def test_impossible_sizes_and_fits_are_refused(size, fit, said):
 
 def test_many_items_come_in_order_whatever_the_workers():
     for workers in (0, 1, 3):
-        assert list(images.for_each(lambda n: n * n, range(50), workers=workers)) == [n * n for n in range(50)]
+        assert list(parallel.for_each(lambda n: n * n, range(50), workers=workers)) == [n * n for n in range(50)]
 
 
 def test_an_image_error_survives_another_process():

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers.core import recipes, runs
-from helpers.data import images, inventory, labels, leaks, sources
+from helpers.core import disk, notebooks, words
+from helpers.data import grouping, images, inventory, sources
+from helpers.evaluation import prediction
 
 
 def clouds(seed: int, size: tuple[int, int] = (120, 90)) -> np.ndarray:
@@ -30,7 +31,9 @@ def root(tmp_path: Path) -> Path:
 
 def parameters(root: Path | str, **given) -> dict:
     return (
-        {name: p.default for name, p in recipes.find_stage("explore").settings.items()} | {"source": str(root)} | given
+        {name: p.default for name, p in notebooks.find_stage("explore").settings.items()}
+        | {"source": str(root)}
+        | given
     )
 
 
@@ -66,20 +69,20 @@ def test_the_facts_about_a_heic_file(root):
     row = table.set_index("path").loc["cat/photo.heic"]
     assert (row["format"], row["mode"], row["width"], row["height"]) == ("HEIF", "RGB", 120, 90) and quarantine.empty
     assert row["taken"] == "2024:05:01 12:00:00" and row["orientation"] == 1, "libheif has turned it already"
-    groups = inventory.group(table).set_index("path")["group"]
+    groups = grouping.group(table).set_index("path")["group"]
     assert groups["cat/photo.heic"] == groups["cat/photo.png"], "turned, it looks like the upright one"
 
 
 def test_it_is_written_and_read_back_alike(root, tmp_path):
     data = sources.read(parameters(root))
     table, quarantine = inventory.take(data)
-    table = inventory.group(table)
+    table = grouping.group(table)
     (tmp_path / "out").mkdir()
     files = inventory.write(tmp_path / "out", data, table, quarantine)
     assert all((tmp_path / "out" / name).is_file() for name in files)
     pd.testing.assert_frame_equal(inventory.read(tmp_path / "out"), table, check_dtype=False)
     assert (tmp_path / "out" / "source").resolve() == root.resolve()
-    assert runs.read_json(tmp_path / "out" / "class_names.json") == ["cat", "dog"]
+    assert disk.read_json(tmp_path / "out" / "class_names.json") == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_limits_are_the_users(root, limits, reason):
 
 def grouped(root: Path, **options) -> pd.Series:
     table, _ = take(root)
-    return inventory.group(table, **options).set_index("path")["group"]
+    return grouping.group(table, **options).set_index("path")["group"]
 
 
 def altered(kind: str) -> bytes:
@@ -135,7 +138,7 @@ def test_different_pictures_stay_apart(root):
 def test_the_users_groups_hold_and_give_their_names(root):
     table, _ = take(root)
     table["group"] = ["p1", "p2", "p1"] + [""] * 9
-    groups = inventory.group(table)["group"]
+    groups = grouping.group(table)["group"]
     assert list(groups[:3]) == ["p1", "p2", "p1"] and groups[3:].is_unique
 
 
@@ -144,7 +147,7 @@ def test_belonging_together_is_passed_on(root):
     (root / "cat" / "c.png").write_bytes((root / "cat" / "2.png").read_bytes())
     table, _ = take(root)
     table.loc[table["path"].isin(["cat/0.png", "cat/2.png"]), "group"] = "patient"
-    groups = inventory.group(table).set_index("path")["group"]
+    groups = grouping.group(table).set_index("path")["group"]
     assert set(groups[["cat/0.png", "cat/2.png", "cat/c.png"]]) == {"patient"} and (groups == "patient").sum() == 3
 
 
@@ -172,8 +175,8 @@ def test_bursts_by_time(root):
 def test_the_order_of_the_files_does_not_change_the_groups(root):
     (root / "cat" / "copy.png").write_bytes((root / "cat" / "0.png").read_bytes())
     table, _ = take(root)
-    there = inventory.group(table).set_index("path")["group"]
-    back = inventory.group(table[::-1].reset_index(drop=True)).set_index("path")["group"]
+    there = grouping.group(table).set_index("path")["group"]
+    back = grouping.group(table[::-1].reset_index(drop=True)).set_index("path")["group"]
     assert there.sort_index().equals(back.sort_index())
 
 
@@ -186,15 +189,15 @@ def test_near_duplicates_are_exactly_the_pairs_within_the_distance():
     texts = pd.Series([found.tobytes().hex() for found in hashes])
     for distance in (0, 8, 110):
         expected = np.argwhere(np.triu(differ <= distance, 1))
-        assert np.array_equal(inventory.near_duplicates(texts, distance), expected)
-    assert inventory.near_duplicates(texts[:0], 8).shape == (0, 2)
+        assert np.array_equal(grouping.near_duplicates(texts, distance), expected)
+    assert grouping.near_duplicates(texts[:0], 8).shape == (0, 2)
 
 
 def test_the_summary_counts_groups_and_disagreements(root):
     table, _ = take(root)
     table["group"] = ["x", "x", "x"] + [f"g{n}" for n in range(9)]
     table.loc[1, "label"] = "dog"
-    assert leaks.summary(table) == {
+    assert grouping.summary(table) == {
         "images": 12,
         "groups": 10,
         "groups_of_several": 1,
@@ -202,8 +205,8 @@ def test_the_summary_counts_groups_and_disagreements(root):
         "largest_group": 3,
         "groups_with_several_labels": 1,
     }
-    assert list(inventory.disagreements(table)["label"]) == ["cat", "dog", "cat"]
-    assert inventory.largest_groups(table, root)["x: 3"][0].shape == (160, 160, 3)
+    assert list(grouping.disagreements(table)["label"]) == ["cat", "dog", "cat"]
+    assert grouping.largest_groups(table, root)["x: 3"][0].shape == (160, 160, 3)
     assert list(inventory.examples(table, root, per_class=2)) == ["cat", "dog"]
 
 
@@ -258,14 +261,14 @@ def test_the_built_in_sets():
 
 def test_the_built_in_folders():
     pytest.importorskip("conformal_clip_data")
-    assert sources.natural_order(sources.read(parameters("textile")).table["label"]) == ["global", "local", "nominal"]
+    assert words.natural_order(sources.read(parameters("textile")).table["label"]) == ["global", "local", "nominal"]
 
 
 # -- Words and columns -------------------------------------------------------------------------------------------------
 
 
 def test_natural_order():
-    assert sources.natural_order(["10", "9", "b2", "b10", "a", "B1", "", "9"]) == [
+    assert words.natural_order(["10", "9", "b2", "b10", "a", "B1", "", "9"]) == [
         "",
         "9",
         "10",
@@ -280,20 +283,20 @@ def test_a_submission_has_the_columns_asked_for():
     predictions = pd.DataFrame(
         {"path": ["t/a.jpg", "t/b.c.jpg"], "predicted": ["x", "y"], "x": [0.9, 0.2], "y": [0.1, 0.8]}
     )
-    simple = labels.submission(predictions, ["id", "breed"])
+    simple = prediction.submission(predictions, ["id", "breed"])
     assert simple.to_dict("list") == {"id": ["a", "b.c"], "breed": ["x", "y"]}
-    assert labels.submission(predictions, ["path", "y", "x"]).to_dict("list") == {
+    assert prediction.submission(predictions, ["path", "y", "x"]).to_dict("list") == {
         "path": ["t/a.jpg", "t/b.c.jpg"],
         "y": [0.1, 0.8],
         "x": [0.9, 0.2],
     }
-    assert labels.submission(predictions, ["id", "*"]).to_dict("list") == {
+    assert prediction.submission(predictions, ["id", "*"]).to_dict("list") == {
         "id": ["a", "b.c"],
         "x": [0.9, 0.2],
         "y": [0.1, 0.8],
     }
     with pytest.raises(ValueError, match="columns"):
-        labels.submission(predictions, ["id"])
+        prediction.submission(predictions, ["id"])
 
 
 def test_heic_is_named_with_its_extra():

@@ -20,7 +20,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from helpers.core import recipes, runs
+from helpers.core import notebooks, project, stages
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -40,12 +40,12 @@ QUIET = '{"fetchNews": "false", "checkForUpdates": false, "doNotDisturbMode": tr
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, image_folder) -> Path:
+def checkout(tmp_path_factory, image_folder) -> Path:
     """A copy of the project whose notebooks have photos of the test and few epochs as defaults."""
     folder = tmp_path_factory.mktemp("lab") / "project"
     for name in ("helpers", "notebooks", "recipes"):
-        shutil.copytree(runs.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(runs.ROOT / "pyproject.toml", folder)
+        shutil.copytree(project.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(project.ROOT / "pyproject.toml", folder)
     photos = image_folder(folder / "photos", {"disc": 12, "square": 12, "cross": 12}, size=48)
     for name, changes in (SMALL | {"00_explore": {"source": f'"{photos}"'}}).items():
         path = folder / "notebooks" / f"{name}.ipynb"
@@ -59,21 +59,21 @@ def project(tmp_path_factory, image_folder) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment(project, tmp_path_factory) -> dict[str, str]:
+def environment(checkout, tmp_path_factory) -> dict[str, str]:
     """Nothing of the person who runs the test is read or written, and `helpers` is that of the copy."""
     home = tmp_path_factory.mktemp("home")
     settings = home / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text(QUIET)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "THAW", "TF_CPP"))}
-    kept |= {"PYTHONPATH": str(project), "JUPYTER_CONFIG_DIR": str(home / "config"), "COLUMNS": "200"}
+    kept |= {"PYTHONPATH": str(checkout), "JUPYTER_CONFIG_DIR": str(home / "config"), "COLUMNS": "200"}
     kept |= {"JUPYTER_RUNTIME_DIR": str(home / "runtime"), "IPYTHONDIR": str(home / "ipython")}
     kept |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
     return kept
 
 
 @pytest.fixture(scope="module")
-def lab(project, environment):
+def lab(checkout, environment):
     """The address of a JupyterLab in the project's copy."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -81,10 +81,10 @@ def lab(project, environment):
     options = [f"--ServerApp.port={port}", f"--IdentityProvider.token={TOKEN}", "--ServerApp.port_retries=0"]
     options += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", *options]
-    log = project.parent / "lab.log"
+    log = checkout.parent / "lab.log"
     with open(log, "w") as stream:
         process = subprocess.Popen(
-            command, cwd=project, env=environment, stdout=stream, stderr=stream, start_new_session=True
+            command, cwd=checkout, env=environment, stdout=stream, stderr=stream, start_new_session=True
         )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -169,17 +169,17 @@ def screenshot(page, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def by_hand(browser, lab, project, say) -> Path:
+def by_hand(browser, lab, checkout, say) -> Path:
     """The folder of the run that was made by hand, notebook by notebook."""
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    names = [stage.notebook.stem for stage in recipes.stages().values() if not stage.notebook.stem[2].isalpha()]
+    names = [stage.notebook.stem for stage in notebooks.stages().values() if not stage.notebook.stem[2].isalpha()]
     for name in names[:6]:
         begun = time.monotonic()
-        run_all(page, lab, project / "notebooks" / f"{name}.ipynb")
+        run_all(page, lab, checkout / "notebooks" / f"{name}.ipynb")
         screenshot(page, name)
         say(f"{name} in JupyterLab: {time.monotonic() - begun:.0f} s")
     page.close()
-    return project / "runs" / "demo"
+    return checkout / "runs" / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -195,16 +195,16 @@ def say(request):
 
 
 @pytest.fixture(scope="module")
-def headless(by_hand, project, environment) -> Path:
+def headless(by_hand, checkout, environment) -> Path:
     """The same, by `thaw run` with a recipe that changes nothing."""
-    (project / "recipes" / "headless.yaml").write_text("name: headless\n")
-    thaw(project, environment, "run", "recipes/headless.yaml")
-    return project / "runs" / "headless"
+    (checkout / "recipes" / "headless.yaml").write_text("name: headless\n")
+    thaw(checkout, environment, "run", "recipes/headless.yaml")
+    return checkout / "runs" / "headless"
 
 
-def thaw(project: Path, environment: dict[str, str], *arguments: str) -> str:
+def thaw(checkout: Path, environment: dict[str, str], *arguments: str) -> str:
     command = [sys.executable, "-m", "helpers.cli.main", *arguments]
-    ran = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 
@@ -218,7 +218,7 @@ def artefacts(stage: Path) -> dict[str, Path]:
 def test_by_hand_and_headless_leave_the_same(by_hand, headless):
     for stage in ("explore", "split", "resize", "head", "fine_tune", "evaluate"):
         first, second = artefacts(by_hand / stage), artefacts((headless / stage).resolve())
-        assert set(first) == set(second) and runs.stage_status(by_hand / stage) == "done", stage
+        assert set(first) == set(second) and stages.status(by_hand / stage) == "done", stage
         for name in (name for name in first if name.endswith((".csv", ".json", ".png"))):
             if name == "history.csv":
                 whole, other = (pd.read_csv(folder[name]).drop(columns="seconds") for folder in (first, second))
@@ -228,8 +228,8 @@ def test_by_hand_and_headless_leave_the_same(by_hand, headless):
     assert len(pd.read_csv(by_hand / "evaluate" / "predictions.csv")) == 9
 
 
-def test_the_notebooks_were_saved_whole_and_without_errors(by_hand, project):
-    for path in sorted((project / "notebooks").glob("0[0-5]_*.ipynb")):
+def test_the_notebooks_were_saved_whole_and_without_errors(by_hand, checkout):
+    for path in sorted((checkout / "notebooks").glob("0[0-5]_*.ipynb")):
         cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), path.name
         outputs = [output for cell in cells for output in cell.outputs]
@@ -239,18 +239,18 @@ def test_the_notebooks_were_saved_whole_and_without_errors(by_hand, project):
         assert not [text for kind, text in shown if kind == "text/html" and re.search("<script|<iframe", text)]
 
 
-def test_training_shows_a_bar_by_hand_and_a_line_an_epoch_headless(by_hand, headless, project):
+def test_training_shows_a_bar_by_hand_and_a_line_an_epoch_headless(by_hand, headless, checkout):
     def printed(path: Path) -> str:
         cells = nbformat.read(path, as_version=4).cells
         return "".join(output.text for cell in cells for output in cell.get("outputs", []) if "text" in output)
 
-    live, batch = printed(project / "notebooks/03_train_head.ipynb"), printed(headless / "03_train_head.ipynb")
+    live, batch = printed(checkout / "notebooks/03_train_head.ipynb"), printed(headless / "03_train_head.ipynb")
     assert "Epoch 4/4" in live and "━" in live and "epoch   4 of 4" not in live
     assert "epoch   4 of 4" in batch and "━" not in batch and len(re.findall(r"(?m)^epoch ", batch)) == 4
 
 
-def test_the_command_knows_what_was_made_by_hand(by_hand, headless, project, environment):
-    shown = thaw(project, environment, "show", "recipes/headless.yaml", "--name", "demo")
+def test_the_command_knows_what_was_made_by_hand(by_hand, headless, checkout, environment):
+    shown = thaw(checkout, environment, "show", "recipes/headless.yaml", "--name", "demo")
     assert shown.count("made by hand; it is used as it is") == 6
-    listed = thaw(project, environment, "ls")
+    listed = thaw(checkout, environment, "ls")
     assert re.search(r"^demo .* 6 ", listed, re.M) and re.search(r"^headless .* 6 ", listed, re.M)

@@ -9,7 +9,7 @@ import pytest
 from test_store import EXPLORE, FINISH, IMPORTS, NOTE, OPEN, TROUBLE, Toys, quick, quick_toys, toys  # noqa: F401
 
 from helpers.cli import main
-from helpers.core import recipes, runs
+from helpers.core import disk, notebooks, stages
 from helpers.data import inventory
 from helpers.pipeline import manifest
 
@@ -26,8 +26,8 @@ names, truth = ["cat", "dog"], np.arange(40) % 2
 scores = np.random.default_rng(seed).uniform(0.2, 0.8, 40) * 0.5 + truth * 0.5
 table = metrics.predictions_table([f"{n}.png" for n in range(40)], truth, np.stack([1 - scores, scores], 1), names)
 table.to_csv(folder / "predictions.csv", index=False)
-runs.write_json(folder / "metrics.json", metrics.metrics(table, names, n_bootstrap=100))
-runs.finish_stage(folder, files=["predictions.csv", "metrics.json"], headline="evaluated")
+disk.write_json(folder / "metrics.json", metrics.metrics(table, names, n_bootstrap=100))
+stages.finish(folder, files=["predictions.csv", "metrics.json"], headline="evaluated")
 """
 
 
@@ -40,7 +40,7 @@ def toy(quick_toys, monkeypatch) -> Toys:  # noqa: F811
     quick_toys.write("00_explore", EXPLORE, IMPORTS, OPEN, NOTE, TROUBLE, word, FINISH)
     quick_toys.write("05_evaluate", EVALUATE, IMPORTS, OPEN, NOTE, PREDICT)
     monkeypatch.setattr(
-        inventory, "source_fingerprint", lambda p, cache=None: (runs.Path(p["source"]) / "photos.txt").read_text()
+        inventory, "source_fingerprint", lambda p, cache=None: (stages.Path(p["source"]) / "photos.txt").read_text()
     )
     return quick_toys
 
@@ -72,7 +72,7 @@ def test_the_manifest_holds_all_that_a_run_is_made_of(toy, monkeypatch):
     toy.run("evaluate.seed=9")
     content = manifest.read(toy.runs / "toy")
     assert content["recipe"]["evaluate"] == {"letter": "c", "seed": 9} and content["seeds"] == {"evaluate": 9}
-    assert content["recipe"] == recipes.read_yaml(toy.runs / "toy" / "recipe.yaml")
+    assert content["recipe"] == notebooks.read_yaml(toy.runs / "toy" / "recipe.yaml")
     assert set(content["stages"]) == set(content["code"]) == {"explore", "evaluate"}
     assert {"05_evaluate", "helpers.evaluation.metrics"} <= set(content["code"]["evaluate"])
     assert content["source"] == "photos:" and content["command"] and content["created"].endswith("+00:00")
@@ -80,14 +80,14 @@ def test_the_manifest_holds_all_that_a_run_is_made_of(toy, monkeypatch):
     assert {"platform", "cpu", "cores", "memory_gb", "gpus"} == set(content["hardware"])
     assert content["environment"]["CUDA_VISIBLE_DEVICES"] == ""
     assert len(content["git"]["commit"]) == 40 and content["git"]["dirty"] in (True, False)
-    record = runs.read_json(toy.runs / "toy" / "evaluate" / "stage.json")
+    record = disk.read_json(toy.runs / "toy" / "evaluate" / "stage.json")
     assert record["hardware"] == content["hardware"]
     everything = b"".join(path.read_bytes() for path in toy.runs.rglob("*") if path.is_file())
     assert b"s3cr3t-t0ken" not in everything, "the environment may hold secrets"
 
 
 def test_without_git_the_commit_is_not_known(monkeypatch):
-    monkeypatch.setattr(manifest.runs, "ROOT", runs.Path("/"))
+    monkeypatch.setattr(manifest.project, "ROOT", stages.Path("/"))
     assert manifest._git() == {"commit": None, "dirty": None}
     monkeypatch.setenv("PATH", "")
     assert manifest._git() == {"commit": None, "dirty": None}
@@ -206,7 +206,7 @@ def test_a_parameter_that_is_gone_is_told(toy, thaw):
         "05_evaluate",
         EVALUATE.replace("letter", "sign"),
         IMPORTS,
-        'folder = runs.open_stage(out, {"a": sign})',
+        'folder = stages.open(out, {"a": sign})',
         PREDICT,
     )
     code, shown = thaw("reproduce", "toy")
@@ -226,7 +226,7 @@ def test_small_differences_are_measured(tmp_path):
         table = pd.DataFrame({"path": ["1", "2"], "label": ["x", "y"], "predicted": ["x", "x"], "x": [0.9 - off, 0.6]})
         (table if name == "a" else table[::-1]).to_csv(folder / "predictions.csv", index=False)
         metrics = {key: {"value": 0.5 - off} for key in manifest.COMPARED}
-        runs.write_json(folder / "metrics.json", metrics)
+        disk.write_json(folder / "metrics.json", metrics)
     same, said = manifest.results(tmp_path / "a", tmp_path / "b")
     assert same and said[0] == "2 of 2 test images got the same class; probabilities differ by 1e-06 at most."
     assert "accuracy: 0.5 -> 0.499999" in said

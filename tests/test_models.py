@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from helpers.models import backbones, classifier
+from helpers.models import backbones, classifier, unfreezing
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +19,12 @@ def _forget_models():
 def small():
     """A quick classifier: MobileNetV3-Small, random weights, 32 px, three classes."""
     keras.utils.set_random_seed(0)
-    return classifier.classifier("mobilenet_v3_small", 3, image_size=32, weights="none")
+    return classifier.build("mobilenet_v3_small", 3, image_size=32, weights="none")
 
 
 @pytest.fixture(scope="module")
 def untouched():
-    return classifier.classifier("mobilenet_v3_small", 3, image_size=32, weights="none")
+    return classifier.build("mobilenet_v3_small", 3, image_size=32, weights="none")
 
 
 def _images(n, size=32, seed=0):
@@ -58,7 +58,7 @@ def test_probabilities_for_bytes_and_floats(small):
 
 
 def test_height_and_width_may_differ():
-    model = classifier.classifier("mobilenet_v3_small", 2, image_size=(32, 64), weights="none")
+    model = classifier.build("mobilenet_v3_small", 2, image_size=(32, 64), weights="none")
     assert model.input_shape == (None, 32, 64, 3)
 
 
@@ -66,7 +66,7 @@ def test_head_of_stanford_cars():
     """S4: GAP, Dropout, BatchNorm, [Dense 1024, Dropout, BatchNorm], [Dense 516, Dropout, BatchNorm], softmax."""
     dense = [{"units": units, "dropout": 0.5, "batch_norm": True} for units in (1024, 516)]
     output = classifier.output_settings({"batch_norm": True, "l2": 1e-3})
-    model = classifier.classifier("resnet50", 196, image_size=32, weights="none", dropout=0.3, dense=dense, **output)
+    model = classifier.build("resnet50", 196, image_size=32, weights="none", dropout=0.3, dense=dense, **output)
     head = [type(layer).__name__ for layer in model.layers[2:]]
     block = ["Dense", "Dropout", "BatchNormalization"]
     assert head == ["GlobalAveragePooling2D", "Dropout", "BatchNormalization", *block, *block, "Dense"]
@@ -78,14 +78,14 @@ def test_head_of_stanford_cars():
 
 
 def test_dense_layers_as_numbers_and_without_dropout():
-    model = classifier.classifier("mobilenet_v3_small", 2, image_size=32, weights="none", dropout=0, dense=[16, 8])
+    model = classifier.build("mobilenet_v3_small", 2, image_size=32, weights="none", dropout=0, dense=[16, 8])
     assert [layer.name for layer in model.layers[2:]] == ["head_pool", "head_dense_1", "head_dense_2", "probabilities"]
 
 
 def test_mixed_precision_keeps_float32_probabilities():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        model = classifier.classifier("resnet50", 2, image_size=32, weights="none")
+        model = classifier.build("resnet50", 2, image_size=32, weights="none")
     finally:
         keras.config.set_dtype_policy("float32")
     assert model.get_layer("backbone").output.dtype == "bfloat16"
@@ -108,7 +108,7 @@ def test_mixed_precision_keeps_float32_probabilities():
 def test_wrong_heads(wrong, message):
     values = {"backbone": "mobilenet_v3_small", "n_classes": 2, "image_size": 32, "weights": "none"} | wrong
     with pytest.raises(ValueError, match=message):
-        classifier.classifier(values.pop("backbone"), values.pop("n_classes"), **values)
+        classifier.build(values.pop("backbone"), values.pop("n_classes"), **values)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ B5_BLOCK7 = _inverted_bottleneck(3, 304, 512, squeeze=True) + 2 * _inverted_bott
 )
 def test_block_names_thaw_exactly_these_weights(backbone, what, expected):
     model = _backbone(backbone)
-    table = classifier.unfreeze(model, what)
+    table = unfreezing.unfreeze(model, what)
     assert _trained_weights(model) == expected
     assert table.loc["backbone, thawed", "trainable"] == expected
     assert table["weights"].sum() == model.count_params()
@@ -188,7 +188,7 @@ def test_block_names_thaw_exactly_these_weights(backbone, what, expected):
 
 def test_names_of_the_trained_weights_in_resnet50():
     model = _backbone("resnet50")
-    classifier.unfreeze(model, "conv5_block3")
+    unfreezing.unfreeze(model, "conv5_block3")
     convolutions = [f"conv5_block3_{i}_conv" for i in (1, 2, 3)]
     assert {w.path for w in model.trainable_weights} == {
         f"{c}/{part}" for c in convolutions for part in ("kernel", "bias")
@@ -197,7 +197,7 @@ def test_names_of_the_trained_weights_in_resnet50():
 
 def test_block1_is_not_block10():
     body = _backbone("xception")
-    found = [body.layers[classifier.first_trainable(body, name)].name for name in ("block1", "block10", "block2")]
+    found = [body.layers[unfreezing.first_trainable(body, name)].name for name in ("block1", "block10", "block2")]
     assert found == ["block1_conv1", "block10_sepconv1_act", "block2_sepconv1"]
 
 
@@ -205,7 +205,7 @@ def test_from_index_counts_as_keras_applications_does():
     """S4 keeps the layers of keras.applications.ResNet50 before index 19 frozen; ours begin with preprocessing."""
     bare = keras.applications.ResNet50(include_top=False, weights=None, input_shape=(32, 32, 3))
     model = _backbone("resnet50")
-    assert classifier.unfreeze(model, {"from_index": 19}).loc["backbone, thawed", "from"] == bare.layers[19].name
+    assert unfreezing.unfreeze(model, {"from_index": 19}).loc["backbone, thawed", "from"] == bare.layers[19].name
     for layer in bare.layers:
         layer.trainable = bare.layers.index(layer) >= 19 and not isinstance(layer, keras.layers.BatchNormalization)
     assert _trained_weights(model) == _trained_weights(bare)
@@ -214,37 +214,37 @@ def test_from_index_counts_as_keras_applications_does():
 def test_none_and_all(small):
     head = _trained_weights(small)
     body = small.get_layer("backbone")
-    table = classifier.unfreeze(small, "all")
+    table = unfreezing.unfreeze(small, "all")
     norms = [layer for layer in body.layers if isinstance(layer, keras.layers.BatchNormalization)]
     in_norms = sum(layer.count_params() for layer in norms)
     assert _trained_weights(small) == head + body.count_params() - in_norms
     assert not any(layer.trainable for layer in norms)
     assert table.loc["head", "trainable"] == head
-    table = classifier.unfreeze(small, "none")
+    table = unfreezing.unfreeze(small, "none")
     assert _trained_weights(small) == head
     assert "backbone, thawed" not in table.index
 
 
 def test_one_layer_and_the_whole_share_differ():
     model = backbones.build("vgg16", 32, "none")
-    assert classifier.unfreeze(model, 2).loc["backbone, thawed", "from"] == "block5_conv3"
+    assert unfreezing.unfreeze(model, 2).loc["backbone, thawed", "from"] == "block5_conv3"
     assert _trained_weights(model) == _conv(3, 512, 512, True)
-    classifier.unfreeze(model, 1.0)
+    unfreezing.unfreeze(model, 1.0)
     assert _trained_weights(model) == model.count_params()
 
 
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.75])
 def test_a_share_is_the_shortest_tail_that_holds_it(share):
     model = _backbone("efficientnet_b0")
-    table = classifier.unfreeze(model, share)
+    table = unfreezing.unfreeze(model, share)
     weights = table.loc["backbone, thawed", "weights"]
     first = model.get_layer(table.loc["backbone, thawed", "from"])
     assert weights >= share * model.count_params() > weights - first.count_params()
 
 
 def test_thawing_again_forgets_the_earlier_choice(small):
-    classifier.unfreeze(small, "all")
-    classifier.unfreeze(small, "conv_1")
+    unfreezing.unfreeze(small, "all")
+    unfreezing.unfreeze(small, "conv_1")
     wide = small.get_layer("backbone").output_shape[-1]
     assert _trained_weights(small) == 96 * wide + wide * 3 + 3
 
@@ -253,7 +253,7 @@ def test_batch_normalization_inside_a_composite_layer_stays_frozen():
     inputs = keras.Input((32, 32, 3))
     inner = keras.Sequential([keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization()], name="block1")
     model = keras.Model(inputs, inner(inputs), name="backbone")
-    classifier.unfreeze(model, "block1")
+    unfreezing.unfreeze(model, "block1")
     assert _trained_weights(model) == 3 * 3 * 3 * 4 + 4
 
 
@@ -280,28 +280,28 @@ def test_batch_normalization_inside_a_composite_layer_stays_frozen():
 def test_wrong_choices_leave_the_model_as_it_was(untouched, what, message):
     before = [w.path for w in untouched.trainable_weights]
     with pytest.raises(ValueError, match=message):
-        classifier.unfreeze(untouched, what)
+        unfreezing.unfreeze(untouched, what)
     assert [w.path for w in untouched.trainable_weights] == before
 
 
 def test_a_model_without_backbone():
     plain = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match='has no sub-model named "backbone"'):
-        classifier.unfreeze(plain, "all")
+        unfreezing.unfreeze(plain, "all")
 
 
 # Training and saving
 
 
 def _phase_2(model, what):
-    classifier.unfreeze(model, what)
+    unfreezing.unfreeze(model, what)
     model.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy")
     model.fit(_images(16), np.arange(16) % 3, batch_size=8, epochs=2, verbose=0)
 
 
 def test_a_real_phase_2_moves_what_it_should_and_no_statistics():
     keras.utils.set_random_seed(0)
-    model = classifier.classifier("resnet50", 3, image_size=32, weights="none", batch_norm=True)
+    model = classifier.build("resnet50", 3, image_size=32, weights="none", batch_norm=True)
     _phase_2(model, "none")
     body = model.get_layer("backbone")
     statistics, head_statistics = _statistics(body), _statistics(model.get_layer("head_norm"))
@@ -324,6 +324,6 @@ def test_saved_models_predict_the_same_and_remember_what_trains(small, tmp_path)
     small.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.predict(_images(4), verbose=0), small.predict(_images(4), verbose=0))
-    assert classifier.trainable_table(loaded).equals(classifier.trainable_table(small))
+    assert unfreezing.trainable_table(loaded).equals(unfreezing.trainable_table(small))
     for what in ("all", 0.3, "none"):
-        assert classifier.unfreeze(loaded, what).equals(classifier.unfreeze(small, what))
+        assert unfreezing.unfreeze(loaded, what).equals(unfreezing.unfreeze(small, what))

@@ -12,7 +12,7 @@ import pytest
 from typer.main import get_command
 
 from helpers.cli import main
-from helpers.core import recipes
+from helpers.core import notebooks
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -103,19 +103,19 @@ def test_its_third_cell_holds_all_imports(notebook):
 
 
 def test_its_fourth_cell_checks_the_inputs_and_shows_the_parameters(notebook, path):
-    stage = recipes.find_notebook(path.stem)
+    stage = notebooks.find_notebook(path.stem)
     source = notebook.cells[3].source
-    assert f'recipes.in_force("{stage.name}", globals())' in source and "runs.open_stage(out, settings)" in source
+    assert f'notebooks.in_force("{stage.name}", globals())' in source and "stages.open(out, settings)" in source
     assert source.endswith("\nsettings")
     for name, made_by in stage.inputs.items():
-        made_in = recipes.find_stage(made_by).notebook.stem
-        assert re.search(rf'runs\.require\({name}, [^)]*made_by="{made_in}"\)', source), f"{name} is not required"
+        made_in = notebooks.find_stage(made_by).notebook.stem
+        assert re.search(rf'stages\.require\({name}, [^)]*made_by="{made_in}"\)', source), f"{name} is not required"
 
 
 def test_its_last_cell_finishes_the_stage_and_names_the_next(notebook, path):
     source = notebook.cells[-1].source
     last = tree(notebook.cells[-1]).body[-1]
-    assert ast.unparse(last).startswith("runs.finish_stage(folder, files=")
+    assert ast.unparse(last).startswith("stages.finish(folder, files=")
     number = path.stem[:2]
     following = [other.stem for other in NOTEBOOKS if number.isdigit() and other.stem[:2] == f"{int(number) + 1:02}"]
     if path.stem < "05" and following:
@@ -126,16 +126,16 @@ def test_its_last_cell_finishes_the_stage_and_names_the_next(notebook, path):
 
 
 def test_its_parameters_are_literals_that_are_explained(path):
-    for p in recipes.find_notebook(path.stem).parameters.values():
+    for p in notebooks.find_notebook(path.stem).parameters.values():
         assert p.meaning and not p.meaning.removesuffix("...").endswith("."), p
 
 
 def test_its_numbers_have_an_interval_and_its_defaults_lie_in_it(path):
-    stage = recipes.find_notebook(path.stem)
+    stage = notebooks.find_notebook(path.stem)
     for p in stage.parameters.values():
         numeric = re.search(r"\b(int|float)\b", p.type_text) and "str" not in p.type_text and "dict" not in p.type_text
         if numeric:
-            assert recipes.INTERVAL.match(p.allowed or ""), f"{p.name} needs an interval at the end of its comment"
+            assert notebooks.INTERVAL.match(p.allowed or ""), f"{p.name} needs an interval at the end of its comment"
     stage.model(**{name: p.default for name, p in stage.parameters.items()})
 
 
@@ -146,7 +146,7 @@ def test_its_parameters_stand_one_a_line(notebook):
 
 def test_papermill_sees_the_same_parameters(path):
     seen = papermill.inspect_notebook(str(path))
-    declared = recipes.find_notebook(path.stem).parameters
+    declared = notebooks.find_notebook(path.stem).parameters
     assert list(seen) == list(declared)
     for name, p in declared.items():
         assert ast.literal_eval(seen[name]["default"]) == p.default
@@ -158,14 +158,14 @@ def test_every_parameter_is_used(notebook, path):
     used = {node.id for cell in notebook.cells[2:] if cell.cell_type == "code" for node in ast.walk(tree(cell))
             if isinstance(node, ast.Name)}  # fmt: skip
     by_table = "settings[" in "".join(cell.source for cell in notebook.cells)
-    unused = set(recipes.find_notebook(path.stem).parameters) - used
+    unused = set(notebooks.find_notebook(path.stem).parameters) - used
     assert not unused or by_table, unused
 
 
 def test_the_stages_form_the_line_of_the_design():
-    names = list(recipes.stages())
+    names = list(notebooks.stages())
     assert names[:7] == ["explore", "crop", "split", "resize", "head", "fine_tune", "evaluate"]
-    for stage in recipes.stages().values():
+    for stage in notebooks.stages().values():
         assert all(names.index(made_by) < names.index(stage.name) for made_by in stage.inputs.values())
 
 
@@ -183,7 +183,7 @@ def test_it_defines_nothing_and_has_no_loops(code, path):
     nodes = [node for cell in code for node in ast.walk(tree(cell))]
     assert not [ast.unparse(node) for node in nodes if isinstance(node, LOOPS_AND_DEFINITIONS)]
     loops = [ast.unparse(node.iter).partition("(")[0] for node in nodes if isinstance(node, ast.For)]
-    assert loops == (["fitting.remaining"] if path.stem == "04_fine_tune" else [])
+    assert loops == (["saving.remaining"] if path.stem == "04_fine_tune" else [])
 
 
 def test_it_fails_by_raising(code):
@@ -244,7 +244,11 @@ def loads_tensorflow(*lines: str) -> bool:
 
 
 WITHOUT_TENSORFLOW = ("core", "data", "models", "evaluation", "reports", "pipeline", "cli")
-LOADS_IT = {"helpers.models.classifier", "helpers.reports.tensorboard"}  # the network itself, and TensorBoard's writer
+LOADS_IT = {
+    "helpers.models.classifier",
+    "helpers.models.unfreezing",
+    "helpers.reports.tensorboard",
+}  # the network itself, and TensorBoard's writer
 
 
 def test_departments_that_need_no_tensorflow_do_not_load_it():

@@ -19,7 +19,7 @@ import papermill
 import psutil
 import pytest
 
-from helpers.core import recipes, runs
+from helpers.core import disk, notebooks, progress
 
 STAGES = ["explore", "split", "resize", "head", "fine_tune", "evaluate"]
 RECIPE = """
@@ -41,7 +41,7 @@ class Workplace:
     def __init__(self, folder: Path, recipe: Path):
         self.folder, self.recipe, self.run = folder, recipe, folder / "tiny"
         self.environment = os.environ | {"THAW_RUNS": str(folder), "COLUMNS": "200"}
-        self.environment.pop(runs.PROGRESS_VARIABLE, None)
+        self.environment.pop(progress.PROGRESS_VARIABLE, None)
 
     def start(self, *arguments) -> subprocess.Popen:
         command = [sys.executable, "-m", "helpers.cli.main", *map(str, arguments)]
@@ -55,7 +55,7 @@ class Workplace:
         return shown
 
     def stage(self, name: str) -> dict:
-        return runs.read_json(self.run / name / "stage.json")
+        return disk.read_json(self.run / name / "stage.json")
 
 
 @pytest.fixture(scope="module")
@@ -160,13 +160,13 @@ def test_it_has_learned(done):
     assert list(table.columns) == ["path", "label", "predicted", "cross", "disc", "square"] and len(table) == 12
     np.testing.assert_allclose(table[["cross", "disc", "square"]].sum(axis=1), 1, atol=1e-5)
     assert (table["label"] == table["predicted"]).mean() > 0.6
-    metrics = runs.read_json(done.run / "evaluate/metrics.json")
+    metrics = disk.read_json(done.run / "evaluate/metrics.json")
     assert metrics["phase"] in ("head", "fine_tune") and metrics["phase_sentence"]
 
 
 def test_the_executed_notebooks_lie_in_the_run(done):
     for name in STAGES:
-        path = done.run / recipes.find_stage(name).notebook.name
+        path = done.run / notebooks.find_stage(name).notebook.name
         notebook = nbformat.read(path, as_version=4)
         assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -286,15 +286,15 @@ def test_predict_gives_what_evaluation_gave(done, tmp_path):
 
 def test_papermill_alone_runs_a_notebook(done, tmp_path):
     papermill.execute_notebook(
-        recipes.find_stage("resize").notebook,
+        notebooks.find_stage("resize").notebook,
         tmp_path / "out.ipynb",
         {"split": str(done.run / "split"), "image_size": 48, "fit": "pad", "out": str(tmp_path / "resize")},
         kernel_name="python3",
-        cwd=recipes.NOTEBOOKS,
+        cwd=notebooks.NOTEBOOKS,
         progress_bar=False,
     )
-    assert runs.read_json(tmp_path / "resize/resize.json") == {"image_size": 48, "fit": "pad", "format": "png"}
-    assert runs.read_json(tmp_path / "resize/stage.json")["made"] == "by hand"
+    assert disk.read_json(tmp_path / "resize/resize.json") == {"image_size": 48, "fit": "pad", "format": "png"}
+    assert disk.read_json(tmp_path / "resize/stage.json")["made"] == "by hand"
 
 
 # What only a notebook can find out

@@ -14,8 +14,8 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from helpers.core import runs
-from helpers.reports import plots
+from helpers.core import project, words
+from helpers.reports import charts, curves, sheets
 
 RNG = np.random.default_rng(0)
 
@@ -60,7 +60,7 @@ def test_names_of_classes_never_overlap(n):
     counts = pd.DataFrame({"label": np.repeat(names, 10), "part": np.resize(["train", "val", "test"], 10 * n)})
     scores = pd.DataFrame(RNG.random((n, 3)), columns=["precision", "recall", "f1"]).assign(label=names, support=10)
     matrix = RNG.integers(0, 9, (n, n)) + 20 * np.eye(n, dtype=int)
-    for axes in (plots.class_counts(counts), plots.per_class(scores), plots.confusion_matrix(matrix, names)):
+    for axes in (charts.class_counts(counts), charts.per_class(scores), charts.confusion_matrix(matrix, names)):
         renderer = drawn(axes)
         assert overlapping(axes.get_yticklabels(), renderer, "y") == 0
         if n > 12:
@@ -70,38 +70,38 @@ def test_names_of_classes_never_overlap(n):
 
 def test_names_are_thinned_out_when_the_axes_are_small():
     _, ax = plt.subplots(figsize=(4, 2))
-    plots.class_counts(pd.DataFrame({"label": names_of(120)}), ax=ax)
+    charts.class_counts(pd.DataFrame({"label": names_of(120)}), ax=ax)
     assert 5 < len(ax.get_yticks()) < 60
     assert overlapping(ax.get_yticklabels(), drawn(ax), "y") == 0
 
 
 def test_before_and_after_stand_side_by_side():
     before, after = ([np.full((9, 9, 3), value, np.uint8)] * 8 for value in (40, 200))
-    axes = plots.before_and_after(before, after, columns=6, heading="kind")
+    axes = sheets.before_and_after(before, after, columns=6, heading="kind")
     drawn(axes)
     canvas = axes.images[0].get_array()
     middle = canvas.shape[1] // 2
     assert (canvas[:160, :160] == 40).all() and (canvas[:160, -160:] == 200).all() and (canvas[:, middle] == 255).all()
     assert not (canvas[:, :middle] == 200).any() and (canvas[170:, 330:400] == 255).all()
     with pytest.raises(ValueError, match="as many pictures before as after, at least one; got 8, 7"):
-        plots.before_and_after(before, after[:7])
+        sheets.before_and_after(before, after[:7])
 
 
 @pytest.mark.parametrize("n", [2, 12, 13])
 def test_confusion_cells_carry_numbers_only_when_they_can_be_read(n):
-    axes = plots.confusion_matrix(5 * np.eye(n, dtype=int), names_of(n))
+    axes = charts.confusion_matrix(5 * np.eye(n, dtype=int), names_of(n))
     assert len(axes.texts) == (n * n if n <= 12 else 0)
 
 
 def test_confusion_matrix_of_a_class_without_pictures_and_as_counts():
-    drawn(plots.confusion_matrix(np.array([[3, 1], [0, 0]]), ["a", "b"]))
-    drawn(plots.confusion_matrix(np.zeros((2, 2), int), ["a", "b"], normalised=False))
+    drawn(charts.confusion_matrix(np.array([[3, 1], [0, 0]]), ["a", "b"]))
+    drawn(charts.confusion_matrix(np.zeros((2, 2), int), ["a", "b"], normalised=False))
     with pytest.raises(ValueError, match=r"expected a \(3, 3\) matrix"):
-        plots.confusion_matrix(np.eye(2), ["a", "b", "c"])
+        charts.confusion_matrix(np.eye(2), ["a", "b", "c"])
 
 
 def test_curves_mark_the_moment_of_thawing_between_the_phases():
-    axes = plots.training_curves([history(5), history(4, "fine_tune", first=6)])
+    axes = curves.training_curves([history(5), history(4, "fine_tune", first=6)])
     drawn(axes)
     lines = [
         line for line in axes[0].lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == line.get_xdata()[1]
@@ -113,37 +113,37 @@ def test_curves_mark_the_moment_of_thawing_between_the_phases():
 
 
 def test_a_phase_that_counts_from_one_again_is_put_after_the_one_before():
-    axes = plots.training_curves([history(5), history(4, "fine_tune")])
+    axes = curves.training_curves([history(5), history(4, "fine_tune")])
     assert list(axes[0].lines[0].get_xdata()) == list(range(1, 10))
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 300])
 def test_curves_of_one_epoch_and_of_many_can_be_seen(epochs):
-    axes = plots.training_curves(history(epochs))
+    axes = curves.training_curves(history(epochs))
     drawn(axes)
     assert axes[0].lines[0].get_marker() == ("o" if epochs < 4 else "None")
     low, high = axes[1].get_xlim()
     assert 0 < low < 1 and high > epochs
-    drawn(plots.learning_rates(history(epochs)))
+    drawn(curves.learning_rates(history(epochs)))
 
 
 def test_curves_without_validation_and_on_given_axes():
     figure, pair = plt.subplots(2, 1)
     table = history(6).drop(columns=["val_loss", "val_accuracy"])
-    assert list(plots.training_curves(table, ax=pair)) == list(pair)
+    assert list(curves.training_curves(table, ax=pair)) == list(pair)
     assert [text.get_text() for text in pair[0].get_legend().get_texts()] == ["train"]
     with pytest.raises(ValueError, match="two Axes"):
-        plots.training_curves(table, ax=[pair[0]])
+        curves.training_curves(table, ax=[pair[0]])
     assert len(figure.axes) == 2
 
 
 def test_given_axes_are_drawn_on_and_returned():
     for draw in (
-        lambda ax: plots.class_counts(pd.DataFrame({"label": ["a", "b"]}), ax=ax),
-        lambda ax: plots.image_sizes([3, 4], [5, 6], ax=ax),
-        lambda ax: plots.learning_rates(history(3), ax=ax),
-        lambda ax: plots.reliability(pd.DataFrame({"confidence": [0.9], "accuracy": [0.8], "count": [3]}), ax=ax),
-        lambda ax: plots.contact_sheet([np.zeros((8, 8), np.uint8)], ax=ax),
+        lambda ax: charts.class_counts(pd.DataFrame({"label": ["a", "b"]}), ax=ax),
+        lambda ax: charts.image_sizes([3, 4], [5, 6], ax=ax),
+        lambda ax: curves.learning_rates(history(3), ax=ax),
+        lambda ax: charts.reliability(pd.DataFrame({"confidence": [0.9], "accuracy": [0.8], "count": [3]}), ax=ax),
+        lambda ax: sheets.contact_sheet([np.zeros((8, 8), np.uint8)], ax=ax),
     ):
         figure, ax = plt.subplots()
         assert draw(ax) is ax
@@ -159,26 +159,26 @@ def test_contact_sheet_takes_arrays_and_files_of_every_kind(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
     pictures = [np.zeros((9, 9, 3), np.uint8), np.full((9, 20), 300.0), np.zeros((4, 4, 1)), tmp_path / "deep.png"]
     pictures += [str(tmp_path / "clear.png"), tmp_path / "turned.jpg"]
-    axes = plots.contact_sheet(pictures, [f"$ {i}\nsecond line" for i in range(6)], columns=4, heading="Six")
+    axes = sheets.contact_sheet(pictures, [f"$ {i}\nsecond line" for i in range(6)], columns=4, heading="Six")
     drawn(axes)
     assert len(axes.texts) == 6 and len(axes.images) == 1
-    assert plots.thumbnail(tmp_path / "turned.jpg").shape == (160, 80, 3)  # upright
-    assert np.ptp(plots.thumbnail(tmp_path / "deep.png")) > 100  # not clipped to white
+    assert sheets.thumbnail(tmp_path / "turned.jpg").shape == (160, 80, 3)  # upright
+    assert np.ptp(sheets.thumbnail(tmp_path / "deep.png")) > 100  # not clipped to white
 
 
 def test_contact_sheet_refuses_what_it_cannot_draw():
     with pytest.raises(ValueError, match="at least one picture"):
-        plots.contact_sheet([])
+        sheets.contact_sheet([])
     with pytest.raises(ValueError, match="one caption for each"):
-        plots.contact_sheet([np.zeros((4, 4))], ["a", "b"])
+        sheets.contact_sheet([np.zeros((4, 4))], ["a", "b"])
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 5\)"):
-        plots.contact_sheet([np.zeros((2, 3, 4, 5))])
+        sheets.contact_sheet([np.zeros((2, 3, 4, 5))])
     with pytest.raises(ValueError, match="at least one picture"):
-        plots.class_sheet({"a": []})
+        sheets.class_sheet({"a": []})
 
 
 def test_class_sheet_names_stay_inside_the_figure():
-    axes = plots.class_sheet(
+    axes = sheets.class_sheet(
         {"a very long name of a class, far too long": [np.zeros((8, 8))] * 6, "b": [np.ones((8, 8))]}
     )
     renderer = drawn(axes)
@@ -186,7 +186,7 @@ def test_class_sheet_names_stay_inside_the_figure():
 
 
 def test_captions_stay_below_their_picture():
-    axes = plots.contact_sheet([np.zeros((8, 8))] * 12, ["a very long caption for such a small picture"] * 12)
+    axes = sheets.contact_sheet([np.zeros((8, 8))] * 12, ["a very long caption for such a small picture"] * 12)
     renderer = drawn(axes)
     boxes = [text.get_window_extent(renderer) for text in axes.texts]
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes[:6]))
@@ -195,38 +195,38 @@ def test_captions_stay_below_their_picture():
 def test_mistakes_name_both_classes(tmp_path):
     Image.new("L", (30, 30)).save(tmp_path / "a.png")
     rows = [{"path": "a.png", "label": "cat", "predicted": "dog", "confidence": 0.987}]
-    axes = plots.mistakes(pd.DataFrame(rows), tmp_path)
+    axes = sheets.mistakes(pd.DataFrame(rows), tmp_path)
     assert [text.get_text() for text in axes.texts] == ["is cat", "said dog 99 %"]
-    none = plots.mistakes(pd.DataFrame(rows).head(0), tmp_path)
+    none = sheets.mistakes(pd.DataFrame(rows).head(0), tmp_path)
     assert "No mistakes" in none.texts[0].get_text()
 
 
 def test_sizes_of_one_and_of_many_kinds():
-    drawn(plots.image_sizes([300] * 5, [300] * 5))
-    drawn(plots.image_sizes(RNG.integers(10, 900, 300), RNG.integers(10, 900, 300)))
+    drawn(charts.image_sizes([300] * 5, [300] * 5))
+    drawn(charts.image_sizes(RNG.integers(10, 900, 300), RNG.integers(10, 900, 300)))
     with pytest.raises(ValueError, match="no picture sizes"):
-        plots.image_sizes([], [])
+        charts.image_sizes([], [])
 
 
 def test_tables_that_lack_a_column_are_refused():
     with pytest.raises(ValueError, match="lacks label; it has class"):
-        plots.class_counts(pd.DataFrame({"class": ["a"]}))
+        charts.class_counts(pd.DataFrame({"class": ["a"]}))
     with pytest.raises(ValueError, match="no rows"):
-        plots.class_counts(pd.DataFrame({"label": []}))
+        charts.class_counts(pd.DataFrame({"label": []}))
     with pytest.raises(ValueError, match="at least one row"):
-        plots.training_curves(pd.DataFrame({"epoch": [], "loss": []}))
+        curves.training_curves(pd.DataFrame({"epoch": [], "loss": []}))
 
 
 def test_learning_rates_turn_logarithmic_only_over_a_wide_range():
-    assert plots.learning_rates(history(100)).get_yscale() == "log"
-    assert plots.learning_rates(history(5)).get_yscale() == "linear"
+    assert curves.learning_rates(history(100)).get_yscale() == "log"
+    assert curves.learning_rates(history(5)).get_yscale() == "linear"
 
 
 @pytest.mark.parametrize(
     ("text", "limit", "short"), [("abc", 5, "abc"), ("abcdefghij", 7, "abcd…ij"), ("a\nb", 9, "a b")]
 )
 def test_shorten_keeps_both_ends(text, limit, short):
-    assert plots.shorten(text, limit) == short
+    assert words.shorten(text, limit) == short
 
 
 def test_a_class_in_a_script_without_a_font_floods_nobody():
@@ -234,9 +234,8 @@ def test_a_class_in_a_script_without_a_font_floods_nobody():
 import io, matplotlib
 matplotlib.use("Agg")
 import pandas as pd
-from helpers.core import runs
-from helpers.reports import plots
-plots.class_counts(pd.DataFrame({"label": ["猫", "قط", "cat"]})).figure.savefig(io.BytesIO())
+from helpers.reports import charts
+charts.class_counts(pd.DataFrame({"label": ["猫", "قط", "cat"]})).figure.savefig(io.BytesIO())
 """
-    found = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code], cwd=project.ROOT, capture_output=True, text=True, check=True)
     assert found.stderr == ""

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 
-from helpers.core import runs
+from helpers.core import disk
 from helpers.evaluation import prediction
 from helpers.models import classifier
 
@@ -15,7 +15,7 @@ SIZE = 64
 @pytest.fixture(scope="module")
 def model():
     keras.utils.set_random_seed(3)
-    return classifier.classifier("efficientnet_lite0", 3, image_size=SIZE, weights="none")
+    return classifier.build("efficientnet_lite0", 3, image_size=SIZE, weights="none")
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def run(tmp_path, model):
         folder = tmp_path / "run" / stage
         folder.mkdir(parents=True)
         model.save(folder / "model.keras")
-        runs.write_json(folder / "class_names.json", ["a", "b", "c"])
-        runs.write_json(folder / "model.json", {"image_size": SIZE, "fit": "crop"})
+        disk.write_json(folder / "class_names.json", ["a", "b", "c"])
+        disk.write_json(folder / "model.json", {"image_size": SIZE, "fit": "crop"})
     return tmp_path / "run"
 
 

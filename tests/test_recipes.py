@@ -1,12 +1,11 @@
 """Recipes: the grammar of the parameters cell, and everything that must be refused before the first notebook starts."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.core import recipes
+from helpers.core import notebooks, project
+from helpers.pipeline import recipes
 
 EXPLORE = """
 source: str = "photos"  # the folder that holds the images
@@ -61,7 +60,7 @@ def refuse(toys, write):
     """The message with which a recipe is refused."""
 
     def refuse(text, *sets, name=""):
-        with pytest.raises(recipes.RecipeError) as caught:
+        with pytest.raises(notebooks.RecipeError) as caught:
             recipes.load(write(text), list(sets), name)
         return str(caught.value)
 
@@ -72,19 +71,19 @@ def refuse(toys, write):
 
 
 def test_a_line_of_the_parameters_cell_says_everything():
-    p = recipes.read_parameters(HEAD)["learning_rate"]
+    p = notebooks.read_parameters(HEAD)["learning_rate"]
     assert (p.name, p.annotation, p.type_text, p.default) == ("learning_rate", float, "float", 1e-2)
     assert (p.meaning, p.allowed) == ("step size at the start", "(0, 10]")
 
 
 def test_choices_stand_as_a_set_at_the_end_of_the_comment():
-    p = recipes.read_parameters(HEAD)["optimizer"]
+    p = notebooks.read_parameters(HEAD)["optimizer"]
     assert (p.meaning, p.allowed) == ("the rule", "{adam, adamw, sgd}")
 
 
 @pytest.mark.parametrize("name", ["names", "unfreeze", "augmentation"])
 def test_brackets_that_are_not_numbers_belong_to_the_meaning(name):
-    p = recipes.read_parameters(HEAD)[name]
+    p = notebooks.read_parameters(HEAD)[name]
     assert p.allowed == "" and p.meaning.endswith((")", "}"))
 
 
@@ -97,43 +96,43 @@ def test_brackets_that_are_not_numbers_belong_to_the_meaning(name):
     ],
 )
 def test_a_formatter_may_break_a_long_line(line):
-    assert recipes.read_parameters(line)["unfreeze"].meaning == "where to thaw"
+    assert notebooks.read_parameters(line)["unfreeze"].meaning == "where to thaw"
 
 
 @pytest.mark.parametrize("line", ["epochs = 50  # passes", "epochs: int  # passes", "print(1)", "a, b = 1, 2"])
 def test_a_line_that_is_not_a_parameter_is_refused_by_its_number(line):
-    with pytest.raises(recipes.RecipeError, match="Line 2 of the parameters cell is not"):
-        recipes.read_parameters(f'name: str = "x"  # of the run\n{line}')
+    with pytest.raises(notebooks.RecipeError, match="Line 2 of the parameters cell is not"):
+        notebooks.read_parameters(f'name: str = "x"  # of the run\n{line}')
 
 
 def test_a_type_that_nobody_knows_is_refused():
-    with pytest.raises(recipes.RecipeError, match=r"Line 1 .*'Path'"):
-        recipes.read_parameters('folder: Path = "x"  # somewhere')
+    with pytest.raises(notebooks.RecipeError, match=r"Line 1 .*'Path'"):
+        notebooks.read_parameters('folder: Path = "x"  # somewhere')
 
 
 def test_a_default_that_is_computed_is_refused():
-    with pytest.raises(recipes.RecipeError, match="Line 1"):
-        recipes.read_parameters("epochs: int = 2 + len('x')  # passes [1, 10]")
+    with pytest.raises(notebooks.RecipeError, match="Line 1"):
+        notebooks.read_parameters("epochs: int = 2 + len('x')  # passes [1, 10]")
 
 
 def test_folders_are_inputs_and_never_settings(toys):
-    stage = recipes.find_stage("head")
+    stage = notebooks.find_stage("head")
     assert stage.inputs == {"images": "explore"}
     assert "images" not in stage.settings and "out" not in stage.settings and "epochs" in stage.settings
 
 
 def test_stages_are_found_by_name_notebook_and_number(toys):
-    assert {recipes.find_stage(text).name for text in ("head", "03_train_head", "03", "3")} == {"head"}
-    assert recipes.find_stage("0").name == "explore"
-    with pytest.raises(recipes.RecipeError, match=r"no stage 'haed'\. Did you mean head\?"):
-        recipes.find_stage("haed")
+    assert {notebooks.find_stage(text).name for text in ("head", "03_train_head", "03", "3")} == {"head"}
+    assert notebooks.find_stage("0").name == "explore"
+    with pytest.raises(notebooks.RecipeError, match=r"no stage 'haed'\. Did you mean head\?"):
+        notebooks.find_stage("haed")
 
 
 def test_a_notebook_without_a_parameters_cell_is_named(toy_notebooks, notebook):
     path = notebook(toy_notebooks / "00_explore.ipynb", EXPLORE)
     path.write_text(path.read_text().replace('"parameters"', '"other"'))
-    with pytest.raises(recipes.RecipeError, match=r"00_explore\.ipynb needs exactly one cell tagged `parameters`"):
-        recipes.stages()
+    with pytest.raises(notebooks.RecipeError, match=r"00_explore\.ipynb needs exactly one cell tagged `parameters`"):
+        notebooks.stages()
 
 
 # Values
@@ -213,7 +212,7 @@ def test_refused(refuse, section, expected):
 
 @given(st.integers())
 def test_an_interval_holds_exactly(value):
-    parameters = recipes.read_parameters("epochs: int = 5  # passes [1, 10000]")
+    parameters = notebooks.read_parameters("epochs: int = 5  # passes [1, 10000]")
     import pydantic
 
     adapter = pydantic.TypeAdapter(parameters["epochs"].constrained(), config={"strict": True})
@@ -243,7 +242,7 @@ def test_a_stage_named_by_a_number_is_refused(refuse):
 
 
 def test_an_empty_section_is_the_notebook_as_it_is(resolve):
-    assert resolve("") == {name: p.default for name, p in recipes.find_stage("head").settings.items()}
+    assert resolve("") == {name: p.default for name, p in notebooks.find_stage("head").settings.items()}
 
 
 # YAML
@@ -261,7 +260,7 @@ def test_what_is_not_a_recipe(refuse, text):
 
 def test_bytes_that_are_not_text(toys, tmp_path):
     (tmp_path / "job.yaml").write_bytes(b"\xff\xfe\x00head")
-    with pytest.raises(recipes.RecipeError, match=r"job\.yaml is not valid YAML"):
+    with pytest.raises(notebooks.RecipeError, match=r"job\.yaml is not valid YAML"):
         recipes.load(tmp_path / "job.yaml")
 
 
@@ -271,7 +270,7 @@ def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(toys, write):
 
 
 def test_a_missing_recipe_names_those_that_are_close():
-    with pytest.raises(recipes.RecipeError, match=r"no recipe recipes/elvp\.yaml\. Did you mean recipes/elpv\.yaml"):
+    with pytest.raises(notebooks.RecipeError, match=r"no recipe recipes/elvp\.yaml\. Did you mean recipes/elpv\.yaml"):
         recipes.load("recipes/elvp.yaml")
 
 
@@ -411,27 +410,29 @@ def test_a_resolved_recipe_can_be_run_again(toys, write, tmp_path):
     recipe = recipes.load(write(text))
     again = recipes.load(write(recipe.as_yaml(), "again.yaml"))
     assert (again.name, again.description, again.published) == ("first", "ü", {"SVM": 82.5})
-    assert {stage: again.resolved(stage) for stage in recipes.stages()} == {
-        stage: recipe.resolved(stage) for stage in recipes.stages()
+    assert {stage: again.resolved(stage) for stage in notebooks.stages()} == {
+        stage: recipe.resolved(stage) for stage in notebooks.stages()
     }
 
 
 def test_in_force_shows_what_a_notebook_has_now(toys):
-    values = {name: p.default for name, p in recipes.find_stage("head").parameters.items()} | {"epochs": 3}
-    table = recipes.in_force("head", values | {"something_else": 1})
+    values = {name: p.default for name, p in notebooks.find_stage("head").parameters.items()} | {"epochs": 3}
+    table = notebooks.in_force("head", values | {"something_else": 1})
     assert list(table.columns) == ["value", "default", "meaning"]
     assert table.loc["epochs"].to_list() == [3, 50, "passes over the training images"]
     assert table.loc["out", "value"] == "runs/demo/head" and list(table.index) == list(values)
 
 
 def test_in_force_refuses_what_papermill_let_through(toys):
-    values = {name: p.default for name, p in recipes.find_stage("head").parameters.items()}
-    with pytest.raises(recipes.RecipeError, match=r"03_train_head\.ipynb: head\.epochs: expected int in \[1, 10000\]"):
-        recipes.in_force("head", values | {"epochs": "5"})
+    values = {name: p.default for name, p in notebooks.find_stage("head").parameters.items()}
+    with pytest.raises(
+        notebooks.RecipeError, match=r"03_train_head\.ipynb: head\.epochs: expected int in \[1, 10000\]"
+    ):
+        notebooks.in_force("head", values | {"epochs": "5"})
 
 
 def test_every_recipe_of_the_project_can_be_run():
-    found = sorted((Path(recipes.__file__).parents[2] / "recipes").rglob("*.yaml"))
+    found = sorted((project.ROOT / "recipes").rglob("*.yaml"))
     assert found
     for path in found:
         recipes.load(path)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from helpers.compute import hardware
-from helpers.core import runs
+from helpers.core import disk, progress
 
 HERE = Path(__file__)
 COUNTS = {"train": {"cat": 8, "dog": 8, "owl": 8}, "val": {"cat": 11, "dog": 11, "owl": 11}}  # 33 = 30 and a tail of 3
@@ -35,9 +35,13 @@ def trained(tmp_path_factory, image_folder):
         rows += [(str(f.relative_to(home / "images")), f.parent.name, part, f.name, f"{part}{f.name}") for f in files]
     table = pd.DataFrame(rows, columns=["path", "label", "part", "source", "sha256"])
     table.to_csv(home / "images" / "images.csv", index=False)
-    runs.write_json(home / "images" / "class_names.json", ["dog", "cat", "owl"])
-    runs.write_json(home / "images" / "resize.json", {"image_size": 32, "fit": "crop", "format": "png"})
-    settings = {"MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": "-1", runs.PROGRESS_VARIABLE: str(home / "progress.jsonl")}
+    disk.write_json(home / "images" / "class_names.json", ["dog", "cat", "owl"])
+    disk.write_json(home / "images" / "resize.json", {"image_size": 32, "fit": "crop", "format": "png"})
+    settings = {
+        "MPLBACKEND": "agg",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        progress.PROGRESS_VARIABLE: str(home / "progress.jsonl"),
+    }
     paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(HERE), str(home)],
@@ -64,17 +68,17 @@ def test_two_devices_train_as_one_does(trained, stage):
 
 
 def test_what_two_devices_saved_is_an_ordinary_model(trained):
-    report = runs.read_json(trained / "report.json")
+    report = disk.read_json(trained / "report.json")
     assert report["off by"] < 1e-5 and report["synchronized in the file"] is False
     assert report["said"] == "Computes on 2 x the CPU at once (each takes a share of every batch) in float32"
 
 
 def test_dropout_drops_other_values_on_each_device(trained):
-    assert runs.read_json(trained / "report.json")["same masks"] == {"as Keras has it": True, "shared": False}
+    assert disk.read_json(trained / "report.json")["same masks"] == {"as Keras has it": True, "shared": False}
 
 
 def test_what_several_devices_cannot_do_is_refused_with_the_reason(trained):
-    said = runs.read_json(trained / "report.json")["refused"]
+    said = disk.read_json(trained / "report.json")["refused"]
     for name in ("clipnorm", "global_clipnorm", "clipvalue"):
         assert f"optimizer: {name} does not work on 2 devices at once: each would clip its own part" in said[name]
     assert "cannot accumulate" in said["gradient_accumulation_steps"]
@@ -85,7 +89,7 @@ def test_what_several_devices_cannot_do_is_refused_with_the_reason(trained):
 
 
 def test_an_incomplete_batch_is_left_out_and_holds_others_in_each_epoch(trained):
-    report = runs.read_json(trained / "report.json")
+    report = disk.read_json(trained / "report.json")
     for epochs in report["left out"]:
         assert [len(rest) for rest in epochs] == [4, 4, 4] and len({tuple(rest) for rest in epochs}) == 3
 
@@ -162,7 +166,7 @@ def main(home):
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     from helpers.compute import bank, hardware
     from helpers.models import classifier
-    from helpers.training import compiling, datasets, fitting, throughput
+    from helpers.training import compiling, datasets, feeds, fitting, throughput
 
     classifier.backbones.build = backbone
     both_phases(home, "cpu", lambda work: work())
@@ -181,8 +185,8 @@ def main(home):
         spec = {"name": "adam", name: 2 if name.endswith("steps") else 1.0}
         refused[name] = message(lambda spec=spec: compiling.optimizer(spec, 0.1))
     feed = {"cache": home / "cache", "views": 2, "seed": 1}
-    refused["batch_size"] = message(lambda: datasets.feed(model, train, val, batch_size=7, **feed))
-    refused["too large"] = message(lambda: datasets.feed(model, train, val, batch_size=32, **feed))
+    refused["batch_size"] = message(lambda: feeds.feed(model, train, val, batch_size=7, **feed))
+    refused["too large"] = message(lambda: feeds.feed(model, train, val, batch_size=32, **feed))
     measure = {"seconds": 1, "views": 2, "epochs": 1, "batch_size": 8}
     refused["measure"] = message(lambda: throughput.measure(model, train, **measure))
     refused["memory"] = message(lambda: full(hardware, model))

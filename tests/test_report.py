@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers.core import runs
+from helpers.core import disk, words
 from helpers.evaluation import metrics
 from helpers.reports import report
 
@@ -42,7 +42,7 @@ def stage(run, name, **extra):
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {"seed": 7, "out": "runs/x", "note": NASTY, "images": "runs/.store/resize-1"}
     record = MADE | {"stage": name, "parameters": parameters, "versions": {"keras": "3.15"}} | extra
-    runs.write_json(folder / "stage.json", record)
+    disk.write_json(folder / "stage.json", record)
     return folder
 
 
@@ -53,7 +53,7 @@ def add_data(run):
     table.to_csv(explore / "inventory.csv", index=False)
     bad = {"path": ["bad.png"], "label": ["functional"], "reason": ["unreadable"], "detail": ["<b>truncated</b>"]}
     pd.DataFrame(bad).to_csv(explore / "quarantine.csv", index=False)
-    runs.write_json(explore / "ignored.json", {".txt": 3})
+    disk.write_json(explore / "ignored.json", {".txt": 3})
     table["part"] = np.resize(["train", "train", "val", "test"], len(table))
     table["sha256"], table["group"] = table.index.astype(str), ""
     table.to_csv(split / "split.csv", index=False)
@@ -78,7 +78,7 @@ def add_evaluation(run, names=NAMES, n=60, perfect=False):
     for path in paths[: n // 2]:
         Image.fromarray(rng.integers(0, 255, (30, 40), dtype=np.uint8)).save(run / "resize" / path)
     result = metrics.metrics(table, names, n_bootstrap=100)
-    runs.write_json(folder / "metrics.json", result | {"phase": "head", "phase_sentence": "Phase 1 it is."})
+    disk.write_json(folder / "metrics.json", result | {"phase": "head", "phase_sentence": "Phase 1 it is."})
 
 
 def add_notebook(run, name="03_train_head"):
@@ -103,7 +103,7 @@ def complete(tmp_path_factory):
     add_training(run, "fine_tune", 6, 4)
     add_evaluation(run)
     add_notebook(run)
-    runs.write_text(
+    disk.write_text(
         run / "recipe.yaml", f"name: demo\ndescription: '{NASTY}'\npublished: {{CNN: 88.42, SVM: 0.8244}}\n"
     )
     return report.build_report(run).read_text(encoding="utf-8")
@@ -169,13 +169,13 @@ def test_images_that_are_not_used_are_counted_and_are_no_leak(tmp_path):
 def test_what_a_naive_split_would_have_flattered_is_told_when_it_was_measured(tmp_path):
     add_data(tmp_path)
     groups = {"groups_of_several": 3, "images_in_them": 9, "largest_group": 4, "groups_with_several_labels": 0}
-    runs.write_json(tmp_path / "explore" / "groups.json", groups)
+    disk.write_json(tmp_path / "explore" / "groups.json", groups)
     table = pd.read_csv(tmp_path / "explore" / "inventory.csv", dtype=str, keep_default_na=False)
     table.assign(group=table.index).to_csv(tmp_path / "explore" / "inventory.csv", index=False)
     assert "Had the split ignored" not in report.build_report(tmp_path).read_text()
     scores = {"honest": (0.70, 0.72), "naive": (0.80, 0.86)}
     rows = [{"split": k, "seed": n, "balanced_accuracy": v} for k, both in scores.items() for n, v in enumerate(both)]
-    runs.write_json(tmp_path / "split" / "leakage.json", groups | {"honest_gap": rows})
+    disk.write_json(tmp_path / "split" / "leakage.json", groups | {"honest_gap": rows})
     text = report.build_report(tmp_path).read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert "scored 83.0 % balanced accuracy in place of 71.0 %, on average over 2 splits" in text
 
@@ -234,4 +234,4 @@ def test_the_old_report_stays_when_a_new_one_fails(tmp_path):
     ("seconds", "text"), [(0.42, "0.4 s"), (42, "42 s"), (75.2, "1 min 15 s"), (3725, "1 h 2 min"), (59.7, "60 s")]
 )
 def test_durations_read_well(seconds, text):
-    assert report.duration(seconds) == text
+    assert words.duration(seconds) == text

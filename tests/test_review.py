@@ -16,8 +16,8 @@ import papermill
 import pytest
 from PIL import Image
 
-from helpers.core import recipes, runs
-from helpers.data import fixes, inventory, sources
+from helpers.core import disk, notebooks, project, words
+from helpers.data import fixes, grouping, inventory, sources
 from helpers.evaluation import label_errors
 from helpers.reports import report, review
 
@@ -26,7 +26,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def parameters(root: Path, **given) -> dict:
-    defaults = {name: p.default for name, p in recipes.find_stage("explore").settings.items()}
+    defaults = {name: p.default for name, p in notebooks.find_stage("explore").settings.items()}
     return defaults | {"source": str(root)} | given
 
 
@@ -84,17 +84,17 @@ def make_run(folder: Path, root: Path, settings: dict) -> Path:
         (folder / stage).mkdir(parents=True)
     source = sources.read(settings)
     table, quarantine = inventory.take(source)
-    table = inventory.group(table)
+    table = grouping.group(table)
     inventory.write(folder / "explore", source, table, quarantine)
-    runs.write_json(folder / "explore/groups.json", {"near_duplicates": 8})
+    disk.write_json(folder / "explore/groups.json", {"near_duplicates": 8})
     part = ["train", "val", "train", "test", "train"]
     images = table.assign(source=table["path"], part=[part[row % 5] for row in range(len(table))])
     images["path"] = images["part"] + "/" + images["source"]
     images[["path", "label", "part", "source", "sha256"]].to_csv(folder / "resize/images.csv", index=False)
     for name in ("resize", "head"):
-        runs.write_json(folder / name / "class_names.json", sources.natural_order(table["label"]))
+        disk.write_json(folder / name / "class_names.json", words.natural_order(table["label"]))
     (folder / "head/model.keras").write_bytes(b"not needed")
-    runs.write_json(folder / "head/model.json", {"backbone": "efficientnet_lite0"})
+    disk.write_json(folder / "head/model.json", {"backbone": "efficientnet_lite0"})
     return folder
 
 
@@ -208,7 +208,7 @@ def test_copies_under_two_labels_are_shown_together(raw, tmp_path, monkeypatch):
     file = write_fixes(tmp_path / "fixes.csv", root, ("dog/same.png", ""), ("dog/near.bmp", "cat"))
     mended, quarantine = inventory.take(sources.read(parameters(root, fixes=str(file))))
     assert quarantine.empty and "cat/cat-05.png" in set(mended["path"])
-    assert inventory.disagreements(inventory.group(mended)).empty
+    assert grouping.disagreements(grouping.group(mended)).empty
 
 
 def test_the_page_is_whole_and_safe(tmp_path):
@@ -331,9 +331,9 @@ def test_the_notebook_applies_the_fixes_and_the_report_credits_them(raw, tmp_pat
     root, _ = raw
     file = write_fixes(tmp_path / "fixes.csv", root, ("dog/cat-03.png", "cat"), ("cat/cat-00.png", ""))
     out = tmp_path / "runs/pets/explore"
-    notebook = recipes.find_stage("explore").notebook
+    notebook = notebooks.find_stage("explore").notebook
     given = {"source": str(root), "fixes": str(file), "out": str(out)}
-    papermill.execute_notebook(notebook, tmp_path / "out.ipynb", given, cwd=str(runs.ROOT), progress_bar=False)
+    papermill.execute_notebook(notebook, tmp_path / "out.ipynb", given, cwd=str(project.ROOT), progress_bar=False)
     listed = inventory.read(out).set_index("path")["label"]
     assert listed["dog/cat-03.png"] == "cat" and "cat/cat-00.png" not in listed
     kept = pd.read_csv(out / "fixes.csv", keep_default_na=False)
@@ -468,7 +468,7 @@ def test_the_command_writes_the_page(tmp_path, image_folder, capsys, monkeypatch
     for row in listed.itertuples():
         (folder / "resize" / row.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / row.source, folder / "resize" / row.path)
-    runs.write_json(folder / "resize/resize.json", {"image_size": 32, "fit": "crop", "format": "png"})
+    disk.write_json(folder / "resize/resize.json", {"image_size": 32, "fit": "crop", "format": "png"})
     keras.utils.set_random_seed(0)
     pixels = keras.Input((32, 32, 3))
     backbone = keras.Model(pixels, keras.layers.Conv2D(8, 3)(pixels), name="backbone")

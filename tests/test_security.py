@@ -17,12 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.core import recipes, runs
-from helpers.data import folders, sources
+from helpers.core import notebooks, project, stages
+from helpers.data import links, sources
 from helpers.models import torch_weights
+from helpers.pipeline import recipes
 
-CODE = sorted((runs.ROOT / "helpers").rglob("*.py"))
-NOTEBOOKS = sorted((runs.ROOT / "notebooks").glob("*.ipynb"))
+CODE = sorted((project.ROOT / "helpers").rglob("*.py"))
+NOTEBOOKS = sorted((project.ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_the_code_is_found():
@@ -49,7 +50,7 @@ FORBIDDEN = re.compile(
     r"|\.read_pickle$|(^|\.)yaml\.(load|unsafe_load|full_load)$|enable_unsafe_deserialization$|^(exec|eval|compile|__import__)$"
     r"|^os\.(system|popen)$|(^|\.)extractall$"
 )
-ADMITTED = {("recipes.py", "eval")}  # of a type annotation in a notebook of this project, without builtins
+ADMITTED = {("notebooks.py", "eval")}  # of a type annotation in a notebook of this project, without builtins
 
 
 @pytest.mark.parametrize("path", [*CODE, *NOTEBOOKS], ids=lambda path: path.name)
@@ -72,8 +73,8 @@ def test_only_the_reader_of_weights_unpickles():
 @pytest.mark.parametrize("text", ["__import__('os').system('touch harm')", "open('harm', 'w')"])
 def test_an_annotation_is_no_code(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(recipes.RecipeError):
-        recipes.read_parameters(f"value: {text} = 1  # what")
+    with pytest.raises(notebooks.RecipeError):
+        notebooks.read_parameters(f"value: {text} = 1  # what")
     assert not list(tmp_path.iterdir())
 
 
@@ -122,7 +123,7 @@ HUGE_PLACE = b"r" + (2**31 - 1).to_bytes(4, "little")  # LONG_BINPUT: the list o
         "a place far away": (weights_file(before=b"N" + HUGE_PLACE + b"0"), "LONG_BINPUT"),
         "a function's name on the stack": (weights_file(before=_text("os") + _text("system") + b"\x930"), "STACK_G"),
         "an instruction of protocol 0": (weights_file(before=b"(S'true'\nios\nsystem\n0"), "MARK|STRING|INST|POP"),
-        "a function of ours": (weights_file(before=b"chelpers.core.runs\nwrite_text\n0"), "POP|only tensors"),
+        "a function of ours": (weights_file(before=b"chelpers.core.disk\nwrite_text\n0"), "POP|only tensors"),
     }.values(),
     ids=lambda value: None,
 )  # fmt: skip
@@ -160,7 +161,7 @@ def test_changed_bytes_give_arrays_or_a_clear_refusal(changes, cut, tmp_path):
 
 NAMES = (
     "os.system posix.system builtins.eval builtins.exec builtins.getattr subprocess.Popen functools.partial"
-    " operator.attrgetter collections.Counter torch.load torch._utils._rebuild_x helpers.core.runs.discard"
+    " operator.attrgetter collections.Counter torch.load torch._utils._rebuild_x helpers.core.disk.discard"
 )
 
 
@@ -203,14 +204,14 @@ def test_a_model_that_holds_code_is_not_opened(tmp_path, monkeypatch):
 def test_a_recipe_runs_no_code(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text(f"name: bad\nhead: {text}\n")
-    with pytest.raises(recipes.RecipeError, match="is not valid YAML"):
+    with pytest.raises(notebooks.RecipeError, match="is not valid YAML"):
         recipes.load("bad.yaml")
     assert not Path("harm").exists()
 
 
 @pytest.mark.parametrize("label", ["../../up", "/etc", "..", ".", "a/../../b", "C:\\x", "\x00", "~", "-rf", "a\nb"])
 def test_a_class_gets_a_folder_within_its_part(label, tmp_path):
-    folder = folders.class_folder(label)
+    folder = links.class_folder(label)
     assert (tmp_path / folder).parent == tmp_path and folder not in ("", ".", "..") and "/" not in folder
 
 
@@ -224,7 +225,7 @@ def test_a_labels_file_cannot_name_what_lies_outside_its_folder(path, tmp_path):
         Image.new("RGB", (32, 32)).save(file)
     path = path.replace("/{root}", str(root))
     (tmp_path / "labels.csv").write_text(f"path,label\n1.png,x\n2.png,y\n{path},x\n")
-    given = {name: p.default for name, p in recipes.find_stage("explore").settings.items()}
+    given = {name: p.default for name, p in notebooks.find_stage("explore").settings.items()}
     found = sources.read(given | {"source": str(root), "labels": str(tmp_path / "labels.csv")})
     for name in found.table["path"]:
         assert (root / name).resolve().is_relative_to(root.resolve()), name
@@ -254,7 +255,7 @@ def test_the_board_listens_on_this_machine_alone(runs_folder):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "helpers.cli.main", "board", "--port", str(port)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=runs.ROOT, start_new_session=True, **quiet)
+    process = subprocess.Popen(command, cwd=project.ROOT, start_new_session=True, **quiet)
     try:
         end = time.monotonic() + 120
         while not (places := listening(process)) and time.monotonic() < end:
@@ -262,12 +263,12 @@ def test_the_board_listens_on_this_machine_alone(runs_folder):
             time.sleep(0.2)
         assert places and set(places) <= {"127.0.0.1", "::1"}
     finally:
-        runs.os.killpg(process.pid, signal.SIGKILL)
+        stages.os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def test_no_command_of_the_project_opens_a_port_to_others():
-    files = [*CODE, *NOTEBOOKS, runs.ROOT / "Makefile"]
+    files = [*CODE, *NOTEBOOKS, project.ROOT / "Makefile"]
     for file in files:
         assert not re.search(
             r"--bind_all|--ip[= ]\S*0\.0\.0\.0|host=['\"]?0\.0\.0\.0|--allow-root", file.read_text()
@@ -275,6 +276,6 @@ def test_no_command_of_the_project_opens_a_port_to_others():
 
 
 def test_recipes_and_json_hold_no_secrets_of_ours():
-    for file in [*runs.ROOT.glob("recipes/**/*.yaml"), *NOTEBOOKS]:
+    for file in [*project.ROOT.glob("recipes/**/*.yaml"), *NOTEBOOKS]:
         assert not re.search(r"(?i)(password|api_key|secret|token)\s*[:=]\s*['\"]?\w{8,}", file.read_text()), file
     assert json.loads(NOTEBOOKS[0].read_text())["nbformat"] == 4

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.data import folders, leaks, sampling, splits
+from helpers.data import leaks, links, resizing, splits
 
 RATIOS = st.sampled_from([(0.6, 0.15, 0.25), (0.8, 0.1, 0.1), (0.5, 0.25, 0.25), (1 / 3, 1 / 3, 1 / 3), (0.8, 0.2, 0)])
 SEEDS = st.integers(0, 2**32 - 1)
@@ -287,7 +287,7 @@ def unequal() -> pd.DataFrame:
     [("smallest", [10, 10, 10]), ("2x", [20, 20, 10]), (15, [15, 15, 10]), ("1.5x", [15, 15, 10])],
 )
 def test_undersampling_thins_train_alone(unequal, limit, expected):
-    thinned = sampling.undersample(unequal, limit, seed=1)
+    thinned = splits.undersample(unequal, limit, seed=1)
     counts = splits.counts(thinned)
     assert list(counts["train"].iloc[:-1]) == expected
     assert counts[["val", "test"]].equals(splits.counts(unequal)[["val", "test"]])
@@ -298,7 +298,7 @@ def test_undersampling_thins_train_alone(unequal, limit, expected):
     ("limit", "expected"), [("largest", [100, 100, 100]), ("0.5x", [100, 50, 50]), (25, [100, 25, 25])]
 )
 def test_oversampling_repeats_train_alone_and_evenly(unequal, limit, expected):
-    repeated = sampling.oversample(unequal, limit, seed=1)
+    repeated = splits.oversample(unequal, limit, seed=1)
     counts = splits.counts(repeated)
     assert list(counts["train"].iloc[:-1]) == expected
     assert counts[["val", "test"]].equals(splits.counts(unequal)[["val", "test"]])
@@ -309,7 +309,7 @@ def test_oversampling_repeats_train_alone_and_evenly(unequal, limit, expected):
 @pytest.mark.parametrize("limit", ["half", 0, "x", "-2x", "largest"])
 def test_an_impossible_limit_is_refused(unequal, limit):
     with pytest.raises(ValueError, match="undersample"):
-        sampling.undersample(unequal, limit)
+        splits.undersample(unequal, limit)
 
 
 # -- On disk -----------------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def laid(tmp_path: Path):
         Image.new("RGB", (40, 40)).save(tmp_path / "raw" / path)
     table["part"] = deal(table)
     (tmp_path / "out").mkdir()
-    return tmp_path / "out", folders.write_split(tmp_path / "out", table, tmp_path / "raw"), table
+    return tmp_path / "out", links.write_split(tmp_path / "out", table, tmp_path / "raw"), table
 
 
 def test_links_lead_to_the_raw_files(laid):
@@ -335,22 +335,20 @@ def test_links_lead_to_the_raw_files(laid):
         link = folder / row.file
         assert link.is_symlink() and link.resolve() == (folder.parent / "raw" / row.path).resolve()
         assert row.file.startswith(f"{row.part}/{row.label}/")
-    assert folders.read_split(folder).equals(split)
+    assert links.read_split(folder).equals(split)
     assert sorted(path.name for path in folder.iterdir()) == ["split.csv", "test", "train", "val"]
 
 
 def test_writing_again_leaves_nothing_of_the_split_before(laid):
     folder, _, table = laid
-    again = folders.write_split(
-        folder, table.assign(part=table["part"].replace("val", "unused")), folder.parent / "raw"
-    )
+    again = links.write_split(folder, table.assign(part=table["part"].replace("val", "unused")), folder.parent / "raw")
     assert not (folder / "val").exists() and (again["file"] == "").sum() == (table["part"] == "val").sum()
     leaks.check_split(folder, again, table, distance=8)
 
 
 def test_oversampled_images_get_links_of_their_own(laid):
     folder, _, table = laid
-    split = folders.write_split(folder, sampling.oversample(table, 30), folder.parent / "raw")
+    split = links.write_split(folder, splits.oversample(table, 30), folder.parent / "raw")
     leaks.check_split(folder, split, table, distance=8)
     assert split["file"].is_unique and (split["part"] == "train").sum() == 60
 
@@ -360,9 +358,9 @@ def test_an_earlier_split_is_read_from_its_folder_or_a_copy(laid, tmp_path):
     copy = tmp_path / "kept under another name.csv"
     copy.write_bytes((folder / "split.csv").read_bytes())
     for place in (folder, folder / "split.csv", copy):
-        earlier = folders.read_earlier(str(place))
+        earlier = links.read_earlier(str(place))
         assert earlier.equals(split) and (deal(table, seed=9, previous=earlier) == table["part"]).all()
-    assert folders.read_earlier("") is None
+    assert links.read_earlier("") is None
 
 
 @pytest.mark.parametrize(
@@ -378,14 +376,14 @@ def test_what_is_no_earlier_split_is_refused(tmp_path, content, said):
     if content is not None:
         (tmp_path / "split.csv").write_bytes(content)
     with pytest.raises((FileNotFoundError, ValueError), match=rf"previous: .*{said}"):
-        folders.read_earlier(str(tmp_path / "split.csv"))
+        links.read_earlier(str(tmp_path / "split.csv"))
 
 
 @pytest.mark.parametrize("format", ["png", "jpg"])
 def test_resized_images_lie_in_the_same_folders(laid, format):
     folder, split, _ = laid
     out = folder.parent / "resized"
-    written, quarantine = folders.write_images(out, folder, image_size=32, fit="crop", format=format)
+    written, quarantine = resizing.write_images(out, folder, image_size=32, fit="crop", format=format)
     assert quarantine.empty and list(written.columns) == ["path", "label", "part", "source", "sha256"]
     assert set(written["source"]) == set(split["path"]) and written["path"].str.endswith(f".{format}").all()
     for row in written.itertuples():
@@ -397,18 +395,18 @@ def test_resized_images_lie_in_the_same_folders(laid, format):
 def test_interrupted_resizing_goes_on_where_it_stopped(laid):
     folder, _, _ = laid
     out = folder.parent / "resized"
-    written, _ = folders.write_images(out, folder, image_size=32, fit="crop")
+    written, _ = resizing.write_images(out, folder, image_size=32, fit="crop")
     gone, kept = out / written["path"][0], out / written["path"][1]
     gone.unlink()
     before = kept.stat().st_mtime_ns
-    again, _ = folders.write_images(out, folder, image_size=32, fit="crop")
+    again, _ = resizing.write_images(out, folder, image_size=32, fit="crop")
     assert gone.is_file() and kept.stat().st_mtime_ns == before and again.equals(written)
 
 
 def test_an_image_lost_after_the_split_is_quarantined(laid):
     folder, split, _ = laid
     (folder.parent / "raw" / split["path"][0]).unlink()
-    written, quarantine = folders.write_images(folder.parent / "resized", folder, image_size=32, fit="crop")
+    written, quarantine = resizing.write_images(folder.parent / "resized", folder, image_size=32, fit="crop")
     assert len(written) == 39 and quarantine.to_dict("records")[0]["path"] == split["path"][0]
     assert quarantine["reason"][0] == "broken link"
 

@@ -22,9 +22,9 @@ import pytest
 from rich.console import Console
 
 from helpers.cli import terminal
-from helpers.core import recipes, runs
+from helpers.core import disk, notebooks, project
 from helpers.data import inventory
-from helpers.pipeline import execution, fingerprints, planning
+from helpers.pipeline import execution, fingerprints, planning, recipes
 from helpers.reports import report
 
 EXPLORE = """
@@ -47,32 +47,32 @@ IMPORTS = """
 import os
 from pathlib import Path
 
-from helpers.core import runs
+from helpers.core import disk, progress, project, stages
 """
-OPEN = 'folder = runs.open_stage(out, {"letter": letter})'
+OPEN = 'folder = stages.open(out, {"letter": letter})'
 NOTE = """
 with open(os.environ["TOY_LOG"], "a") as log:
     print(folder.name.split("-")[0], file=log)
 """
 TROUBLE = 'exec(Path(os.environ["TOY_TROUBLE"]).read_text())'
 FIRST_WORD = '(folder / "word.txt").write_text((Path(source) / "photos.txt").read_text() + letter)'
-NEXT_WORD = '(folder / "word.txt").write_text((runs.resolve({}) / "word.txt").read_text() + letter)'
-FINISH = 'runs.finish_stage(folder, files=["word.txt"], headline=(folder / "word.txt").read_text())'
+NEXT_WORD = '(folder / "word.txt").write_text((project.resolve({}) / "word.txt").read_text() + letter)'
+FINISH = 'stages.finish(folder, files=["word.txt"], headline=(folder / "word.txt").read_text())'
 
 COMMAND = """
 import sys
 from pathlib import Path
 
 from helpers.cli import main
-from helpers.core import recipes, runs
+from helpers.core import disk, notebooks, project
 from helpers.data import inventory
 from helpers.pipeline import planning
 
-recipes.NOTEBOOKS = Path(sys.argv.pop(1))
+notebooks.NOTEBOOKS = Path(sys.argv.pop(1))
 inventory.source_fingerprint = lambda parameters, cache_file: Path(parameters["source"], "photos.txt").read_text()
 planning.check_choices = lambda recipe, steps, backend="": None  # asks Keras about stages that toys do not have
 class report:
-    build_report = staticmethod(lambda folder: runs.write_text(folder / "report.html", "report"))
+    build_report = staticmethod(lambda folder: disk.write_text(folder / "report.html", "report"))
 sys.modules["helpers.reports.report"] = report
 main.entry()
 """
@@ -94,7 +94,7 @@ class Toys:
         self.write("02_resize", RESIZE, IMPORTS, OPEN, NOTE, NEXT_WORD.format("split"), FINISH)
 
     def write(self, name: str, *cells: str) -> Path:
-        recipes.stages.cache_clear()
+        notebooks.stages.cache_clear()
         return self.notebook(self.notebooks / f"{name}.ipynb", *cells)
 
     def load(self, *sets: str, name: str = "") -> recipes.Recipe:
@@ -136,7 +136,7 @@ def toys(tmp_path, toy_notebooks, notebook, runs_folder, monkeypatch):
         inventory, "source_fingerprint", lambda p, cache_file: Path(p["source"], "photos.txt").read_text()
     )
     monkeypatch.setattr(planning, "check_choices", lambda recipe, steps, backend="": None)
-    monkeypatch.setattr(report, "build_report", lambda folder: runs.write_text(folder / "report.html", "report"))
+    monkeypatch.setattr(report, "build_report", lambda folder: disk.write_text(folder / "report.html", "report"))
     return made
 
 
@@ -229,7 +229,7 @@ def test_a_split_that_is_dealt_anew_is_told_with_the_way_to_keep_it(quick_toys, 
 @pytest.mark.parametrize("place", ["elpv", "elpv/split", "elpv/split/split.csv"])
 def test_a_run_cannot_remember_its_own_split(runs_folder, place):
     recipe = recipes.load("recipes/elpv.yaml", [f"split.previous={runs_folder / place}"])
-    with pytest.raises(recipes.RecipeError, match=r"this run's own split.*cp .*/split\.csv data/elpv_split\.csv"):
+    with pytest.raises(notebooks.RecipeError, match=r"this run's own split.*cp .*/split\.csv data/elpv_split\.csv"):
         planning.check_choices(recipe, [])
 
 
@@ -277,8 +277,8 @@ def test_a_run_is_a_folder_of_relative_links(quick_toys):
         assert (run / name).is_symlink() and not os.path.isabs(os.readlink(run / name))
         assert os.readlink(run / name).startswith(f"../.store/{name}-")
     assert nbformat.read(run / "01_split.ipynb", as_version=4).cells
-    assert recipes.read_yaml(run / "recipe.yaml")["split"] == {"letter": "b"}
-    assert set(runs.read_json(run / "manifest.json")["stages"]) == set(ALL)
+    assert notebooks.read_yaml(run / "recipe.yaml")["split"] == {"letter": "b"}
+    assert set(disk.read_json(run / "manifest.json")["stages"]) == set(ALL)
 
 
 def test_stored_files_are_read_only_and_on_record(quick_toys):
@@ -288,7 +288,7 @@ def test_stored_files_are_read_only_and_on_record(quick_toys):
     assert files == {"word.txt", "stage.json", "notebook.ipynb", "notebook.log"}
     for name in files:
         assert not (folder / name).stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
-    record = runs.read_json(folder / "stage.json")
+    record = disk.read_json(folder / "stage.json")
     assert record["status"] == "done" and record["made"] == "thaw run" and record["headline"] == "photos:ab"
     assert set(record["files"]) == files - {"stage.json"}
 
@@ -303,7 +303,7 @@ def test_nothing_but_results_stays_in_the_store(quick_toys):
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def code_now(tmp_path, monkeypatch):
     """A project of three departments; alpha uses beta and what only shows."""
     for folder in ("data", "core", "reports"):
         (tmp_path / "helpers" / folder).mkdir(parents=True)
@@ -314,7 +314,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "helpers/core/beta.py").write_text('"""Beta."""\n\n\ndef two():\n    """Two."""\n    return 2  # two\n')
     (tmp_path / "helpers/core/gamma.py").write_text("x = 3\n")
     (tmp_path / "helpers/reports/figures.py").write_text("COLOUR = 'blue'\n")
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(project, "ROOT", tmp_path)
 
     def code(of=fingerprints.code_of):
         fingerprints._module_code.cache_clear()
@@ -337,13 +337,13 @@ DEPARTMENTS = {"helpers.core", "helpers.data"}
         ("print(x)", "print(y)", False),
     ],
 )
-def test_what_counts_as_other_code_in_a_notebook(project, notebook, tmp_path, first, second, same):
+def test_what_counts_as_other_code_in_a_notebook(code_now, notebook, tmp_path, first, second, same):
     path = tmp_path / "03_train_head.ipynb"
     notebook(path, HEAD := "epochs: int = 5  # passes [1, 9]", "from helpers.data import alpha", first)
-    before = project()
+    before = code_now()
     assert set(before) - DEPARTMENTS == {"03_train_head", "helpers.data.alpha", "helpers.core.beta"}
     notebook(path, HEAD.replace("5", "6").replace("passes", "rounds"), "from helpers.data import alpha", second)
-    assert (project() == before) is same
+    assert (code_now() == before) is same
 
 
 @pytest.mark.parametrize(
@@ -357,22 +357,22 @@ def test_what_counts_as_other_code_in_a_notebook(project, notebook, tmp_path, fi
         ("two():", "two(a=1):", False),
     ],
 )
-def test_what_counts_as_other_code_in_a_helper(project, notebook, tmp_path, old, new, same):
+def test_what_counts_as_other_code_in_a_helper(code_now, notebook, tmp_path, old, new, same):
     notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "from helpers.data import alpha")
-    before = project()
+    before = code_now()
     path = tmp_path / "helpers/core/beta.py"
     path.write_text(path.read_text().replace(old, new))
-    after = project()
+    after = code_now()
     assert (after == before) is same
     assert {name for name in before if before[name] != after[name]} == (set() if same else {"helpers.core.beta"})
 
 
-def test_the_docstring_of_an_empty_class_does_not_count(project, notebook, tmp_path):
+def test_the_docstring_of_an_empty_class_does_not_count(code_now, notebook, tmp_path):
     notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "import helpers.core.gamma")
     seen = []
     for text in ("One.", "Two."):
         (tmp_path / "helpers/core/gamma.py").write_text(f'class Odd(ValueError):\n    """{text}"""\n')
-        seen.append(project())
+        seen.append(code_now())
     assert seen[0] == seen[1]
 
 
@@ -389,29 +389,29 @@ WAYS_TO_IMPORT = [
 
 
 @pytest.mark.parametrize("line", WAYS_TO_IMPORT)
-def test_every_way_to_import_a_helper_is_seen(project, notebook, tmp_path, line):
+def test_every_way_to_import_a_helper_is_seen(code_now, notebook, tmp_path, line):
     notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", line)
-    assert "helpers.core.gamma" in project()
+    assert "helpers.core.gamma" in code_now()
 
 
 @pytest.mark.parametrize(
     "line", [*WAYS_TO_IMPORT, "from . import gamma", "from .gamma import x", "from ..core import gamma"]
 )
-def test_every_way_to_import_is_seen_in_a_helper_too(project, notebook, tmp_path, line):
+def test_every_way_to_import_is_seen_in_a_helper_too(code_now, notebook, tmp_path, line):
     notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "from helpers.data import alpha")
     (tmp_path / "helpers/core/beta.py").write_text(line + "\n")
-    before = project()
+    before = code_now()
     (tmp_path / "helpers/core/gamma.py").write_text("x = 4\n")
-    after = project()
+    after = code_now()
     assert {name for name in before if before[name] != after[name]} == {"helpers.core.gamma"}
 
 
-def test_what_only_shows_decides_nothing_and_is_on_record(project, notebook, tmp_path):
+def test_what_only_shows_decides_nothing_and_is_on_record(code_now, notebook, tmp_path):
     notebook(tmp_path / "03_train_head.ipynb", "epochs: int = 5  # passes [1, 9]", "from helpers.data import alpha")
-    before, shown = project(), project(fingerprints.shown_by)
+    before, shown = code_now(), code_now(fingerprints.shown_by)
     assert "helpers.reports.figures" in shown and not set(shown) & set(before)
     (tmp_path / "helpers/reports/figures.py").write_text("COLOUR = 'red'\n")
-    assert project() == before and project(fingerprints.shown_by) != shown
+    assert code_now() == before and code_now(fingerprints.shown_by) != shown
 
 
 def test_another_notebook_or_helper_makes_its_stage_stale(quick_toys):
@@ -647,7 +647,7 @@ def test_a_kernel_that_dies_is_told(toys, fail, death):
 
 def test_a_notebook_that_does_not_finish_its_stage_is_refused(toys, fail):
     toys.write("00_explore", EXPLORE, IMPORTS, OPEN, FIRST_WORD)
-    assert "it ended without runs.finish_stage in its last cell" in fail("")
+    assert "it ended without stages.finish in its last cell" in fail("")
 
 
 def test_the_kernel_is_that_of_this_python_whatever_the_machine_has(toys, monkeypatch, tmp_path):
@@ -665,8 +665,7 @@ def test_the_kernel_is_that_of_this_python_whatever_the_machine_has(toys, monkey
 
 def test_progress_and_output_reach_the_terminal_and_the_log(toys):
     toys.trouble.write_text(
-        "runs.report_progress(3, 5, unit='epoch', label='', rate=12.0, loss=0.25)\n"
-        "print('said')\nos.system('echo below')"
+        "progress.report(3, 5, unit='epoch', label='', rate=12.0, loss=0.25)\nprint('said')\nos.system('echo below')"
     )
     seen = []
     step = toys.plan()["explore"]

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers.core import recipes, runs
+from helpers.core import disk, notebooks, progress
+from helpers.pipeline import recipes
 from helpers.training import compiling, thaws
 
 NAMES = ("s1_campus", "s2_dogs", "s3_butterflies", "s4_cars", "s5_kenyan_food")
@@ -69,8 +70,8 @@ def images_of(folder, name: str) -> str:
         small.resize((IMAGE_SIZE[name],) * 2).save(path)
         rows.append([str(path.relative_to(folder)), label, part, path.name, f"{number:064}"])
     pd.DataFrame(rows, columns=["path", "label", "part", "source", "sha256"]).to_csv(folder / "images.csv", index=False)
-    runs.write_json(folder / "class_names.json", [f"class {number:03}" for number in range(CLASSES[name])])
-    runs.write_json(folder / "resize.json", {"image_size": IMAGE_SIZE[name], "fit": "crop", "format": "png"})
+    disk.write_json(folder / "class_names.json", [f"class {number:03}" for number in range(CLASSES[name])])
+    disk.write_json(folder / "resize.json", {"image_size": IMAGE_SIZE[name], "fit": "crop", "format": "png"})
     return str(folder)
 
 
@@ -91,7 +92,7 @@ class Trained:
         head = self.recipe.resolved("head") | few | {"weights": "none", "profile_steps": [], "contact_sheets": False}
         head |= {"views": min(head["views"], 1), "epochs": min(head["epochs"], 1)}
         tune = self.recipe.resolved("fine_tune") | few | {"views": min(1, self.recipe.resolved("fine_tune")["views"])}
-        patch.setenv(runs.PROGRESS_VARIABLE, str(folder / "progress"))
+        patch.setenv(progress.PROGRESS_VARIABLE, str(folder / "progress"))
         images = images_of(folder / "resize", name)
         at = {"images": images, "out": str(folder / "head")}
         self.head = by_hand("head", **head | at, before={"03-12": self.calibrate, "03-15": self.remember})
@@ -211,13 +212,13 @@ def test_images_are_augmented_by_the_systems_layers(system):
 
 @pytest.mark.slow
 def test_s5_trains_the_classifier_alone_or_the_top_of_the_base_as_well():
-    from helpers.models import classifier
+    from helpers.models import classifier, unfreezing
 
-    model = classifier.classifier("efficientnet_b4", 13, image_size=380, weights="none")
+    model = classifier.build("efficientnet_b4", 13, image_size=380, weights="none")
     layers = keras.applications.EfficientNetB4(include_top=False, weights=None, input_shape=(380, 380, 3)).layers
-    classifier.unfreeze(model, "none")
+    unfreezing.unfreeze(model, "none")
     assert sum(int(np.prod(w.shape)) for w in model.trainable_weights) == HEAD["s5_kenyan_food"]
-    classifier.unfreeze(model, 0.4)
+    unfreezing.unfreeze(model, 0.4)
     sizes = np.array([sum(int(np.prod(w.shape)) for w in layer.weights) for layer in layers])
     held = sizes[::-1].cumsum()[::-1]  # from each layer to the end
     start = int(np.flatnonzero(held >= 0.4 * sizes.sum())[-1])
@@ -229,11 +230,13 @@ def test_s5_trains_the_classifier_alone_or_the_top_of_the_base_as_well():
 # What needs no network
 
 
-@pytest.mark.parametrize("path", sorted((recipes.runs.ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((notebooks.project.ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem
+)
 def test_a_recipe_says_what_it_is_and_can_be_run(path):
     recipe = recipes.load(path)
     text = path.read_text(encoding="utf-8")
-    assert f"# Run: thaw run {path.relative_to(recipes.runs.ROOT)}" in text
+    assert f"# Run: thaw run {path.relative_to(notebooks.project.ROOT)}" in text
     if recipe.name in NAMES:
         header = text.split("\nname:")[0]
         assert all(f"\n# {word}" in header for word in ("System:", "Data:", "Published:", "Time", "Expect:"))
@@ -296,7 +299,7 @@ def test_a_competition_ends_in_its_submission(tmp_path, by_hand, image_folder, m
     from helpers.cli import main
     from helpers.pipeline import planning
 
-    monkeypatch.setenv(runs.PROGRESS_VARIABLE, str(tmp_path / "progress"))
+    monkeypatch.setenv(progress.PROGRESS_VARIABLE, str(tmp_path / "progress"))
     made = image_folder(tmp_path / "made", {"beagle": 10, "collie": 10, "pug": 10})
     for folder in ("train", "test"):
         (tmp_path / folder).mkdir()
@@ -319,9 +322,9 @@ def test_a_competition_ends_in_its_submission(tmp_path, by_hand, image_folder, m
         step = planning.plan(recipe)[number]
         by_hand(name, **step.parameters, **{p: str(f) for p, f in step.input_folders.items()}, out=str(step.link))
     run = runs_folder / "dogs"
-    metrics = runs.read_json(run / "evaluate" / "metrics.json")
+    metrics = disk.read_json(run / "evaluate" / "metrics.json")
     assert metrics["part"] == "val" and metrics["n"] == 6
-    assert "validation pictures" in runs.read_json(run / "evaluate" / "stage.json")["headline"]
+    assert "validation pictures" in disk.read_json(run / "evaluate" / "stage.json")["headline"]
     command = [
         "predict",
         str(run),
@@ -345,20 +348,25 @@ def test_a_part_that_would_be_empty_is_told_before_the_run(runs_folder, image_fo
     source = image_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
     changes = [f"explore.source={source}", "explore.labels=", "evaluate.part=test"]
     recipe = recipes.load("recipes/s2_dogs.yaml", changes)
-    with pytest.raises(recipes.RecipeError, match=r"evaluate\.part: test would be empty, by split: \[0\.8, 0\.2, 0\]"):
+    with pytest.raises(
+        notebooks.RecipeError, match=r"evaluate\.part: test would be empty, by split: \[0\.8, 0\.2, 0\]"
+    ):
         planning.check_choices(recipe, [])
 
 
 def test_the_table_names_only_what_exists():
-    text = (recipes.runs.ROOT / "docs" / "systems.md").read_text(encoding="utf-8")
+    text = (notebooks.project.ROOT / "docs" / "systems.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", text)
     assert len(named) > 60
     for file, test in named:
-        assert f"def {test}(" in (recipes.runs.ROOT / file).read_text(encoding="utf-8") if test else True, (file, test)
-        assert (recipes.runs.ROOT / file).is_file()
-    parameters = re.findall(rf"`({'|'.join(recipes.stages())})\.(\w+)", text)
+        assert f"def {test}(" in (notebooks.project.ROOT / file).read_text(encoding="utf-8") if test else True, (
+            file,
+            test,
+        )
+        assert (notebooks.project.ROOT / file).is_file()
+    parameters = re.findall(rf"`({'|'.join(notebooks.stages())})\.(\w+)", text)
     assert len(parameters) > 50
     for stage, parameter in parameters:
-        assert parameter in recipes.find_stage(stage).settings, f"{stage}.{parameter}"
+        assert parameter in notebooks.find_stage(stage).settings, f"{stage}.{parameter}"
     for path in re.findall(r"`(recipes/[\w/]+\.yaml|recipes/\w+/|Dockerfile|compose\.yaml|\.devcontainer/)`", text):
-        assert (recipes.runs.ROOT / path).exists(), path
+        assert (notebooks.project.ROOT / path).exists(), path

@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.core import runs
-from helpers.reports import plots
+from helpers.core import disk
+from helpers.reports import curves
 from helpers.training import datasets, throughput, transforms
 
 SIZE, COUNT = 32, 12
@@ -20,8 +20,8 @@ def images(tmp_path_factory, image_folder):
     rows = [(str(f.relative_to(folder)), f.parent.name, "train", f.name, f.name) for f in files]
     table = pd.DataFrame(rows, columns=["path", "label", "part", "source", "sha256"])
     table.to_csv(folder / "images.csv", index=False)
-    runs.write_json(folder / "class_names.json", ["cat", "dog"])
-    runs.write_json(folder / "resize.json", {"image_size": SIZE, "fit": "crop", "format": "png"})
+    disk.write_json(folder / "class_names.json", ["cat", "dog"])
+    disk.write_json(folder / "resize.json", {"image_size": SIZE, "fit": "crop", "format": "png"})
     return datasets.read(folder, "train")
 
 
@@ -73,7 +73,7 @@ def test_loader_workers_are_a_table_and_a_figure(images):
     table = throughput.loader_workers(images, seconds=0.4, workers=[1, 3], augment=augment, batch_size=8)
     assert list(table.index) == [1, 3] and (table["images/s"] > 1).all()
     np.testing.assert_allclose(table["seconds"], COUNT / table["images/s"])
-    shown = plots.loader_workers(table)
+    shown = curves.loader_workers(table)
     assert [text.get_text() for text in shown.get_xticklabels()] == ["1", "3"] and len(shown.patches) == 2
     with pytest.raises(ValueError, match="at least 1; got 0"):
         throughput.loader_workers(images, seconds=0.1, workers=[0])

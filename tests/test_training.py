@@ -10,9 +10,9 @@ import pytest
 import tensorflow as tf
 
 from helpers.compute import frontier
-from helpers.core import runs
-from helpers.models import classifier
-from helpers.training import compiling, fitting, profiling, thaws
+from helpers.core import progress
+from helpers.models import unfreezing
+from helpers.training import compiling, fitting, profiling, saving, thaws
 
 EPOCHS = 8
 
@@ -44,7 +44,7 @@ class Kill(keras.callbacks.Callback):
 
 @pytest.fixture(autouse=True)
 def headless(tmp_path, monkeypatch):
-    monkeypatch.setenv(runs.PROGRESS_VARIABLE, str(tmp_path / "progress.jsonl"))
+    monkeypatch.setenv(progress.PROGRESS_VARIABLE, str(tmp_path / "progress.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def train(out, data, *, kill=None, place=0, begin=0, rate=0.05, model=None, **op
     batches = tf.data.Dataset.from_tensor_slices((x[:50], y[:50])).batch(10)
     settings = {"initial_epoch": begin, "epochs": begin + EPOCHS, "shuffle": False, "verbose": 0}
     model.fit(batches, validation_data=(x[50:], y[50:]), callbacks=row, **settings)
-    return model, fitting.read_history(out), out
+    return model, saving.read_history(out), out
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def fit(data, tmp_path):
 def undisturbed(data, tmp_path_factory):
     """A training that nothing has interrupted, and the sentence about its best epoch."""
     model, history, out = train(tmp_path_factory.mktemp("undisturbed"), data)
-    best, sentence = model.get_weights(), fitting.load_best(model, out)
+    best, sentence = model.get_weights(), saving.load_best(model, out)
     return {"history": history, "sentence": sentence, "best": best}
 
 
@@ -124,7 +124,7 @@ def same_weights(model, expected):
 
 def test_the_history_has_a_row_an_epoch(fit):
     _, history, out = fit()
-    assert tuple(history.columns) == fitting.HISTORY_COLUMNS
+    assert tuple(history.columns) == saving.HISTORY_COLUMNS
     assert history["epoch"].to_list() == list(range(1, EPOCHS + 1)) and set(history["phase"]) == {"head"}
     assert history["loss"].iloc[-1] < history["loss"].iloc[0] and (history["seconds"] > 0).all()
     planned = compiling.rates(compiling.schedule("cosine", 0.05, epochs=EPOCHS, steps=5), epochs=EPOCHS, steps=5)
@@ -135,7 +135,7 @@ def test_the_history_has_a_row_an_epoch(fit):
 def test_a_history_is_read_as_it_was_written(tmp_path):
     values = np.random.default_rng(0).random(500)
     pd.DataFrame({"epoch": range(500), "loss": values}).to_csv(tmp_path / "history.csv", index=False)
-    np.testing.assert_array_equal(fitting.read_history(tmp_path)["loss"], values)
+    np.testing.assert_array_equal(saving.read_history(tmp_path)["loss"], values)
 
 
 def test_progress_and_a_line_are_told_each_epoch(fit, tmp_path, capsys):
@@ -149,7 +149,7 @@ def test_progress_and_a_line_are_told_each_epoch(fit, tmp_path, capsys):
 
 def test_a_person_gets_the_bar_of_keras(monkeypatch):
     assert fitting.verbosity() == 0
-    monkeypatch.delenv(runs.PROGRESS_VARIABLE)
+    monkeypatch.delenv(progress.PROGRESS_VARIABLE)
     assert fitting.verbosity() == 1
 
 
@@ -164,7 +164,7 @@ def test_the_best_epoch_is_kept(fit, data, monitor):
     assert best == pytest.approx(found[monitor.removeprefix("val_")], rel=1e-5), (
         "fit itself gives the best weights back"
     )
-    sentence = fitting.load_best(model, out, monitor)
+    sentence = saving.load_best(model, out, monitor)
     assert f"Best of {EPOCHS} epochs by {monitor}: epoch {history.index[history[monitor] == best][0] + 1}," in sentence
 
 
@@ -198,7 +198,7 @@ def test_numbers_that_are_none_end_the_training_with_a_reason(fit):
     model, history, out = fit(rate=1e30, optimizer="sgd")
     assert len(history) == 1
     with pytest.raises(ValueError, match=r"no epoch .* learning_rate"):
-        fitting.load_best(model, out)
+        saving.load_best(model, out)
 
 
 # Killed and continued
@@ -224,7 +224,7 @@ def test_a_kill_at_any_moment_changes_nothing(fit_with_kills, undisturbed, momen
     resumed, history, out = fit_with_kills(Kill(2, moment), place=place)
     same_history(history, undisturbed["history"])
     same_weights(resumed, undisturbed["best"])
-    assert fitting.load_best(resumed, out) == undisturbed["sentence"]
+    assert saving.load_best(resumed, out) == undisturbed["sentence"]
     same_weights(resumed, undisturbed["best"])
 
 
@@ -255,7 +255,7 @@ def test_averaged_weights_are_validated_and_kept_but_not_trained_on(fit, undistu
     for _ in range(2):  # as `fit` leaves them, and as they are loaded
         loss, _ = model.evaluate(data[0][50:], data[1][50:], verbose=0)
         assert loss == pytest.approx(history["val_loss"].min(), rel=1e-5)
-        fitting.load_best(model, out)
+        saving.load_best(model, out)
 
 
 def test_averages_plateaus_and_smoothed_stopping_survive_kills(fit, fit_with_kills):
@@ -323,8 +323,8 @@ def thawed(out, data, *, steps, kill=None, at=0):
     value = keras.layers.Dropout(0.3)(body(outer))
     model = keras.Model(outer, keras.layers.Dense(3, activation="softmax")(value))
     plan, (x, y) = thaws.plan(steps, DEFAULTS, begin=5), data
-    for step in fitting.remaining(plan, model, out):
-        classifier.unfreeze(model, step.unfreeze)
+    for step in saving.remaining(plan, model, out):
+        unfreezing.unfreeze(model, step.unfreeze)
         cut = frontier.cut(model)
         below = cut.prefix.predict(x, verbose=0) if cut.prefix else x
         cut.suffix.compile(thaws.optimizer(step, model, steps=5, layer_decay=0.5), compiling.loss(),
@@ -334,10 +334,10 @@ def thawed(out, data, *, steps, kill=None, at=0):
         batches = tf.data.Dataset.from_tensor_slices((below[:50], y[:50])).batch(step.batch_size)
         cut.suffix.fit(batches, validation_data=(below[50:], y[50:]), initial_epoch=step.begin, epochs=step.end,
                        callbacks=row, shuffle=False, verbose=0)  # fmt: skip
-    sentence = fitting.load_best(cut.suffix, out, whole=model)
+    sentence = saving.load_best(cut.suffix, out, whole=model)
     model.compile(loss=compiling.loss(), metrics=[])
     return (
-        fitting.read_history(out),
+        saving.read_history(out),
         sentence,
         model.evaluate(x[50:], y[50:], verbose=0, return_dict=True)["loss"],
         model.get_weights(),
@@ -431,7 +431,7 @@ def test_a_new_training_does_not_go_on_with_an_old_history(fit, tmp_path):
 def test_a_saved_model_predicts_the_same_and_leaves_no_backup(fit, data):
     model, _, out = fit()
     assert (out / "backup").is_dir()
-    path = fitting.save(model, out, data[0])
+    path = saving.save(model, out, data[0])
     np.testing.assert_allclose(keras.models.load_model(path).predict(data[0], verbose=0), model(data[0]), atol=1e-6)
     assert path.name == "model.keras" and not (out / "backup").exists()
 

@@ -5,17 +5,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.core import recipes, runs
-from helpers.models import backbones, classifier
-from helpers.pipeline import planning
-from helpers.training import fitting, warm_start
+from helpers.core import disk, notebooks, progress, project, stages
+from helpers.models import backbones, classifier, unfreezing
+from helpers.pipeline import planning, recipes
+from helpers.training import saving, warm_start
 
 NAMES = ["disc", "square", "cross"]
 
 
 @pytest.fixture(autouse=True)
 def headless(tmp_path, monkeypatch):
-    monkeypatch.setenv(runs.PROGRESS_VARIABLE, str(tmp_path / "progress.jsonl"))
+    monkeypatch.setenv(progress.PROGRESS_VARIABLE, str(tmp_path / "progress.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,12 @@ def resized(tmp_path_factory, image_folder):
         image_folder(folder / part, dict.fromkeys(NAMES, count), size=32, seed=count)
         for path in sorted((folder / part).rglob("*.png")):
             label = path.parent.name
-            rows.append({"path": runs.relative(path, folder), "label": label, "part": part, "sha256": path.stem + part})
+            rows.append(
+                {"path": project.relative(path, folder), "label": label, "part": part, "sha256": path.stem + part}
+            )
     pd.DataFrame(rows).to_csv(folder / "images.csv", index=False)
-    runs.write_json(folder / "class_names.json", NAMES)
-    runs.write_json(folder / "resize.json", {"image_size": 32, "fit": "pad", "format": "png"})
+    disk.write_json(folder / "class_names.json", NAMES)
+    disk.write_json(folder / "resize.json", {"image_size": 32, "fit": "pad", "format": "png"})
     return folder
 
 
@@ -72,26 +74,26 @@ def control(resized, tmp_path_factory, by_hand):
 
 def test_the_control_leaves_the_head_as_it_was_drawn(control):
     folder, head, _ = control
-    assert len(fitting.read_history(folder / "head")) == 0
+    assert len(saving.read_history(folder / "head")) == 0
     assert head["best"] == "Nothing was trained: the head is as it was drawn."
     keras.utils.set_random_seed(7)
-    drawn = classifier.classifier("efficientnet_lite0", 3, image_size=32, weights="none")
+    drawn = classifier.build("efficientnet_lite0", 3, image_size=32, weights="none")
     kept = keras.models.load_model(folder / "head" / "model.keras")
     for one, other in zip(kept.get_weights(), drawn.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert list(pd.read_csv(folder / "head/history.csv").columns) == list(fitting.HISTORY_COLUMNS)
+    assert list(pd.read_csv(folder / "head/history.csv").columns) == list(saving.HISTORY_COLUMNS)
 
 
 def test_the_steps_of_the_notebook(control):
     folder, _, fine_tune = control
-    history = fitting.read_history(folder / "fine_tune")
+    history = saving.read_history(folder / "fine_tune")
     assert history["epoch"].to_list() == [1, 2, 3]
     assert history["phase"].to_list() == ["fine_tune", "fine_tune", "fine-tune 2"]
     assert fine_tune["plan"][1].optimizer["name"] == "sgd" and fine_tune["plan"][1].schedule == "constant"
     kept = keras.models.load_model(folder / "fine_tune" / "model.keras")
-    thawed = classifier.trainable_table(kept).loc["backbone, thawed", "from"]
+    thawed = unfreezing.trainable_table(kept).loc["backbone, thawed", "from"]
     assert thawed.startswith("block2"), "the last step's"
-    best = fitting.best_epoch(history, "val_accuracy")
+    best = saving.best_epoch(history, "val_accuracy")
     accuracy = np.mean(fine_tune["scores"].argmax(axis=1) == fine_tune["val"].labels)
     assert accuracy == pytest.approx(best["val_accuracy"])
     assert pd.read_csv(folder / "fine_tune/profile.csv")["op"].str.contains("Conv").any()
@@ -109,7 +111,7 @@ def test_a_head_from_another_run(control, resized, tmp_path, monkeypatch, by_han
     for one, other in zip(given.get_weights(), kept.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
     assert (tmp_path / "head/history.csv").read_bytes() == (folder / "head/history.csv").read_bytes()
-    model = classifier.classifier("efficientnet_lite0", 3, image_size=32, weights="none", dense=[4])
+    model = classifier.build("efficientnet_lite0", 3, image_size=32, weights="none", dense=[4])
     with pytest.raises(ValueError, match="has another model, its layer probabilities is not the head_dense_1"):
         warm_start.take(model, "control", class_names=NAMES)
     with pytest.raises(ValueError, match="knows the classes disc, square, cross; here are a, b, c"):
@@ -127,9 +129,9 @@ def test_a_head_that_is_made_anew_is_another_ingredient(control, monkeypatch, tm
         == planning._named_files({"from_run": str(folder)})
         == planning._named_files({"from_run": str(folder / "head")})
     )
-    record = folder / "head" / runs.STAGE_FILE
-    runs.write_json(record, runs.read_json(record) | {"created": "later"})
+    record = folder / "head" / stages.STAGE_FILE
+    disk.write_json(record, disk.read_json(record) | {"created": "later"})
     assert planning._named_files({"from_run": "control"}) != before != {}
     assert planning._named_files({"from_run": "none such"}) == {}
-    with pytest.raises(recipes.RecipeError, match="control is this run itself"):
+    with pytest.raises(notebooks.RecipeError, match="control is this run itself"):
         planning._check_from_run(recipes.Recipe("control", {"head": {"from_run": "control"}}))

@@ -12,10 +12,9 @@ import pandas as pd
 from rich.console import Console
 
 from helpers.cli import terminal
-from helpers.core import recipes, runs
-from helpers.evaluation import metrics
+from helpers.core import disk, notebooks, project, stages, words
 from helpers.models import backbones
-from helpers.pipeline import execution, fingerprints, planning
+from helpers.pipeline import execution, fingerprints, planning, recipes
 
 LAST = "resize"
 
@@ -35,7 +34,7 @@ def run(recipe: recipes.Recipe, names: Sequence[str], console: Console, *, own_s
 
     Raises:
         ValueError: a backbone is unknown, or the recipe cannot be run.
-        pipeline.StageError: a stage failed.
+        planning.StageError: a stage failed.
     """
     if not names or len(set(names)) < len(names):
         raise ValueError(f"--backbones: name at least one, and each once; got {', '.join(names) or 'none'}.")
@@ -51,7 +50,7 @@ def run(recipe: recipes.Recipe, names: Sequence[str], console: Console, *, own_s
             continue
         with terminal.Watcher(console, place) as watcher:
             seconds = execution.make(step, watcher, lambda text: console.print(f"      {text}", markup=False))
-        headline = runs.read_json(step.folder / runs.STAGE_FILE)["headline"]
+        headline = disk.read_json(step.folder / stages.STAGE_FILE)["headline"]
         console.print(f"{place:<14} {seconds:6.1f} s  {headline}", markup=False)
     return steps[-1].link
 
@@ -61,7 +60,7 @@ def as_text(folder: Path) -> str:
     table = pd.read_csv(folder / "bakeoff.csv")
     lines = [f"{'backbone':<24} {'accuracy on validation':<28} {'images/s':>9} {'memory':>9} {'weights':>9}"]
     for row in table[table["problem"].isna()].itertuples():
-        value, low, high = (metrics.percent(part) for part in (row.accuracy, row.low, row.high))
+        value, low, high = (words.percent(part) for part in (row.accuracy, row.low, row.high))
         accuracy = f"{value} ({low} to {high})"
         lines.append(
             f"{row.backbone:<24} {accuracy:<28} {row.images_per_second:>9,.0f} {row.memory_mb:>6,.0f} MB"
@@ -87,22 +86,22 @@ def _at_size(recipe: recipes.Recipe, size: int) -> planning.Step:
 
 def _step(recipe: recipes.Recipe, names: Sequence[str], resized: list[planning.Step]) -> planning.Step:
     """Return the notebook as a step: its inputs are the resized images, in the recipe's size first."""
-    study, head = recipes.studies()["bakeoff"], recipe.resolved("head")
+    study, head = notebooks.studies()["bakeoff"], recipe.resolved("head")
     parameters = {name: p.default for name, p in study.settings.items() if name != "resized"}
     parameters |= {name: head[name] for name in ("next_unfreeze", "cache_gb", "seed")}
     parameters |= {"backbones": list(names), "weights": "none" if head["weights"] == "none" else "imagenet"}
     ingredients = {"parameters": parameters, "code": fingerprints.code_of(study.notebook)}
     ingredients["inputs"] = {f"{LAST} {number}": step.fingerprint for number, step in enumerate(resized)}
     fingerprint = fingerprints.fingerprint(ingredients)
-    folder = planning.runs_folder() / ".store" / f"{study.name}-{fingerprint}"
-    made = (folder / runs.STAGE_FILE).is_file()
+    folder = project.runs_folder() / ".store" / f"{study.name}-{fingerprint}"
+    made = (folder / stages.STAGE_FILE).is_file()
     return planning.Step(
         stage=study,
-        parameters=parameters | {"resized": [runs.display_path(step.folder) for step in resized[1:]]},
+        parameters=parameters | {"resized": [project.display_path(step.folder) for step in resized[1:]]},
         ingredients=ingredients,
         fingerprint=fingerprint,
         folder=folder,
-        link=planning.runs_folder() / recipe.name / study.name,
+        link=project.runs_folder() / recipe.name / study.name,
         state="done" if made else "to do",
         why="done" if made else "not made yet",
         input_folders={"images": resized[0].folder},

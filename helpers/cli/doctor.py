@@ -24,9 +24,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from helpers.cli import prefetch
-from helpers.core import machine, recipes, runs
+from helpers.core import disk, machine, notebooks, project, stages
 from helpers.models import backbones
-from helpers.pipeline import housekeeping, planning, store
+from helpers.pipeline import housekeeping, store
 
 CUDA_WHEELS = "install requirements-gpu.lock (`make env LOCK=requirements-gpu.lock`), which brings CUDA and cuDNN"
 LIBRARIES = ("libcudart.so.{cuda}", "libcublas.so.{cuda}", "libcusparse.so.{cuda}", "libcudnn.so.{cudnn}")
@@ -78,7 +78,7 @@ class GpuFacts:
 
 def examine() -> Iterator[Finding]:
     """Look at one thing after another."""
-    yield Finding("python", f"{platform.python_version()} in {sys.prefix}; Thaw in {runs.ROOT}")
+    yield Finding("python", f"{platform.python_version()} in {sys.prefix}; Thaw in {project.ROOT}")
     yield _packages()
     yield from _tensorflow()
     yield _memory()
@@ -90,7 +90,7 @@ def examine() -> Iterator[Finding]:
 
 def _packages() -> Finding:
     """Compare what is installed with the lock file."""
-    wanted = dict(_locked(runs.ROOT / "requirements.lock"))
+    wanted = dict(_locked(project.ROOT / "requirements.lock"))
     installed = {canonicalize_name(found.name): found.version for found in metadata.distributions() if found.name}
     needed = {canonicalize_name(one.name) for one in _requirements()}
     others = [f"{name} {installed[name]} ({version})" for name, version in wanted.items()
@@ -120,7 +120,7 @@ def _requirements() -> list[Requirement]:
     """Return what pyproject.toml names as needed, without the extras."""
     import tomllib
 
-    with open(runs.ROOT / "pyproject.toml", "rb") as stream:
+    with open(project.ROOT / "pyproject.toml", "rb") as stream:
         return [Requirement(text) for text in tomllib.load(stream)["project"]["dependencies"]]
 
 
@@ -130,7 +130,7 @@ def _requirements() -> list[Requirement]:
 def _tensorflow() -> Iterator[Finding]:
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "0"}
     command = [sys.executable, "-m", "helpers.cli.doctor"]
-    asked = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, env=environment, check=False)
+    asked = subprocess.run(command, capture_output=True, text=True, cwd=project.ROOT, env=environment, check=False)
     lines = asked.stdout.strip().splitlines()
     if asked.returncode or not lines:
         last = (asked.stderr.strip().splitlines() or ["no message"])[-1]
@@ -318,16 +318,16 @@ def _memory() -> Finding:
 
 
 def _disk() -> Iterator[Finding]:
-    folder = planning.runs_folder()
-    shown = runs.display_path(folder)
-    if not store.is_writable(folder):
+    folder = project.runs_folder()
+    shown = project.display_path(folder)
+    if not disk.is_writable(folder):
         yield Finding("disk", f"{shown} cannot be written to", "give yourself the right to, or set THAW_RUNS")
         return
     free = shutil.disk_usage(folder).free
-    little = free < store.LEAST_FREE_BYTES
+    little = free < disk.LEAST_FREE_BYTES
     fix = "free some space (`thaw clean` says what could go), or set THAW_RUNS to a folder on another disk"
     yield Finding("disk", f"{free / 1e9:,.1f} GB are free where {shown} lies", fix if little else "")
-    link = folder / f".link.{os.getpid()}{runs.TEMPORARY}"
+    link = folder / f".link.{os.getpid()}{disk.TEMPORARY}"
     try:
         store.link(link, folder / "nothing")
         link.unlink()
@@ -339,7 +339,7 @@ def _disk() -> Iterator[Finding]:
 
 def _weights() -> Finding:
     found = prefetch.here()
-    default = recipes.find_stage("head").parameters["backbone"].default
+    default = notebooks.find_stage("head").parameters["backbone"].default
     text = f"ImageNet weights here: {', '.join(found) or 'none'}; Keras keeps downloads in {backbones.keras_home()}"
     return Finding("weights", text, "" if default in found else f"`thaw prefetch {default}` fetches or explains")
 
@@ -367,14 +367,14 @@ def _kernel() -> Finding:
 
 
 def _store() -> Iterator[Finding]:
-    folder = planning.runs_folder()
+    folder = project.runs_folder()
     found, busy = housekeeping.runs_in(folder), housekeeping.busy(folder)
     doing = f"; a thaw run is making {', '.join(busy)}" if busy else "; nothing is locked"
-    yield Finding("runs", f"{len(found)} in {runs.display_path(folder)}{doing}")
+    yield Finding("runs", f"{len(found)} in {project.display_path(folder)}{doing}")
     if not busy and (left := housekeeping.leftovers(folder)):
         size = sum(leftover.size for leftover in left)
         yield Finding("store", f"{len(left)} things that no run needs, {size / 1e6:,.0f} MB: `thaw clean` lists them")
-    records = [path.stat().st_mtime for path in (folder / housekeeping.STORE).glob(f"*/{runs.STAGE_FILE}")]
+    records = [path.stat().st_mtime for path in (folder / housekeeping.STORE).glob(f"*/{stages.STAGE_FILE}")]
     if records and max(records) > time.time() + 60:
         yield Finding("clock", "results are dated in the future, so the clock was set back; Thaw does not mind")
 

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from helpers.core import recipes, runs
+from helpers.core import disk, notebooks, project
+from helpers.pipeline import recipes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 WIDE = 200  # columns of a table that goes into a file or a pipe
@@ -24,8 +25,6 @@ Set = Annotated[
     typer.Option("--set", metavar="STAGE.PARAMETER=VALUE", help="Change a parameter; may be repeated."),
 ]
 Name = Annotated[str, typer.Option(help="Name of the run, in place of the recipe's.")]
-
-
 Hosts = Annotated[
     str, typer.Option(metavar="ADDRESS", help="A Dask scheduler, tcp://...:8786, whose hosts do the work together.")
 ]
@@ -55,8 +54,8 @@ def run(
     from helpers.cli import terminal
 
     loaded = recipes.load(recipe, overrides, name)
-    rebuild = rebuild if rebuild in ("", "all") else recipes.find_stage(rebuild).name
-    between = [recipes.find_stage(stage).name if stage else "" for stage in (first, last)]
+    rebuild = rebuild if rebuild in ("", "all") else notebooks.find_stage(rebuild).name
+    between = [notebooks.find_stage(stage).name if stage else "" for stage in (first, last)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     terminal.run(loaded, console, *between, rebuild=rebuild, dry_run=dry_run, address=hosts)
 
@@ -84,7 +83,7 @@ def params(
     stage: Annotated[str, typer.Argument(help="A stage, its notebook or its number: head, 03_train_head, 03.")],
 ) -> None:
     """Explain the parameters of a stage, read from its notebook."""
-    found = recipes.find_notebook(stage)
+    found = notebooks.find_notebook(stage)
     table = Table("parameter", "type", "default", "meaning", box=None, pad_edge=False)
     for p in found.parameters.values():
         table.add_row(
@@ -121,7 +120,7 @@ def bakeoff(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = study.run(loaded, chosen, console, own_size=own_size)
     console.print(study.as_text(folder), markup=False)
-    console.print(f"Figures: {runs.display_path(folder.parent / 'bakeoff.ipynb')}", markup=False)
+    console.print(f"Figures: {project.display_path(folder.parent / 'bakeoff.ipynb')}", markup=False)
 
 
 @app.command()
@@ -147,7 +146,6 @@ def predict(
 ) -> None:
     """Classify IMAGES with the model of RUN."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from helpers.data import labels
     from helpers.evaluation import prediction
 
     if columns and not csv:
@@ -160,8 +158,8 @@ def predict(
     for path, reason in unreadable.items():
         console.print(f"{path}  not read: {reason}", style="yellow", markup=False)
     if csv:
-        written = labels.submission(table, columns.split(",")) if columns else table
-        runs.write_text(csv, written.to_csv(index=False))
+        written = prediction.submission(table, columns.split(",")) if columns else table
+        disk.write_text(csv, written.to_csv(index=False))
         console.print(f"Written: {csv}", markup=False)
     if unreadable:
         raise typer.Exit(1)
@@ -178,16 +176,16 @@ def review(
     from helpers.reports import review as pages
 
     path, found = pages.build(run, out, folds=folds)
-    console.print(f"Written: {runs.display_path(path)}: {found}", markup=False)
+    console.print(f"Written: {project.display_path(path)}: {found}", markup=False)
     console.print("Open it in a browser; its button saves fixes.csv, which explore.fixes lays over the source.")
 
 
 @app.command()
 def board(port: Annotated[int, typer.Option(help="Port on this machine.")] = 6006) -> None:
     """Open TensorBoard for all runs."""
-    from helpers.pipeline import planning
+    from helpers.core import project
 
-    logs = sorted(planning.runs_folder().glob("*/*/logs"))
+    logs = sorted(project.runs_folder().glob("*/*/logs"))
     if not logs:
         raise FileNotFoundError("No run has TensorBoard logs yet. Run `thaw run recipes/elpv.yaml` first.")
     spec = ",".join(f"{path.parts[-3]}/{path.parts[-2]}:{path.resolve()}" for path in logs)
@@ -255,14 +253,15 @@ def reproduce(
 ) -> None:
     """Make RUN again from its manifest.json, in a fresh place, and say whether the predictions agree."""
     from helpers.cli import terminal
-    from helpers.pipeline import manifest, planning
+    from helpers.core import project
+    from helpers.pipeline import manifest
 
     first = manifest.find(run)
     before = manifest.read(first)
-    place = runs.resolve(elsewhere) if elsewhere else planning.runs_folder() / manifest.AGAIN
+    place = project.resolve(elsewhere) if elsewhere else project.runs_folder() / manifest.AGAIN
     second = place / before["name"]
     if second.resolve() == first.resolve():
-        raise ValueError(f"{runs.display_path(place)} is where the run lies. Give another folder with --runs.")
+        raise ValueError(f"{project.display_path(place)} is where the run lies. Give another folder with --runs.")
     os.environ["THAW_RUNS"] = str(place)
     recipe = manifest.recipe_of(before, place / f"{before['name']}.yaml", overrides)
     terminal.run(recipe, console, rebuild="all" if (second / manifest.FILE).is_file() else "")
@@ -276,9 +275,10 @@ def reproduce(
 @app.command("ls")
 def list_runs() -> None:
     """List the runs, the newest last: date, size, stages that are done, headline."""
-    from helpers.pipeline import housekeeping, planning
+    from helpers.core import project
+    from helpers.pipeline import housekeeping
 
-    folder = planning.runs_folder()
+    folder = project.runs_folder()
     table = Table("run", "made", "MB", "done", "headline", box=None, pad_edge=False)
     for found in housekeeping.runs_in(folder):
         made = found.created[:16].replace("T", " ")
@@ -291,9 +291,10 @@ def list_runs() -> None:
 @app.command()
 def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove it without asking.")] = False) -> None:
     """Remove what no run needs: stages without a run, interrupted ones, caches; says first what and how much."""
-    from helpers.pipeline import housekeeping, planning
+    from helpers.core import project
+    from helpers.pipeline import housekeeping
 
-    folder = planning.runs_folder()
+    folder = project.runs_folder()
     if busy := housekeeping.busy(folder):
         raise ValueError(f"A `thaw run` is making {', '.join(busy)}. Clean when it has ended.")
     found = housekeeping.leftovers(folder)
@@ -327,10 +328,10 @@ def entry() -> None:
 
 
 def _advised(error: Exception) -> str:
-    from helpers.pipeline import planning, store
+    from helpers.core import disk, project
 
-    full = isinstance(error, OSError) and store.is_full(error)
-    return f"{error}\nStopped: {store.full(planning.runs_folder())}" if full else str(error)
+    full = isinstance(error, OSError) and disk.is_full(error)
+    return f"{error}\nStopped: {disk.full(project.runs_folder())}" if full else str(error)
 
 
 if __name__ == "__main__":

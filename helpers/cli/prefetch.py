@@ -9,8 +9,8 @@ import os
 import socket
 import sys
 
-from helpers.core import recipes
 from helpers.models import backbones, efficientnet_lite
+from helpers.pipeline import recipes
 
 SECONDS_WITHOUT_AN_ANSWER = 60  # Keras itself would wait for ever
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from helpers.core import recipes, runs
+from helpers.core import disk, notebooks, project
 from helpers.data import images, sources
+from helpers.pipeline import recipes
 
 SAMPLE = 200  # images whose size is looked at
 UNEQUAL = 3  # weigh the classes when the largest has more than so many times the images of the smallest
@@ -26,13 +27,13 @@ def write_recipe(name: str, source: str) -> str:
         FileExistsError: the recipe exists already.
     """
     if problems := recipes.check({"name": name}):
-        raise recipes.RecipeError(problems[0])
-    path = runs.ROOT / "recipes" / f"{name}.yaml"
+        raise notebooks.RecipeError(problems[0])
+    path = project.ROOT / "recipes" / f"{name}.yaml"
     if path.exists():
-        raise FileExistsError(f"{runs.display_path(path)} exists already. Take another name, or edit it.")
+        raise FileExistsError(f"{project.display_path(path)} exists already. Take another name, or edit it.")
     if Path(source).is_dir():
-        source = runs.display_path(Path(source).resolve())
-    explore = {key: p.default for key, p in recipes.find_stage("explore").settings.items()} | {"source": source}
+        source = project.display_path(Path(source).resolve())
+    explore = {key: p.default for key, p in notebooks.find_stage("explore").settings.items()} | {"source": source}
     data = sources.read(explore)
     counts, side = data.table["label"].value_counts(), _typical_side(data)
     found = f"{counts.sum():,} images in {len(counts)} classes, {counts.min():,} to {counts.max():,} a class"
@@ -42,11 +43,11 @@ def write_recipe(name: str, source: str) -> str:
     if counts.max() > UNEQUAL * counts.min():
         filled["head"] = filled["fine_tune"] = {"imbalance": "class_weight"}
         notes.append("The classes are unequal, so the loss weighs them.")
-    image_size = recipes.find_stage("resize").settings["image_size"].default
+    image_size = notebooks.find_stage("resize").settings["image_size"].default
     if side < image_size:
         notes.append(f"The images are smaller than resize.image_size ({image_size}) and will be enlarged to it.")
-    runs.write_text(path, _text(name, found, filled))
-    notes.append(f"Written: {runs.display_path(path)}. Next: thaw run {runs.display_path(path)}")
+    disk.write_text(path, _text(name, found, filled))
+    notes.append(f"Written: {project.display_path(path)}. Next: thaw run {project.display_path(path)}")
     return "\n".join(notes)
 
 
@@ -63,7 +64,7 @@ def _typical_side(data: sources.Source) -> int:
         except images.ImageError:
             continue  # 00_explore will name it
     if not sides:
-        raise ValueError(f"None of the files looked at below {runs.display_path(data.root)} is an image.")
+        raise ValueError(f"None of the files looked at below {project.display_path(data.root)} is an image.")
     return int(statistics.median(sides))
 
 
@@ -74,7 +75,7 @@ def _text(name: str, found: str, filled: dict[str, dict[str, Any]]) -> str:
         "# Every parameter is here. Behind a #, the notebook's own value holds: remove the # to change it.",
         f"name: {name}",
     ]
-    for stage in recipes.stages().values():
+    for stage in notebooks.stages().values():
         given = filled.get(stage.name, {})
         lines += ["", f"{'' if given else '# '}{stage.name}:  # notebooks/{stage.notebook.name}"]
         for parameter in stage.settings.values():

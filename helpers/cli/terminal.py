@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from helpers.core import cluster, recipes, runs
-from helpers.pipeline import execution, hosts, manifest, planning, store
+from helpers.core import disk, parallel, project, stages
+from helpers.pipeline import execution, hosts, manifest, planning, recipes
 
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal to draw on
 
@@ -34,7 +34,7 @@ class Watcher:
             self.bar.stop()
 
     def __call__(self, line: dict[str, Any]) -> None:
-        """Show one line of `runs.report_progress`."""
+        """Show one line of `progress.report`."""
         metrics = dict(line["metrics"])
         rate = metrics.pop("rate", None)
         count = f"{line['done']:,} of {line['total']:,}"
@@ -64,8 +64,8 @@ def run(
         address: of a Dask scheduler: its hosts train together and share the bulk work of the other stages.
 
     Raises:
-        cluster.HostError: the hosts cannot do it.
-        pipeline.StageError: a stage failed, or one before `first` is not done.
+        parallel.HostError: the hosts cannot do it.
+        planning.StageError: a stage failed, or one before `first` is not done.
         ValueError: the recipe names a backbone or layer that does not exist, or its ratios do not add up.
     """
     planned = planning.plan(recipe, rebuild)
@@ -79,16 +79,16 @@ def run(
             )
         console.print(warning, markup=False) if warning else None
         return
-    run_folder = planning.runs_folder() / recipe.name
+    run_folder = project.runs_folder() / recipe.name
     if todo:
-        store.check_writable(run_folder.parent / ".store")
-        console.print(f"{recipe.name}: {len(todo)} of {len(steps)} stages to do, in {runs.display_path(run_folder)}")
+        disk.check_writable(run_folder.parent / ".store")
+        console.print(f"{recipe.name}: {len(todo)} of {len(steps)} stages to do, in {project.display_path(run_folder)}")
         if address:
-            with cluster.connect(address) as client:
+            with parallel.connect(address) as client:
                 hosts.check(client, run_folder.parent / ".store")
         console.print(warning, markup=False) if warning else None
         planning.check_choices(recipe, todo, "jax" if address else "")
-        store.check_writable(run_folder)
+        disk.check_writable(run_folder)
 
     def tell(text: str) -> None:
         console.print(f"      {text}", markup=False)
@@ -101,7 +101,7 @@ def run(
         with Watcher(console, place) as watcher:
             run = hosts.runner(address, step.stage.name, tell) if address else None
             seconds = execution.make(step, watcher, tell, run)
-        headline = runs.read_json(step.folder / runs.STAGE_FILE)["headline"]
+        headline = disk.read_json(step.folder / stages.STAGE_FILE)["headline"]
         console.print(f"{place:<14} {seconds:6.1f} s  {headline}", markup=False)
     later = planned[len(steps) :]
     planning.unlink_stale(later)
@@ -118,9 +118,9 @@ def run(
     if steps[-1].stage.name == "evaluate":
         from helpers.evaluation import metrics
 
-        result = runs.read_json(run_folder / "evaluate" / "metrics.json")
+        result = disk.read_json(run_folder / "evaluate" / "metrics.json")
         console.print(metrics.headline(result, recipe.published), markup=False)
-    console.print(f"Report: {runs.display_path(report)}", markup=False)
+    console.print(f"Report: {project.display_path(report)}", markup=False)
 
 
 def _between(steps: list[planning.Step], first: str, last: str) -> list[planning.Step]:

@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from helpers.compute import graphs, hardware, inference, ranks
 from helpers.compute.views import GROUP, Augmentation, Images, in_views, mixes_images
-from helpers.core import runs
+from helpers.core import disk, progress
 from helpers.core.machine import free_memory
 
 FORMAT = 2  # raise it when the same settings come to give other files
@@ -246,7 +246,7 @@ def make(
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "lock"):
         mark = home / "bank.json"
-        done = runs.read_json(mark)["done"] if mark.exists() else 0
+        done = disk.read_json(mark)["done"] if mark.exists() else 0
         if done < len(images.keys):
             _Filling(prefix, images, home, views, augment, seed, dtype, label, rounded).run(done, settings)
         else:
@@ -296,7 +296,7 @@ class _Filling:
         labels = self._open("labels", self.images.labels.shape[1:], "float32", done) if mixes else None
         predict, total = inference.fast(self.prefix, rounded=self.rounded), (n - start) * self.views
         parts = in_views(self.images, start, self.views, self.augment, self.seed)
-        parts = runs.track(parts, total=total, unit="view", step=GROUP, label=f"cache {self.label}")
+        parts = progress.track(parts, total=total, unit="view", step=GROUP, label=f"cache {self.label}")
         for view, rows, outputs, targets in _predicted(parts, predict):
             activations[view, rows] = self._checked(outputs, rows)
             if mixes:
@@ -305,7 +305,7 @@ class _Filling:
             if is_whole and (rows.stop == n or time.monotonic() - told > SECONDS_BETWEEN_MARKS):
                 for file in (activations, labels) if mixes else (activations,):
                     file.flush()
-                runs.write_json(self.home / "bank.json", {"done": rows.stop, "settings": settings})
+                disk.write_json(self.home / "bank.json", {"done": rows.stop, "settings": settings})
                 told = time.monotonic()
 
     def _open(self, name: str, shape: Sequence[int], dtype: str, done: int) -> np.memmap:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import keras
 import numpy as np
 
-from helpers.core import runs
+from helpers.core import project
 
 
 def prepare(devices: str, *, trains: bool) -> tuple[int, str, tuple[int, int] | None]:
@@ -32,7 +32,7 @@ def prepare(devices: str, *, trains: bool) -> tuple[int, str, tuple[int, int] | 
     """
     import jax
 
-    place = os.environ.get(runs.RANK_VARIABLE) if trains else None
+    place = os.environ.get(project.RANK_VARIABLE) if trains else None
     if devices == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if devices == "gpu" and place:
@@ -77,7 +77,9 @@ def number() -> int:
 
 
 def _is_rank() -> bool:
-    return runs.RANK_VARIABLE in os.environ and keras.backend.backend() == "jax" and _jax().distributed.is_initialized()
+    return (
+        project.RANK_VARIABLE in os.environ and keras.backend.backend() == "jax" and _jax().distributed.is_initialized()
+    )
 
 
 def _jax():

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from helpers.core import runs
+from helpers.core import parallel, project
 from helpers.data import detectors, images, inventory
 from helpers.data.detectors import HUB, Detection
 
@@ -38,7 +38,7 @@ def check(parameters: Mapping[str, Any]) -> None:
             f" boxes: {boxes!r}, detector: {detector!r}."
         )
     for name, file in (("boxes", boxes), ("detector", detector)):
-        if file and not file.startswith(HUB) and not runs.resolve(file).is_file():
+        if file and not file.startswith(HUB) and not project.resolve(file).is_file():
             raise FileNotFoundError(f"crop.{name}: there is no file {file}.")
 
 
@@ -117,13 +117,13 @@ def find(
     check(parameters)
     paths = list(paths)
     if parameters["boxes"]:
-        read_boxes(runs.resolve(parameters["boxes"]), paths).to_csv(file, index=False)
+        read_boxes(project.resolve(parameters["boxes"]), paths).to_csv(file, index=False)
         return read_boxes(file, paths)
     done = _done(file)
     done.to_csv(file, index=False)
     left = sorted(set(paths) - set(done["path"]))
     look = partial(_look, detect=_detector(parameters), input_size=parameters["input_size"])
-    each = images.for_each(look, [root / path for path in left], workers=workers, label="detect")
+    each = parallel.for_each(look, [root / path for path in left], workers=workers, label="detect")
     with file.open("a", encoding="utf-8") as stream:
         for path, (boxes, _) in zip(left, each, strict=True):
             rows = [[path, *box] for box in boxes] or [[path]]  # a path alone: looked at, nothing found
@@ -228,7 +228,7 @@ def looks(chosen: pd.DataFrame, table: pd.DataFrame, root: Path, *, workers: int
     """Return the perceptual hash of each image as it will be cut; of a whole one, that of the inventory."""
     cut = chosen[chosen["box"] != ""]
     tasks = [(root / path, box) for path, box in zip(cut["path"], cut["box"], strict=True)]
-    found = list(images.for_each(_hash, tasks, workers=workers, label="looks"))
+    found = list(parallel.for_each(_hash, tasks, workers=workers, label="looks"))
     return table["phash"].where(chosen["box"] == "", pd.Series(found, index=cut.index).reindex(table.index))
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from helpers.core import runs
+from helpers.core import project
 
 LAYOUTS = {  # what an output is called, and whether a shape is of that form
     "yolov8": ("(1, 4 + classes, boxes)", lambda shape: len(shape) == 3 and 5 <= shape[1] < shape[2]),
@@ -69,7 +69,7 @@ def load(
     """
     if name.startswith(HUB):
         return _hub_detector(name.removeprefix(HUB), score)
-    return _OnnxDetector(runs.resolve(name), layout, input_size, mean, scale, score)
+    return _OnnxDetector(project.resolve(name), layout, input_size, mean, scale, score)
 
 
 class _OnnxDetector:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers.core import runs
+from helpers.core import project
 
 COLUMNS = ["path", "label", "sha256"]
 CHANGES = ["path", "from", "to", "sha256"]
@@ -25,7 +25,7 @@ def read(file: Path) -> pd.DataFrame:
         ValueError: it is no such table, or it asks for two things of one image.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"fixes: there is no file {runs.display_path(file)}.")
+        raise FileNotFoundError(f"fixes: there is no file {project.display_path(file)}.")
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:

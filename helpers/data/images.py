@@ -9,29 +9,23 @@ Anything that stops a file from becoming the right pixels raises `ImageError`; n
 
 import contextlib
 import io
-import itertools
 import math
 import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
-from joblib import Parallel, cpu_count, delayed
 from PIL import Image, ImageOps, UnidentifiedImageError
-
-from helpers.core import cluster, runs
 
 Fit = Literal["crop", "pad", "squash"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels of the upright image, right and bottom outside
 FITS = ("crop", "pad", "squash")
 SMALLEST = 32  # pixels: below this no backbone of the suite has anything left to see
-PIECE = 64  # images that a host is given at a time
 MAX_PIXELS = 200_000_000  # the largest phone photos have 200 megapixels; a decompression bomb has billions
 MAX_16_BIT = 65_535
 FORMATS = ["JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"]
@@ -42,6 +36,8 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"
 # `open_image` applies its own limit to the size in the header; Pillow's would only warn, and at another number.
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd metadata; damage raises
+
+
 try:
     from pillow_heif import register_heif_opener
 
@@ -238,51 +234,6 @@ def write(path: Path, pixels: np.ndarray, quality: int = 95) -> None:
     temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
-
-
-def for_each(
-    function: Callable[[Any], Any],
-    items: Sequence[Any],
-    *,
-    workers: int = 0,
-    label: str = "",
-    reads: Sequence[str | os.PathLike] = (),
-) -> Iterator[Any]:
-    """Yield function(item) for each item, in order, on several cores, with progress.
-
-    Args:
-        workers: threads; 0 means one for each core.
-        label: what the progress is called.
-        reads: with it, the hosts of a `thaw run --hosts` share the work: files and folders that each must see. The
-            function must be of a module then, or a `functools.partial` of one.
-    """
-    address = os.environ.get(runs.HOSTS_VARIABLE)
-    if reads and address:
-        pieces = [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
-        each = cluster.spread(partial(_all_of, function), pieces, address=address, reads=reads)
-        found = itertools.chain.from_iterable(each)
-    else:
-        found = _in_threads(function, items, workers)
-    yield from runs.track(found, total=len(items), label=label)
-
-
-def _in_threads(function: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> Iterator[Any]:
-    """Yield function(item) for each item, in order, on several cores.
-
-    Threads, since decoding, resizing, hashing and encoding all release Python's lock: as quick as processes and ready
-    at once. Only a few items are under way at a time, so memory does not grow with their number.
-    """
-    run = Parallel(n_jobs=workers or cpu_count(), prefer="threads", return_as="generator")
-    threads_before = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # the cores are already taken
-    try:
-        yield from run(delayed(function)(item) for item in items)
-    finally:
-        cv2.setNumThreads(threads_before)
-
-
-def _all_of(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    return list(_in_threads(function, items))
 
 
 @contextlib.contextmanager

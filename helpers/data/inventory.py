@@ -3,22 +3,19 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import imagehash
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from helpers.core import runs
-from helpers.data import images, sources
+from helpers.core import disk, parallel, words
+from helpers.data import grouping, images, sources
 from helpers.data.images import ImageError
 
 HASH_SIDE = 16  # a perceptual hash has 16 x 16 bits: 64 bits cannot tell apart images that are all alike by nature
@@ -76,14 +73,14 @@ def take(
     check = partial(examine, min_size=min_size, max_aspect=max_aspect, max_pixels=max_pixels)
     paths = [os.path.join(source.root, path) for path in source.table["path"]]
     seen = [source.root, *paths[:1]]
-    facts = list(images.for_each(check, paths, workers=workers, label="inventory", reads=seen))
+    facts = list(parallel.for_each(check, paths, workers=workers, label="inventory", reads=seen))
     table = pd.concat([source.table, pd.DataFrame(facts, index=source.table.index)], axis=1)
     if "reason" not in table:
         table = table.assign(reason=None, detail=None)
     table["reason"] = table["reason"].astype(object).where(table["reason"].notna(), "")
     conflict = table["sha256"].map(table.groupby("sha256")["label"].nunique()).fillna(0) > 1
     table.loc[conflict, "reason"] = "two labels"
-    table.loc[conflict, "detail"] = _other_labels(table[conflict])
+    table.loc[conflict, "detail"] = grouping.other_labels(table[conflict])
     bad = table["reason"] != ""
     quarantine = pd.concat([pd.DataFrame(source.rejected, columns=QUARANTINE), table.loc[bad, QUARANTINE]])
     sound = table[~bad].drop(columns=["reason", "detail"]).reset_index(drop=True)
@@ -113,73 +110,11 @@ def examine(path: str | os.PathLike, *, min_size: int, max_aspect: float, max_pi
         return {"reason": error.reason, "detail": error.detail}
 
 
-def group(
-    table: pd.DataFrame, *, distance: int = 8, burst_seconds: float = 0.0, burst_pattern: str = ""
-) -> pd.DataFrame:
-    """Return the inventory with images that must stay together under one `group`.
-
-    Images belong together when they are the same file, look alike, share a value of the user's group column or are of
-    one burst; and when both belong to a third one.
-
-    Args:
-        table: the inventory.
-        distance: bits of 256 in which the perceptual hashes of look-alikes may differ; -1 compares no looks.
-        burst_seconds: images whose EXIF times follow each other within this are a burst; 0 looks at no times.
-        burst_pattern: a regular expression; images whose file names give the same text for its first group (or for
-            all of it) are a burst. Empty: looks at no names.
-    """
-    given = table["group"]
-    keys = [table["sha256"], given, _bursts_by_name(table["path"], burst_pattern)]
-    keys.append(_bursts_by_time(table["taken"], burst_seconds))
-    pairs = [_to_first(key) for key in keys]
-    if distance >= 0:
-        pairs.append(near_duplicates(table["phash"], distance))
-    component = _components(len(table), np.concatenate(pairs))
-    # Named by the user's own value where there is one: such a name stays when images are added.
-    names = given.where(given != "", table["sha256"].str[:16])
-    own = names.where(given != "").groupby(component).transform("min")
-    return table.assign(group=own.fillna(names.groupby(component).transform("min")))
-
-
-def near_duplicates(hashes: pd.Series, distance: int) -> np.ndarray:
-    """Return the pairs of images whose perceptual hashes differ in at most `distance` bits.
-
-    Every pair is compared, which takes about two seconds for 20,000 images and a minute for 100,000; block by block,
-    so that memory stays small.
-
-    Returns:
-        Integer array of shape (pairs, 2): the positions of both images, the smaller first.
-    """
-    words = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint64).reshape(len(hashes), HASH_SIDE**2 // 64).T.copy()
-    rows = max(1, BLOCK // max(1, len(hashes)))
-    pairs = [np.empty((0, 2), int)]
-    for start in range(0, len(hashes), rows):
-        differ = np.zeros((len(hashes[start : start + rows]), len(hashes) - start), np.uint16)
-        for word in words:
-            differ += np.bitwise_count(word[start : start + rows, None] ^ word[None, start:])
-        pairs.append(np.column_stack(np.nonzero(np.triu(differ <= distance, 1))) + start)
-    return np.concatenate(pairs)
-
-
 def examples(table: pd.DataFrame, root: Path, *, per_class: int = 6, classes: int = 24) -> dict[str, list[np.ndarray]]:
     """Return a few images of each of the first classes, always the same ones: those with the lowest hashes."""
     chosen = table.sort_values("sha256").groupby("label").head(per_class).groupby("label")["path"]
-    names = sources.natural_order(table["label"])[:classes]
-    return {name: _pictures(root, chosen.get_group(name)) for name in names}
-
-
-def largest_groups(table: pd.DataFrame, root: Path, *, count: int = 6, shown: int = 6) -> dict[str, list[np.ndarray]]:
-    """Return `shown` images of each of the `count` largest groups of several; white ones fill up smaller groups."""
-    sizes = table["group"].value_counts().sort_index().sort_values(ascending=False, kind="stable").head(count)
-    members, white = table.groupby("group")["path"], np.full((SHOWN_SIZE, SHOWN_SIZE, 3), 255, np.uint8)
-    pictures = {name: _pictures(root, members.get_group(name).head(shown)) for name in sizes.index[sizes > 1]}
-    return {f"{name[:8]}: {sizes[name]}": found + [white] * (shown - len(found)) for name, found in pictures.items()}
-
-
-def disagreements(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the images of groups that hold more than one label, group by group."""
-    mixed = table.groupby("group")["label"].transform("nunique") > 1
-    return table.loc[mixed, ["group", "path", "label"]].sort_values(["group", "path"]).reset_index(drop=True)
+    names = words.natural_order(table["label"])[:classes]
+    return {name: pictures(root, chosen.get_group(name)) for name in names}
 
 
 def write(out: Path, source: sources.Source, table: pd.DataFrame, quarantine: pd.DataFrame) -> list[str]:
@@ -187,8 +122,8 @@ def write(out: Path, source: sources.Source, table: pd.DataFrame, quarantine: pd
     table.to_csv(out / "inventory.csv", index=False)
     quarantine.to_csv(out / "quarantine.csv", index=False)
     source.fixes.to_csv(out / "fixes.csv", index=False)
-    runs.write_json(out / "ignored.json", dict(source.ignored))
-    runs.write_json(out / "class_names.json", sources.natural_order(table["label"]))
+    disk.write_json(out / "ignored.json", dict(source.ignored))
+    disk.write_json(out / "class_names.json", words.natural_order(table["label"]))
     (out / "source").unlink(missing_ok=True)
     (out / "source").symlink_to(source.root.resolve())
     return ["inventory.csv", "quarantine.csv", "fixes.csv", "ignored.json", "class_names.json"]
@@ -213,73 +148,28 @@ def _exif(image: Image.Image) -> dict[str, Any]:
     return {"orientation": orientation if 1 <= orientation <= 8 else 1, "taken": str(taken)}
 
 
-def _other_labels(table: pd.DataFrame) -> list[str]:
-    """Say for each image of several labels where the same file lies under another one."""
-    files: dict[str, dict[str, str]] = {}
-    for row in table.itertuples():
-        files.setdefault(row.sha256, {}).setdefault(row.label, row.path)
-    others = [
-        next(path for label, path in files[row.sha256].items() if label != row.label) for row in table.itertuples()
-    ]
-    return [f"the same file lies under another label: {path}" for path in others]
-
-
 def _check_not_emptied(before: pd.Series, after: pd.Series, quarantine: pd.DataFrame) -> None:
-    emptied = sources.natural_order(set(before) - set(after))
+    emptied = words.natural_order(set(before) - set(after))
     if emptied:
         reasons = quarantine[quarantine["label"].isin(emptied)]["reason"].value_counts()
         said = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         raise ValueError(f"No sound image is left of {', '.join(emptied)} ({said}). Mend the files or drop the class.")
 
 
-def _pictures(root: Path, paths: pd.Series) -> list[np.ndarray]:
+def pictures(root: Path, paths: pd.Series) -> list[np.ndarray]:
     return [images.load(root / path, SHOWN_SIZE, "pad", max_pixels=None) for path in paths]
-
-
-def _bursts_by_name(paths: pd.Series, pattern: str) -> pd.Series:
-    """Return for each path the text that `pattern` finds in its file name, or ""."""
-    if not pattern:
-        return pd.Series("", index=paths.index)
-    try:
-        found = [re.search(pattern, PurePosixPath(path).name) for path in paths]
-    except re.error as error:
-        raise ValueError(f"burst_pattern: {pattern!r} is not a regular expression: {error}.") from None
-    texts = [match[1 if match.re.groups else 0] or "" if match else "" for match in found]
-    return pd.Series(texts, index=paths.index)
-
-
-def _bursts_by_time(taken: pd.Series, seconds: float) -> pd.Series:
-    """Return for each EXIF time the number of its burst as text, or "" when it is not known."""
-    times = pd.to_datetime(taken, format="%Y:%m:%d %H:%M:%S", errors="coerce").dropna().sort_values(kind="stable")
-    if not seconds or times.empty:
-        return pd.Series("", index=taken.index)
-    number = (times.diff().dt.total_seconds() > seconds).cumsum()
-    return number.astype(str).reindex(taken.index, fill_value="")
-
-
-def _to_first(keys: pd.Series) -> np.ndarray:
-    """Return pairs (position, position of the first row with the same key), leaving out empty keys."""
-    positions = pd.Series(np.arange(len(keys)), index=keys.index)[keys != ""]
-    return np.column_stack([positions, positions.groupby(keys[keys != ""]).transform("min")]).reshape(-1, 2)
-
-
-def _components(count: int, pairs: np.ndarray) -> np.ndarray:
-    """Return for each of `count` items the number of its connected component."""
-    first, second = pairs.T
-    graph = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(count, count))
-    return connected_components(graph, directed=False)[1]
 
 
 def _file_hashes(paths: list[str], cache_file: Path | None) -> list[str]:
     try:
-        known = runs.read_json(cache_file) if cache_file else {}
+        known = disk.read_json(cache_file) if cache_file else {}
     except (OSError, ValueError):
         known = {}
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda path: _file_hash(path, known.get(path)), paths))
     fresh = {path: entry for path, entry in zip(paths, found, strict=True) if entry[0] is not None}
     if cache_file and any(known.get(path) != entry for path, entry in fresh.items()):
-        runs.write_json(cache_file, known | fresh)
+        disk.write_json(cache_file, known | fresh)
     return [entry[1] for entry in found]
 
 

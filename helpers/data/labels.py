@@ -3,14 +3,14 @@
 import itertools
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from helpers.core import runs
+from helpers.core import project
 
 ROLES = ("path", "label", "split", "group")
 FACTS = (
@@ -45,7 +45,7 @@ def read(root: Path, parameters: Mapping[str, Any]) -> tuple[pd.DataFrame, list[
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, lacks a column, or the thresholds do not fit.
     """
-    table = _named(_load(runs.resolve(parameters["labels"])), parameters)
+    table = _named(_load(project.resolve(parameters["labels"])), parameters)
     found = [_locate(root, path, parameters["suffix"]) for path in table["path"]]
     if any(reason == "missing" for _, reason, _ in found):
         found = _look_for_other_forms(root, found)
@@ -137,27 +137,3 @@ def _cut(table: pd.DataFrame, thresholds: list[float], names: list[str]) -> pd.D
     table.loc[values.isna() & (table["reason"] == ""), ["reason", "detail"]] = ["no label", "the label is not a number"]
     classes = np.array(names, dtype=object)[np.searchsorted(thresholds, values.fillna(-np.inf))]
     return table.assign(value=table["label"], label=np.where(values.isna(), table["label"], classes))
-
-
-def submission(predictions: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Return predictions in the form that a competition asks for, such as the columns id, breed.
-
-    Args:
-        predictions: path, predicted, and a column of probabilities for each class.
-        columns: the wanted columns in order. The first identifies the image: by its file name without suffix, or as it
-            stands when the column is called path. A class name is that class's probability, `*` stands for all of
-            them in the model's order, and any other name is the predicted class.
-
-    Raises:
-        ValueError: fewer than two columns are asked for.
-    """
-    if len(columns) < 2:
-        raise ValueError(
-            f"columns: {list(columns)}; expected the image's column and one more at least, as in id,breed."
-        )
-    class_names = [name for name in predictions if name not in ("path", "predicted", "confidence")]
-    identity, *rest = (name for column in columns for name in (class_names if column == "*" else [column]))
-    paths = predictions["path"]
-    filled = {identity: paths if identity == "path" else [PurePosixPath(path).stem for path in paths]}
-    filled |= {name: predictions[name if name in predictions else "predicted"] for name in rest}
-    return pd.DataFrame(filled)

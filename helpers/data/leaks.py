@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import pandas as pd
 
-from helpers.data import images, inventory, splits
+from helpers.core import parallel
+from helpers.data import grouping, images, splits
 
 PROBE_SIZE = 64  # pixels
 PROBE_SEEDS = 5
@@ -36,7 +36,7 @@ def check_split(folder: Path, split: pd.DataFrame, table: pd.DataFrame, *, dista
         _refuse(leaked, f"the same {what} is in more than one part")
     if distance >= 0:
         unique = used.drop_duplicates("path").merge(table[["path", "phash"]], on="path").reset_index(drop=True)
-        pairs = inventory.near_duplicates(unique["phash"], distance)
+        pairs = grouping.near_duplicates(unique["phash"], distance)
         parts = unique["part"].to_numpy()
         _refuse(unique.iloc[pairs[parts[pairs[:, 0]] != parts[pairs[:, 1]]].ravel()], "look-alikes are in two parts")
 
@@ -50,20 +50,6 @@ def settle(table: pd.DataFrame) -> pd.DataFrame:
     rank = table["part"].map({part: rank for rank, part in enumerate(splits.PARTS)})
     leaks = rank < rank.groupby(table["group"]).transform("max")
     return table.assign(part=table["part"].mask(leaks, splits.UNUSED))
-
-
-def summary(table: pd.DataFrame) -> dict[str, Any]:
-    """Return how many groups hold how many images: the figures of the report's section on leakage."""
-    sizes = table["group"].value_counts()
-    mixed = table.groupby("group")["label"].nunique() > 1
-    return {
-        "images": len(table),
-        "groups": len(sizes),
-        "groups_of_several": int((sizes > 1).sum()),
-        "images_in_them": int(sizes[sizes > 1].sum()),
-        "largest_group": int(sizes.max()),
-        "groups_with_several_labels": int(mixed.sum()),
-    }
 
 
 def honest_gap(table: pd.DataFrame, root: Path, ratio: Sequence[float], *, seed: int = 0) -> pd.DataFrame:
@@ -87,7 +73,7 @@ def honest_gap(table: pd.DataFrame, root: Path, ratio: Sequence[float], *, seed:
     from sklearn.preprocessing import StandardScaler
 
     paths = [root / path for path in table["path"]]
-    features = np.stack(list(images.for_each(_describe, paths, label="probe")))
+    features = np.stack(list(parallel.for_each(_describe, paths, label="probe")))
     alone = table.assign(group=table["path"])
     rows = []
     for number in range(seed, seed + PROBE_SEEDS):

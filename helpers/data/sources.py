@@ -5,7 +5,6 @@ in the source is ever changed. What cannot be used is listed with its reason rat
 """
 
 import importlib.util
-import itertools
 import os
 import unicodedata
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.core import runs
+from helpers.core import project, words
 from helpers.data import fixes, labels
 from helpers.data.images import SUFFIXES
 
@@ -68,29 +67,19 @@ def read(parameters: Mapping[str, Any]) -> Source:
         source = Source(root, *labels.read(root, parameters)) if parameters["labels"] else _read_folders(root)
     _finish(source)
     if parameters["fixes"]:
-        _fix(source, runs.resolve(parameters["fixes"]))
+        _fix(source, project.resolve(parameters["fixes"]))
     return source
-
-
-def natural_order(names) -> list[str]:
-    """Sort names as a person would: "9" before "10"."""
-    return sorted(set(names), key=lambda name: (_natural_key(name), name))
-
-
-def _natural_key(name: str) -> list[tuple[bool, int, str]]:
-    pieces = ["".join(piece) for _, piece in itertools.groupby(name, key=lambda character: character in "0123456789")]
-    return [(False, int(piece), "") if piece[0] in "0123456789" else (True, 0, piece.casefold()) for piece in pieces]
 
 
 def check_separate(root: Path, out: str | os.PathLike) -> None:
     """Raise ValueError when the source lies inside the output folder or the other way round."""
-    root, out = root.resolve(), runs.resolve(out).resolve()
+    root, out = root.resolve(), project.resolve(out).resolve()
     if root.is_relative_to(out) or out.is_relative_to(root):
         raise ValueError(f"The source {root} and the output {out} lie inside each other. Choose another `out`.")
 
 
 def _existing_folder(name: str) -> Path:
-    root = runs.resolve(name)
+    root = project.resolve(name)
     if not name or not root.is_dir():
         raise FileNotFoundError(
             f"source: {name!r} is neither a folder ({root}) nor one of the built-in data sets {', '.join(BUILT_IN)}."
@@ -142,7 +131,9 @@ def _read_folders(root: Path) -> Source:
             reason = {"reason": "unusable name", "detail": "the name is not valid UTF-8; rename it"}
             source.rejected.append({"path": _shown(path), "label": _shown(label)} | reason)
     source.table = pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str)
-    for name in [] if is_split else natural_order({*tops} - {PurePosixPath(row["path"]).parts[0] for row in rows}):
+    for name in (
+        [] if is_split else words.natural_order({*tops} - {PurePosixPath(row["path"]).parts[0] for row in rows})
+    ):
         source.ignored[f"folders without an image: {_shown(name)}"] += 1
     return source
 
@@ -214,7 +205,7 @@ def _fix(source: Source, file: Path) -> None:
 
 def check_classes(labels: pd.Series) -> None:
     """Raise ValueError unless there are two classes or more, with names that can be told apart and can be columns."""
-    names = natural_order(labels)
+    names = words.natural_order(labels)
     if taken := RESERVED & set(names):
         raise ValueError(
             f"A class cannot be called {', '.join(sorted(taken))}: predictions.csv has a column of that name beside one"

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from helpers.data import sources
+from helpers.core import words
 
 Method = Literal["ratio", "hash", "fixed", "kfold", "predefined"]
 PARTS = ("train", "val", "test")
@@ -148,7 +148,7 @@ def counts(split: pd.DataFrame, columns: Sequence[str] = ("label",)) -> pd.DataF
     """Return how many images each class (or each combination of `columns`) has in each part, with totals."""
     found = pd.crosstab([split[column] for column in columns], split["part"])
     if "label" in columns:
-        place = {label: number for number, label in enumerate(sources.natural_order(split["label"]))}
+        place = {label: number for number, label in enumerate(words.natural_order(split["label"]))}
         found = found.iloc[np.argsort([place[label] for label in found.index.get_level_values("label")], kind="stable")]
     found = found[[part for part in (*PARTS, UNUSED) if part in found]]
     found = found.assign(all=found.sum(axis=1))
@@ -179,7 +179,7 @@ def check_ratio(ratio: Sequence[float]) -> None:
 def check_classes(table: pd.DataFrame) -> None:
     """Raise ValueError when a class cannot be both learned and tested; the message names it."""
     groups = table.groupby("label")["group"].nunique()
-    lonely = sources.natural_order(groups.index[groups < 2])
+    lonely = words.natural_order(groups.index[groups < 2])
     if lonely:
         images = table["label"].value_counts()
         said = ", ".join(f"{name} ({images[name]} in one group)" for name in lonely)
@@ -296,7 +296,7 @@ def _predefined(table: pd.DataFrame, ratio: Sequence[float], stratify: Sequence[
 
 
 def _check_trainable(table: pd.DataFrame, parts: pd.Series) -> None:
-    untaught = sources.natural_order(set(table["label"]) - set(table["label"][parts == "train"]))
+    untaught = words.natural_order(set(table["label"]) - set(table["label"][parts == "train"]))
     if untaught:
         raise ValueError(f"No image of {', '.join(untaught)} is in train: it could not be learned. Add images of it.")
 
@@ -310,3 +310,47 @@ def _check_columns(table: pd.DataFrame, columns: Sequence[str]) -> None:
 def _fraction(seed: int, name: str) -> float:
     """Return a number in [0, 1) that follows from `seed` and `name` alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7]) / 2**56
+
+
+def undersample(table: pd.DataFrame, limit: int | str, *, seed: int = 0) -> pd.DataFrame:
+    """Mark images of large train classes as "unused" until each has at most `limit`.
+
+    Args:
+        table: with the column `part`.
+        limit: "smallest", a number of images, or a multiple of the smallest class such as "2x".
+    """
+    train = table[table["part"] == "train"]
+    sizes = train["label"].value_counts()
+    most = _amount("undersample", limit, "smallest", sizes.min())
+    rank = hashes(train["sha256"], seed).groupby(train["label"]).rank(method="first")
+    return table.assign(part=table["part"].mask(rank.reindex(table.index) > most, UNUSED))
+
+
+def oversample(table: pd.DataFrame, limit: int | str, *, seed: int = 0) -> pd.DataFrame:
+    """Repeat rows of small train classes until each has at least `limit`; every image equally often, to within one.
+
+    Args:
+        table: with the column `part`.
+        limit: "largest", a number of images, or a fraction of the largest class such as "0.5x".
+    """
+    train = table[table["part"] == "train"]
+    sizes = train["label"].value_counts()
+    least = _amount("oversample", limit, "largest", sizes.max())
+    order = train.assign(key=hashes(train["sha256"], seed)).sort_values("key")
+    extra = [
+        rows.drop(columns="key").iloc[np.arange(least - len(rows)) % len(rows)]
+        for _, rows in order.groupby("label")
+        if len(rows) < least
+    ]
+    return pd.concat([table, *extra], ignore_index=True)
+
+
+def _amount(name: str, limit: int | str, word: str, base: int) -> int:
+    text = str(limit).strip()
+    try:
+        amount = base if text == word else round(float(text[:-1]) * base) if text.endswith("x") else int(text)
+    except ValueError:
+        amount = 0
+    if amount < 1:
+        raise ValueError(f'{name}: {limit!r} must be "{word}", a number of images, or a multiple such as "2x".')
+    return amount

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.core import runs
-from helpers.data import inventory
+from helpers.core import progress
+from helpers.data import grouping
 
 STRENGTHS = (1e-3, 1e-2, 1e-1)  # of the logistic regression's weights (its C), on standardised features
 
@@ -26,11 +26,11 @@ def embed(head: Path, resized: Path) -> tuple[pd.DataFrame, np.ndarray]:
         A table of path (relative to the source's root), label, part and sha256, and float32 features (images, n).
     """
     from helpers.compute import frontier, hardware, inference
-    from helpers.models import classifier
+    from helpers.models import unfreezing
     from helpers.training import datasets
 
     model = hardware.load(head / "model.keras")
-    classifier.unfreeze(model, "none")
+    unfreezing.unfreeze(model, "none")
     run = inference.fast(frontier.cut(model).prefix)
     listed = pd.read_csv(resized / "images.csv", dtype=str, keep_default_na=False)
     listed = listed.drop(columns="path").rename(columns={"source": "path"})
@@ -38,7 +38,7 @@ def embed(head: Path, resized: Path) -> tuple[pd.DataFrame, np.ndarray]:
     for part in [name for name in ("train", "val", "test") if (listed["part"] == name).any()]:
         folder = datasets.read(resized, part)
         tables.append(listed[listed["part"] == part])
-        batches = runs.track(folder.pixels, total=len(folder), label=part, step=32)
+        batches = progress.track(folder.pixels, total=len(folder), label=part, step=32)
         features += [np.asarray(run(batch), np.float32) for batch in batches]
     table = pd.concat(tables, ignore_index=True)[["path", "label", "part", "sha256"]]
     once = ~table.duplicated("path").to_numpy()  # oversampling lists an image several times
@@ -80,7 +80,7 @@ def out_of_sample(
         rounds = [(known[a], known[b]) for a, b in splitter.split(known, labels[known], groups[known])]
         strength = _best_strength(features, labels, *rounds[0])
         probabilities = np.full((len(labels), classes), np.nan)
-        for learned, asked in runs.track([*rounds, (known, test)], total=folds + 1, unit="fold", label="judging"):
+        for learned, asked in progress.track([*rounds, (known, test)], total=folds + 1, unit="fold", label="judging"):
             asked = asked[np.isin(labels[asked], labels[learned])]
             if len(asked) and len(np.unique(labels[learned])) > 1:
                 model = _classifier(strength).fit(features[learned], labels[learned])
@@ -122,7 +122,7 @@ def look_alikes(listed: pd.DataFrame, distance: int) -> list[pd.DataFrame]:
         listed: the inventory.
         distance: bits in which the perceptual hashes of look-alikes may differ; -1 compares no looks.
     """
-    grouped = inventory.group(listed.assign(group=""), distance=distance)
+    grouped = grouping.group(listed.assign(group=""), distance=distance)
     mixed = grouped[grouped.groupby("group")["label"].transform("nunique") > 1]
     return [table[["path", "label", "sha256"]] for _, table in mixed.groupby("group", sort=True)]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.core import runs
+from helpers.core import progress
 from helpers.evaluation import probe
 
 EXPONENTS = np.geomspace(0.05, 2.0, 40)  # that c is chosen from; Hestness et al. found 0.07 to 0.5
@@ -73,7 +73,7 @@ def measure(features: Features, seeds: Sequence[int]) -> Curve:
     sizes = [[min(len(rows), max(2, round(share * len(rows)))) for rows in per_class] for share in shares]
     tasks = [(size, seed) for size in sizes for seed in seeds]
     wrong = []
-    for size, seed in runs.track(tasks, total=len(tasks), unit="fit", label="learning curve"):
+    for size, seed in progress.track(tasks, total=len(tasks), unit="fit", label="learning curve"):
         rng = np.random.default_rng([seed, sum(size)])
         drawn = [rng.choice(rows, count, replace=False) for rows, count in zip(per_class, size, strict=True)]
         wrong.append(_errors(features, np.concatenate(drawn)))
@@ -159,7 +159,7 @@ def gains(
     recall = {label: 1 - full[features.val_labels == label].mean() for label in known}
     chosen = sorted(known, key=recall.get)[:most]
     rows = []
-    for label in runs.track(chosen, total=len(chosen), unit="class", label="what more images would bring"):
+    for label in progress.track(chosen, total=len(chosen), unit="class", label="what more images would bring"):
         curve = measure_class(features, label, full, seeds)
         value, draws = drawn_on(curve, [counts[label], counts[label] + more], seed)
         low, high = np.quantile(draws[:, 1] - draws[:, 0], [TAIL, 1 - TAIL])

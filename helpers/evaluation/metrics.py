@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
+from helpers.core import words
+
 LEVEL = 0.95
 BINS = 15  # equal-width bins of confidence, as in Guo et al., "On Calibration of Modern Neural Networks", 2017
 KEYS = ("path", "label", "predicted")
@@ -30,6 +32,8 @@ NAMES = {
     "log_loss": "log loss",
     "ece": "calibration error",
 }
+
+
 METHOD = "percentile bootstrap, stratified by true class"
 
 
@@ -62,7 +66,7 @@ def predictions_table(
     labels = _named(labels, names)
     table = pd.DataFrame({"path": [str(path) for path in paths], "label": labels, "predicted": predicted})
     table = pd.concat([table, pd.DataFrame(probabilities, columns=names)], axis=1)
-    _parse(table, names)
+    parse(table, names)
     return table
 
 
@@ -94,7 +98,7 @@ def metrics(predictions: pd.DataFrame, class_names: Sequence[str], seed: int = 0
         A dict of plain Python values. `accuracy` and so on are {"value", "low", "high"}, fractions of 1 (log loss in
         nats); per_class, confusion_matrix, confused_pairs and reliability are lists.
     """
-    truth, probabilities = _parse(predictions, class_names)
+    truth, probabilities = parse(predictions, class_names)
     picked = _picked(predictions, class_names)
     names = [str(name) for name in class_names]
     scores = _Scores(truth, picked, probabilities)
@@ -142,7 +146,7 @@ def per_class(predictions: pd.DataFrame, class_names: Sequence[str]) -> pd.DataF
 
 def confusion_matrix(predictions: pd.DataFrame, class_names: Sequence[str]) -> np.ndarray:
     """Counts, int64 (classes, classes): rows are true classes, columns predicted ones."""
-    truth, _ = _parse(predictions, class_names)
+    truth, _ = parse(predictions, class_names)
     picked, count = _picked(predictions, class_names), len(class_names)
     return np.bincount(truth * count + picked, minlength=count * count).reshape(count, count)
 
@@ -163,7 +167,7 @@ def confused_pairs(matrix: np.ndarray, class_names: Sequence[str], n: int = 10) 
 
 def reliability(predictions: pd.DataFrame, class_names: Sequence[str], bins: int = BINS) -> pd.DataFrame:
     """Confidence against accuracy by bins of equal width: columns confidence (mean), accuracy, count; no empty bins."""
-    truth, probabilities = _parse(predictions, class_names)
+    truth, probabilities = parse(predictions, class_names)
     confidence = probabilities.max(axis=1)
     table = pd.DataFrame({"confidence": confidence, "right": truth == _picked(predictions, class_names)})
     grouped = table.groupby(_bin(confidence, bins))
@@ -180,97 +184,10 @@ def confident_mistakes(predictions: pd.DataFrame, class_names: Sequence[str], n:
     They are the first place to look for wrong labels, for pictures that show two classes, and for what the model
     really looks at.
     """
-    _, probabilities = _parse(predictions, class_names)
+    _, probabilities = parse(predictions, class_names)
     table = predictions[list(KEYS)].assign(confidence=probabilities.max(axis=1))
     table = table[table["label"] != table["predicted"]]
     return table.sort_values(["confidence", "path"], ascending=[False, True]).head(n).reset_index(drop=True)
-
-
-def compare(
-    first: pd.DataFrame, second: pd.DataFrame, class_names: Sequence[str], seed: int = 0, n_bootstrap: int = 2000
-) -> dict:
-    """Two models on the same pictures: is the difference in accuracy more than chance?
-
-    Only pictures on which the two disagree tell anything: McNemar's test in its exact binomial form (McNemar, 1947;
-    recommended for comparing two trained classifiers by Dietterich, 1998), and a paired bootstrap interval.
-
-    Args:
-        first, second: predictions of the same pictures, in any order.
-
-    Returns:
-        n, first and second (accuracies), difference {"value", "low", "high"} (second minus first), only_first_right,
-        only_second_right, p_value, and a plain `sentence`.
-
-    Raises:
-        ValueError: the two tables are not of the same pictures with the same labels.
-    """
-    _parse(first, class_names)
-    _parse(second, class_names)
-    if first["path"].duplicated().any() or set(first["path"]) != set(second["path"]) or len(first) != len(second):
-        raise ValueError(
-            "the two sets of predictions are not of the same pictures; compare runs that share a test part"
-        )
-    first, second = first.set_index("path").sort_index(), second.set_index("path").sort_index()
-    if not first["label"].equals(second["label"]):
-        raise ValueError("the two sets of predictions give the same pictures different labels; compare like with like")
-    right = [(table["label"] == table["predicted"]).to_numpy() for table in (first, second)]
-    gain = right[1].astype(float) - right[0]
-    truth = pd.factorize(first["label"])[0]
-    draws = np.concatenate([weights @ gain for weights in _resamples(truth, seed, n_bootstrap)]) / len(gain)
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    lost, won = int((gain < 0).sum()), int((gain > 0).sum())
-    p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    verdict = "more than chance explains" if p_value < 1 - LEVEL else "within what chance explains"
-    return {
-        "n": len(gain),
-        "first": float(right[0].mean()),
-        "second": float(right[1].mean()),
-        "difference": {"value": float(gain.mean()), "low": float(low), "high": float(high)},
-        "only_first_right": lost,
-        "only_second_right": won,
-        "p_value": p_value,
-        "sentence": f"The second is right on {won} pictures that the first gets wrong, and wrong on {lost} that the "
-        f"first gets right: {100 * gain.mean():+.1f} points of accuracy, {verdict} "
-        f"(exact McNemar test, p = {p_value:.2g}).",
-    }
-
-
-def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: str = "val_loss") -> dict:
-    """Which phase gives the run's model: the one whose best epoch is better on the validation part, never on test.
-
-    The default is the validation loss: it counts how sure each prediction was, so on a validation part of a few
-    hundred pictures it tells two models apart where accuracy moves in steps of a whole picture. Where the two phases
-    minimise different losses (label smoothing or focal loss in one of them), use "val_accuracy". Equal values keep
-    the head: fine-tuning then gained nothing.
-
-    Args:
-        head, fine_tune: history.csv of each phase; no rows, or None, if it was not trained.
-        monitor: a column of both; lower is better if its name holds "loss", otherwise higher.
-
-    Returns:
-        {"phase": "head" or "fine_tune", "monitor", "head", "fine_tune" (best values, or None), "sentence"}.
-    """
-    histories = {"head": head, "fine_tune": fine_tune}
-    trained = {name: table for name, table in histories.items() if table is not None and len(table)}
-    best = dict.fromkeys(histories) | {name: _best(table, monitor, name) for name, table in trained.items()}
-    words = monitor.replace("val_", "validation ").replace("_", " ")
-    if not trained:
-        raise ValueError("neither phase was trained: both histories are empty")
-    if best["head"] is None:
-        phase, words = "fine_tune", f"its best {words} is {best['fine_tune']:.4f}"
-        sentence = f"Phase 1 was not trained, so phase 2 is the run's model: {words}."
-    elif best["fine_tune"] is None:
-        sentence, phase = f"Only phase 1 was trained: its best {words}, {best['head']:.4f}, is the run's model.", "head"
-    else:
-        better = best["fine_tune"] < best["head"] if "loss" in monitor else best["fine_tune"] > best["head"]
-        phase = "fine_tune" if better else "head"
-        change = f"{words} went from {best['head']:.4f} (phase 1) to {best['fine_tune']:.4f} (phase 2)"
-        sentence = (
-            f"Fine-tuning helped: the best {change}, so phase 2 is the run's model."
-            if better
-            else f"Fine-tuning did not help: the best {change}, so phase 1 is the run's model."
-        )
-    return {"phase": phase, "monitor": monitor, **best, "sentence": sentence}
 
 
 def headline(result: dict, published: dict[str, float] | None = None) -> str:
@@ -280,20 +197,15 @@ def headline(result: dict, published: dict[str, float] | None = None) -> str:
         result: from `metrics`; a key `part` says "val" when it was not the test part.
         published: name -> accuracy, in percent or as a fraction.
     """
-    value, low, high = (percent(result["accuracy"][key]) for key in ("value", "low", "high"))
+    value, low, high = (words.percent(result["accuracy"][key]) for key in ("value", "low", "high"))
     parts = [
         f"accuracy {value} (95 % interval {low} to {high})",
-        f"balanced accuracy {percent(result['balanced_accuracy']['value'])}",
-        f"macro F1 {percent(result['macro_f1']['value'])}",
+        f"balanced accuracy {words.percent(result['balanced_accuracy']['value'])}",
+        f"macro F1 {words.percent(result['macro_f1']['value'])}",
         f"{result['n']:,} {'validation' if result.get('part') == 'val' else 'test'} pictures",
     ]
-    known = [f"{name} {percent(as_fraction(value), 2)}" for name, value in (published or {}).items()]
+    known = [f"{name} {words.percent(as_fraction(value), 2)}" for name, value in (published or {}).items()]
     return ", ".join(parts) + (f"; published: {', '.join(known)}" if known else "")
-
-
-def percent(fraction: float | None, digits: int = 1) -> str:
-    """0.8842 as "88.4 %"; an en dash for None."""
-    return "–" if fraction is None else f"{100 * fraction:.{digits}f} %"
 
 
 def as_fraction(value: float) -> float:
@@ -356,7 +268,7 @@ class _Scores:
         return (own * below).sum(axis=1) / (own.sum(axis=1) * other.sum(axis=1))
 
 
-def _resamples(truth: np.ndarray, seed: int, n_bootstrap: int):
+def resamples(truth: np.ndarray, seed: int, n_bootstrap: int):
     """Weights of stratified bootstrap resamples: chunks of float64 (resamples, pictures), about 32 MB each."""
     if n_bootstrap < 1:
         raise ValueError(f"n_bootstrap is {n_bootstrap}; expected at least 1")
@@ -374,7 +286,7 @@ def _bootstrap(scores: _Scores, truth: np.ndarray, seed: int, n_bootstrap: int) 
     """Name -> values (resamples,). AUC, which sorts by every class, stops early where that would take minutes."""
     chunks, auc = [], []
     enough = min(n_bootstrap, max(200, int(1e8 / scores.probabilities.size)))
-    for weights in _resamples(truth, seed, n_bootstrap):
+    for weights in resamples(truth, seed, n_bootstrap):
         chunks.append(scores.of(weights))
         wanted = enough - sum(map(len, auc))
         if wanted > 0:
@@ -397,7 +309,7 @@ def _interval(name: str, value: float, draws: np.ndarray, counts: dict) -> dict:
     return {"value": value, "low": low, "high": high}
 
 
-def _parse(predictions: pd.DataFrame, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def parse(predictions: pd.DataFrame, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Check the table; give the true class of each row as an index (pictures,) and the probabilities."""
     names = [str(name) for name in class_names]
     if len(predictions) == 0:
@@ -448,12 +360,6 @@ def _row(predictions: pd.DataFrame, bad: np.ndarray) -> str:
 
 def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-
-
-def _best(history: pd.DataFrame, monitor: str, phase: str) -> float:
-    if monitor not in history or history[monitor].notna().sum() == 0:
-        raise ValueError(f"the history of {phase} has no values of {monitor}; it has {', '.join(history.columns)}")
-    return float(history[monitor].min() if "loss" in monitor else history[monitor].max())
 
 
 def _records(frame: pd.DataFrame) -> list[dict]:

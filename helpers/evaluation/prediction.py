@@ -4,12 +4,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
-from helpers.core import cluster, runs
+from helpers.core import disk, parallel, progress, project
 from helpers.data import crop, images, sources
 
 BATCH = 32
@@ -22,11 +22,13 @@ def model_folder(run: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is no such run, or it has no trained model yet.
     """
-    folder = Path(run) if Path(run).is_dir() else runs.resolve(run)
+    folder = Path(run) if Path(run).is_dir() else project.resolve(run)
     for candidate in (folder, *(folder / stage for stage in ("evaluate", "fine_tune", "head"))):
         if (candidate / "model.keras").is_file():
             return candidate
-    raise FileNotFoundError(f"{runs.display_path(folder)} is not a run with a trained model. Make one with `thaw run`.")
+    raise FileNotFoundError(
+        f"{project.display_path(folder)} is not a run with a trained model. Make one with `thaw run`."
+    )
 
 
 def mirrored(model, mirror: str):
@@ -66,7 +68,7 @@ def probabilities(model, images) -> np.ndarray:
     from helpers.compute import inference
 
     run = inference.fast(model)
-    batches = runs.track(images.pixels.prefetch(2), total=len(images), step=BATCH, label="predict")
+    batches = progress.track(images.pixels.prefetch(2), total=len(images), step=BATCH, label="predict")
     return np.concatenate([run(batch) for batch in batches])
 
 
@@ -105,16 +107,16 @@ def predict(run: str | Path, paths: Iterable[str | Path], hosts: str = "") -> tu
 
     Raises:
         FileNotFoundError: the run, its model, or a path does not exist.
-        cluster.HostError: the hosts cannot do it.
+        parallel.HostError: the hosts cannot do it.
     """
     folder, paths = model_folder(run).resolve(), list(paths)
     files = find_images(paths)
-    class_names, about = runs.read_json(folder / "class_names.json"), runs.read_json(folder / "model.json")
+    class_names, about = disk.read_json(folder / "class_names.json"), disk.read_json(folder / "model.json")
     if hosts:
         pieces = [[os.path.abspath(path) for path in files[at : at + PIECE]] for at in range(0, len(files), PIECE)]
         work = partial(_classify_with, str(folder), (folder / "model.keras").stat().st_mtime_ns)
         reads = [folder / "model.keras", *map(os.path.abspath, paths)]
-        parts = list(cluster.spread(work, pieces, address=hosts, reads=reads))
+        parts = list(parallel.spread(work, pieces, address=hosts, reads=reads))
     else:
         parts = [_classify(_load(str(folder)), folder, files)]
     reasons = [reason for _, found in parts for reason in found]
@@ -149,7 +151,7 @@ def _classify_with(folder: str, modified: int, files: list[str]) -> tuple[np.nda
 
 def _classify(model, folder: Path, files: Sequence[str | Path]) -> tuple[np.ndarray, list[str]]:
     """Return the probabilities of the files that are readable images, and for each file why it is none, or ""."""
-    about, class_names = runs.read_json(folder / "model.json"), runs.read_json(folder / "class_names.json")
+    about, class_names = disk.read_json(folder / "model.json"), disk.read_json(folder / "class_names.json")
     part_of = crop.cutter(about["crop"]) if "crop" in about else lambda path: None
     scores, reasons = [np.zeros((0, len(class_names)), np.float32)], []
     for start in range(0, len(files), BATCH):
@@ -163,3 +165,27 @@ def _classify(model, folder: Path, files: Sequence[str | Path]) -> tuple[np.ndar
         if pixels:
             scores.append(model.predict_on_batch(np.stack(pixels)))
     return np.concatenate(scores), reasons
+
+
+def submission(predictions: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Return predictions in the form that a competition asks for, such as the columns id, breed.
+
+    Args:
+        predictions: path, predicted, and a column of probabilities for each class.
+        columns: the wanted columns in order. The first identifies the image: by its file name without suffix, or as it
+            stands when the column is called path. A class name is that class's probability, `*` stands for all of
+            them in the model's order, and any other name is the predicted class.
+
+    Raises:
+        ValueError: fewer than two columns are asked for.
+    """
+    if len(columns) < 2:
+        raise ValueError(
+            f"columns: {list(columns)}; expected the image's column and one more at least, as in id,breed."
+        )
+    class_names = [name for name in predictions if name not in ("path", "predicted", "confidence")]
+    identity, *rest = (name for column in columns for name in (class_names if column == "*" else [column]))
+    paths = predictions["path"]
+    filled = {identity: paths if identity == "path" else [PurePosixPath(path).stem for path in paths]}
+    filled |= {name: predictions[name if name in predictions else "predicted"] for name in rest}
+    return pd.DataFrame(filled)

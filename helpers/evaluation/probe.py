@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.core import runs
-from helpers.evaluation import metrics
+from helpers.core import disk, progress, project, words
+from helpers.evaluation import comparison, metrics
 from helpers.models import backbones
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the weights (scikit-learn's C), on standardised features
@@ -59,14 +59,14 @@ def embed(
         (of the forward pass), memory_mb (the most that the process held), parameters, model_mb (of its weights),
         cache_mb (of what is kept); if it did not, `problem`, the reason in words.
     """
-    about = {"backbone": backbone, "image_size": runs.read_json(source / "resize.json")["image_size"]}
+    about = {"backbone": backbone, "image_size": disk.read_json(source / "resize.json")["image_size"]}
     if about["image_size"] < (least := backbones.spec(backbone).min_size):
         return about | {"problem": f"it needs images of at least {least} pixels (resize.image_size)"}
     settings = {"source": str(source), "cache": str(cache), "weights": weights, "next_unfreeze": next_unfreeze}
     task = json.dumps(about | settings | {"cache_gb": cache_gb})
     command = [sys.executable, "-m", "helpers.evaluation.probe", task]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project.ROOT, env=environment, check=False)
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         return about | {"problem": f"its process was ended by {name}, most often because memory ran out"}
@@ -87,11 +87,11 @@ def embed_all(names: Sequence[str], sources: Sequence[Path], **settings: Any) ->
     Raises:
         ValueError: a name is unknown or given twice.
     """
-    by_size = {runs.read_json(source / "resize.json")["image_size"]: source for source in reversed(sources)}
+    by_size = {disk.read_json(source / "resize.json")["image_size"]: source for source in reversed(sources)}
     own = {name: by_size.get(backbones.spec(name).size, sources[0]) for name in names}
     if not own or len(own) < len(names):
         raise ValueError(f"Name at least one backbone, and each once; got {', '.join(names) or 'none'}.")
-    tracked = runs.track(own.items(), total=len(own), unit="backbone", label="features")
+    tracked = progress.track(own.items(), total=len(own), unit="backbone", label="features")
     return [embed(name, source, **settings) | {"source": str(source)} for name, source in tracked]
 
 
@@ -123,7 +123,7 @@ def rank(
     if not good:
         raise ValueError(f"None of the backbones could be had.\n{problems(found)}")
     rows, predictions = [], {}
-    for item in runs.track(good, total=len(good), unit="backbone", label="probe"):
+    for item in progress.track(good, total=len(good), unit="backbone", label="probe"):
         strength, table = judge(item, seed)
         names = list(table.columns[len(metrics.KEYS) :])
         result = metrics.metrics(table, names, seed=seed, n_bootstrap=resamples)
@@ -133,7 +133,7 @@ def rank(
     order = sorted(rows, key=lambda row: (-row["accuracy"], -row["images_per_second"]))
     best = predictions[order[0]["backbone"]]
     for row in order[1:]:
-        row["p_value"] = metrics.compare(best, predictions[row["backbone"]], names, n_bootstrap=1)["p_value"]
+        row["p_value"] = comparison.compare(best, predictions[row["backbone"]], names, n_bootstrap=1)["p_value"]
     table = pd.DataFrame([*order, *(item for item in found if "problem" in item)]).reindex(columns=COLUMNS)
     return table, predictions
 
@@ -141,7 +141,7 @@ def rank(
 def headline(table: pd.DataFrame) -> str:
     """Return the best of a table of `rank` as one line."""
     best, known = table.iloc[0], int(table["accuracy"].notna().sum())
-    value, low, high = (metrics.percent(best[name]) for name in ("accuracy", "low", "high"))
+    value, low, high = (words.percent(best[name]) for name in ("accuracy", "low", "high"))
     return (
         f"{best['backbone']} is best of {known}: {value} of validation (95 % interval {low} to {high}),"
         f" {best['images_per_second']:,.0f} images/s"
@@ -159,7 +159,7 @@ def write_predictions(folder: Path, predictions: dict[str, pd.DataFrame]) -> lis
 def parts(source: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Return the rows of images.csv of train and of val, with class indices in `target`, and the class names."""
     table = pd.read_csv(source / "images.csv", dtype=str, keep_default_na=False)
-    class_names = runs.read_json(source / "class_names.json")
+    class_names = disk.read_json(source / "class_names.json")
     table["target"] = pd.Index(class_names).get_indexer(table["label"])
     train, val = (table[table["part"] == part].reset_index(drop=True) for part in ("train", "val"))
     return train, val, class_names
@@ -242,22 +242,22 @@ def judge(item: dict[str, Any], seed: int = 0) -> tuple[float, pd.DataFrame]:
 def _embed(task: dict[str, Any]) -> dict[str, Any]:
     """Do the work of `embed` in this process."""
     from helpers.compute import frontier
-    from helpers.models import classifier
-    from helpers.training import datasets
+    from helpers.models import classifier, unfreezing
+    from helpers.training import datasets, feeds
 
     train, val = (datasets.read(task["source"], part) for part in ("train", "val"))
-    model = classifier.classifier(
+    model = classifier.build(
         task["backbone"], len(train.class_names), image_size=train.image_size, weights=task["weights"]
     )
-    classifier.unfreeze(model, "none")
+    unfreezing.unfreeze(model, "none")
     how = {"cache": Path(task["cache"]), "views": 1, "batch_size": BATCH, "seed": 0, "cache_gb": task["cache_gb"]}
     before = _disk(how["cache"])
     try:
-        feed = datasets.feed(model, train, val, **how, next_unfreeze=task["next_unfreeze"])
+        feed = feeds.feed(model, train, val, **how, next_unfreeze=task["next_unfreeze"])
     except ValueError:  # this backbone has no such layer
         feed = None
     if feed is None or not feed.banks:
-        feed = datasets.feed(model, train, val, **how)
+        feed = feeds.feed(model, train, val, **how)
     if not feed.banks:
         raise ValueError(f"{task['cache_gb']:g} GB of cache_gb do not hold its features.")
     prefix = frontier.cut(model).prefix

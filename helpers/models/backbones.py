@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers.core import runs
+from helpers.core import project
 from helpers.models import efficientnet_lite, torch_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of pixels in 0-1
@@ -213,7 +213,7 @@ def _check_size(found: Spec, image_size) -> tuple[int, int]:
 
 
 def _check_path(found: Spec, weights: str) -> Path:
-    path = runs.resolve(weights)
+    path = project.resolve(weights)
     endings = (".keras", ".h5") + ((".pth",) if found.contract == "lite" else ())
     if not path.name.endswith(endings):
         raise ValueError(f'weights is "imagenet", "none" or a file ending in {", ".join(endings)}; got {weights!r}.')

@@ -5,21 +5,18 @@ optional dense layers, ``probabilities``. `unfreeze` says what of the backbone t
 """
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import pandas as pd
 
-from helpers.models import backbones
+from helpers.models import backbones, unfreezing
 
 DENSE_DEFAULTS = {"activation": "relu", "dropout": 0.0, "batch_norm": False, "l1": 0.0, "l2": 0.0}
 OUTPUT_DEFAULTS = {"batch_norm": False, "l1": 0.0, "l2": 0.0}
-SHOWN_BLOCKS = 20  # of those, a message lists the last: NASNet has some seventy
 
 
-def classifier(
+def build(
     backbone: str,
     n_classes: int,
     *,
@@ -56,11 +53,11 @@ def classifier(
         >>> classifier("resnet50", 196, image_size=224, batch_norm=True,
         ...            dense=[{"units": 1024, "dropout": 0.5, "batch_norm": True}, 512])
     """
-    _whole(n_classes, 2, 10**6, "n_classes")
+    unfreezing.whole(n_classes, 2, 10**6, "n_classes")
     hidden = check_dense(dense)
     body = backbones.build(backbone, image_size, weights)
     body.trainable = False
-    for part in _parts(body):
+    for part in unfreezing.parts(body):
         if isinstance(part, keras.layers.Dropout):  # stochastic depth: `fit` would draw it despite training=False
             part.rate = 0.0
     inputs = keras.Input(body.input_shape[1:], name="image")
@@ -88,7 +85,7 @@ def _dense_spec(entry: int | dict) -> dict:
     unknown = given.keys() - {"units", *DENSE_DEFAULTS}
     if unknown:
         raise ValueError(f"A dense layer has no {sorted(unknown)}; it takes units, {', '.join(DENSE_DEFAULTS)}.")
-    _whole(given.get("units"), 1, 10**6, "units of a dense layer")
+    unfreezing.whole(given.get("units"), 1, 10**6, "units of a dense layer")
     spec = DENSE_DEFAULTS | given
     try:
         keras.activations.get(spec["activation"])
@@ -146,187 +143,3 @@ def _share_dropped(dropout: float) -> None:
 
 def _penalty(l1: float, l2: float):
     return keras.regularizers.L1L2(l1, l2) if l1 or l2 else None
-
-
-def unfreeze(model: keras.Model, what: str | int | float | dict) -> pd.DataFrame:
-    """Says which layers of the backbone train. Compile afterwards: a compiled model does not notice.
-
-    BatchNormalization layers of the backbone stay frozen, so that their moving statistics stay what they are.
-    The head is not touched.
-
-    Args:
-        model: a model with a sub-model "backbone", or a backbone.
-        what: "none"; "all"; a block or layer name ("block7", "conv5", "block14_sepconv1"): from its first layer to
-            the backbone's end; an int: that many last layers; a float in (0, 1]: the shortest tail of layers that
-            holds this share of the backbone's weights (1 is one layer, 1.0 is all);
-            {"from_index": n}: from the n-th layer on, in keras.applications' own numbering (the input is 0).
-
-    Returns:
-        The table of `trainable_table`.
-
-    Raises:
-        ValueError: an unknown name (close ones and the blocks are listed), a number out of range, or a choice under
-            which no weight of the backbone would train.
-    """
-    body = backbone_of(model)
-    layers = body.layers
-    start = first_trainable(body, what)
-    parts = (part for layer in layers[start:] for part in _parts(layer))
-    norms = [part for part in parts if isinstance(part, keras.layers.BatchNormalization)]
-    if start < len(layers) and _weight_ids(layers[start:]) == _weight_ids(norms):
-        raise ValueError(
-            f"unfreeze {what!r}: no weight would train, only layers without weights or BatchNormalization."
-        )
-    body.trainable = start < len(layers)
-    for index, layer in enumerate(layers):
-        layer.trainable = index >= start
-    for norm in norms:
-        norm.trainable = False
-    return trainable_table(model)
-
-
-def _weight_ids(layers: list) -> set[int]:
-    return {id(weight) for layer in layers for weight in layer.weights}
-
-
-def layer_shares(model: keras.Model, decay: float) -> dict[int, float]:
-    """The share of the learning rate for each weight that trains, less with each layer of the backbone downwards.
-
-    Args:
-        model: a classifier whose trainable flags are set.
-        decay: the share of a layer with weights that train, as a share of the next such layer above it, in (0, 1]. The
-            backbone's uppermost has `decay` itself; the head has 1.
-
-    Returns:
-        id of the variable -> share; the head's are not in it.
-    """
-    layers = [layer for layer in reversed(backbone_of(model).layers) if layer.trainable_weights]
-    return {id(weight): decay**depth for depth, layer in enumerate(layers, 1) for weight in layer.trainable_weights}
-
-
-def trainable_table(model: keras.Model) -> pd.DataFrame:
-    """Shows what trains.
-
-    Returns:
-        One row each for the backbone's frozen part, its thawed part and the head: first and last layer, number of
-        layers, of weights (scalars), and of the weights that train (BatchNormalization makes the difference).
-    """
-    body = backbone_of(model)
-    layers = body.layers
-    start = next((i for i, layer in enumerate(layers) if layer.trainable_weights), len(layers))
-    parts = {"backbone, frozen": layers[:start], "backbone, thawed": layers[start:]}
-    if body is not model:
-        parts["head"] = [layer for layer in model.layers if layer is not body and layer is not model.layers[0]]
-    return pd.DataFrame([_row(name, part) for name, part in parts.items() if part]).set_index("part")
-
-
-def _row(name: str, layers: list) -> dict:
-    return {
-        "part": name,
-        "from": layers[0].name,
-        "to": layers[-1].name,
-        "layers": len(layers),
-        "weights": sum(layer.count_params() for layer in layers),
-        "trainable": sum(_size(layer.trainable_weights) for layer in layers),
-    }
-
-
-def _size(weights) -> int:
-    return sum(int(keras.ops.size(weight)) for weight in weights)
-
-
-def backbone_of(model: keras.Model) -> keras.Model:
-    """The sub-model "backbone", or the model itself if it is one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if model.name == "backbone":
-        return model
-    for layer in model.layers:
-        if layer.name == "backbone":
-            return layer
-    raise ValueError(f'The model {model.name!r} has no sub-model named "backbone"; models.classifier makes one.')
-
-
-def first_trainable(backbone: keras.Model, what: str | int | float | dict) -> int:
-    """The index in ``backbone.layers`` of the first layer that `what` thaws; their number if nothing.
-
-    Args:
-        backbone: from `backbones.build`.
-        what: see `unfreeze`.
-
-    Raises:
-        ValueError: see `unfreeze`.
-    """
-    layers = backbone.layers
-    own = [i for i, layer in enumerate(layers) if not layer.name.startswith(backbones.PREPROCESS)]
-    if what == "none":
-        return len(layers)
-    if what == "all":
-        return 0
-    if isinstance(what, str):
-        return _index_of_name(layers, what)
-    if isinstance(what, float) and 0 < what <= 1:
-        return _index_of_share(layers, what)
-    if isinstance(what, dict) and what.keys() == {"from_index"}:
-        return own[_whole(what["from_index"], 0, len(own) - 1, "unfreeze from_index")]
-    if isinstance(what, int) and not isinstance(what, bool):
-        return own[-_whole(what, 1, len(own), "unfreeze, a number of layers,")]
-    raise ValueError(
-        'unfreeze takes "none", "all", a block or layer name, a whole number of layers, a fraction in (0, 1] or '
-        f"{{'from_index': n}}; got {what!r}."
-    )
-
-
-def _whole(value, least: int, most: int, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{what} must be a whole number from {least} to {most}; got {value!r}.")
-    return value
-
-
-def _index_of_share(layers: list, share: float) -> int:
-    sizes = [layer.count_params() for layer in layers]
-    held = 0
-    for index in range(len(layers) - 1, -1, -1):
-        held += sizes[index]
-        if held >= share * sum(sizes):
-            return index
-    return 0
-
-
-def _index_of_name(layers: list, name: str) -> int:
-    labels = [_without_family(layer.name) for layer in layers]
-    # "block7" begins block7a_expand_conv and block7_pool, but not block70_conv
-    begins = re.compile(re.escape(_without_family(name)) + r"((?<=\d)[a-z])?(_|$)")
-    for index, layer in enumerate(layers):
-        if layer.name == name:
-            return index
-    for index, label in enumerate(labels):
-        if name and begins.match(label):
-            return index
-    blocks = block_names(layers)
-    known = dict.fromkeys([*blocks, *(layer.name for layer in layers)])
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    shown = f"Its last {SHOWN_BLOCKS} blocks" if len(blocks) > SHOWN_BLOCKS else "Its blocks"
-    raise ValueError(
-        f"The backbone has no block or layer {name!r}.{hint} {shown}: {', '.join(blocks[-SHOWN_BLOCKS:])}."
-    )
-
-
-def _without_family(name: str) -> str:
-    """``convnext_tiny_stage_3_block_0`` -> ``stage_3_block_0``: ConvNeXt alone puts its own name before its layers'."""
-    return re.sub(r"^convnext_[a-z]+_(?=[a-z])", "", name)
-
-
-def block_names(layers: Sequence[keras.layers.Layer]) -> list[str]:
-    """The blocks by which `layers` can be unfrozen, in order: ``block7``, ``conv5``, ``stage_3``."""
-    named = [layer for layer in layers if not layer.name.startswith(backbones.automatic_stem(layer))]
-    found = (re.match(r"[A-Za-z_]*?\d+", _without_family(layer.name)) for layer in named)
-    return list(dict.fromkeys(match.group() for match in found if match))
-
-
-def _parts(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """The layer and all within it. Keras has no public walk through layers that are not models."""
-    return list(layer._flatten_layers())

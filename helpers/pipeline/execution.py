@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
-from helpers.core import machine, runs
+from helpers.core import disk, machine, progress, project, stages
 from helpers.pipeline import fingerprints, planning, store
 from helpers.pipeline.planning import StageError, Step
 
@@ -46,7 +46,7 @@ def make(
 
     Args:
         step: what to make.
-        watch: called with each line of progress (see `runs.report_progress`).
+        watch: called with each line of progress (see `progress.report`).
         say: called with a sentence when there is something to tell.
         run: what runs the notebook in place of `execute`.
 
@@ -56,15 +56,15 @@ def make(
     start = time.monotonic()
     try:
         with _alone(step, say):
-            made_meanwhile = step.why != planning.REBUILD and (step.folder / runs.STAGE_FILE).is_file()
+            made_meanwhile = step.why != planning.REBUILD and (step.folder / stages.STAGE_FILE).is_file()
             if not made_meanwhile or store.dangling_link(step.folder):
-                store.check_disk(step.folder.parent)
+                disk.check_disk(step.folder.parent)
                 _make(step, watch, say, run)
         planning.link_stage(step)
     except OSError as error:
-        if not store.is_full(error):
+        if not disk.is_full(error):
             raise
-        raise StageError(f"{step.stage.name} stopped: {store.full(step.folder.parent)}") from None
+        raise StageError(f"{step.stage.name} stopped: {disk.full(step.folder.parent)}") from None
     return time.monotonic() - start
 
 
@@ -89,8 +89,8 @@ def _make(step: Step, watch: Watch, say: Callable[[str], None], run: Callable | 
     log, executed = step.partial.with_suffix(".log"), step.partial.with_suffix(".ipynb")
     with open(log, "a", encoding="utf-8") as stream:
         wait_for_orphan(stream, say)
-        if step.why == planning.REBUILD or runs.stage_status(step.partial) == "foreign":
-            runs.discard(step.partial)
+        if step.why == planning.REBUILD or stages.status(step.partial) == "foreign":
+            disk.discard(step.partial)
         if not is_executed(step):
             (run or execute)(step, watch, stream)
     if executed.exists():  # else a run that was killed right after had moved it
@@ -123,12 +123,12 @@ def wait_for_orphan(stream: TextIO, say: Callable[[str], None]) -> None:
 
 def is_executed(step: Step) -> bool:
     """Say whether an interrupted run left the stage with its notebook run to the end, so that it needs only be kept."""
-    if runs.stage_status(step.partial) != "done":
+    if stages.status(step.partial) != "done":
         return False
     if (step.partial / "notebook.ipynb").is_file():
         return True
     try:
-        cells = runs.read_json(step.partial.with_suffix(".ipynb"))["cells"]
+        cells = disk.read_json(step.partial.with_suffix(".ipynb"))["cells"]
     except (OSError, ValueError):  # killed while it was written
         return False
     return all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
@@ -158,8 +158,8 @@ def execute(
     # When Ctrl-C ends the kernel, asyncio would complain of a task of papermill that nobody awaits any more.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     executed = step.partial.with_suffix(".ipynb")
-    folders = {name: runs.display_path(path) for name, path in step.input_folders.items()}
-    parameters = step.parameters | folders | {"out": runs.display_path(step.partial)}
+    folders = {name: project.display_path(path) for name, path in step.input_folders.items()}
+    parameters = step.parameters | folders | {"out": project.display_path(step.partial)}
     # All is written by then, and TensorFlow would take 1.5 s to take leave. Of several ranks none hurries: one that
     # fails because another died should not be the first to tell.
     leave = "graceful" if variables else "immediate"
@@ -170,7 +170,7 @@ def execute(
                 executed,
                 parameters,
                 kernel_name="python3",
-                cwd=str(runs.ROOT),
+                cwd=str(project.ROOT),
                 progress_bar=False,
                 stdout_file=stream,
                 stderr_file=stream,
@@ -181,19 +181,19 @@ def execute(
         except PapermillExecutionError as error:
             # Its index counts from 0, but also the cell that papermill put in after the parameters cell.
             cell = f"cell {error.cell_index}, {error.ename}: {error.evalue.strip()}"
-            cause = f"{cell}\n  {store.full(step.folder.parent)}" if NO_SPACE.search(error.evalue) else cell
+            cause = f"{cell}\n  {disk.full(step.folder.parent)}" if NO_SPACE.search(error.evalue) else cell
             raise StageError(_failure(step, cause, "\n".join(error.traceback))) from None
         except DeadKernelError:
             if not wanted():
                 raise StageError("it was stopped with the others") from None
             raise StageError(_failure(step, _why_it_died(step))) from None
-    if runs.stage_status(step.partial) != "done":
-        raise StageError(_failure(step, "it ended without runs.finish_stage in its last cell"))
+    if stages.status(step.partial) != "done":
+        raise StageError(_failure(step, "it ended without stages.finish in its last cell"))
 
 
 def _why_it_died(step: Step) -> str:
     if shutil.disk_usage(step.folder.parent).free < NEARLY_FULL:
-        return f"its kernel died: {store.full(step.folder.parent)}"
+        return f"its kernel died: {disk.full(step.folder.parent)}"
     return (
         "its kernel died, most often because memory ran out"
         f" (free now: {machine.free_memory() / 1e9:.1f} GB). A smaller batch_size or image_size needs less."
@@ -250,8 +250,8 @@ def _failure(step: Step, cause: str, trace: str = "") -> str:
         shutil.copy(executed, copy)
     return (
         f"notebooks/{step.stage.notebook.name} failed: {cause}\n"
-        f"  executed copy: {runs.display_path(copy)}\n"
-        f"  log: {runs.display_path(log)}\n"
+        f"  executed copy: {project.display_path(copy)}\n"
+        f"  log: {project.display_path(log)}\n"
         "  When the cause is mended, the same command goes on from here."
     )
 
@@ -265,15 +265,15 @@ def _kernel_environment(shelf: Path, watch: Watch, variables: Mapping[str, str])
     # Without the first, log lines of native libraries would stand in the notebook as if they were errors.
     quiet = ["--IPKernelApp.capture_fd_output=False", "--IPKernelApp.log_level=ERROR"]
     write_kernel_spec(place / "kernels" / "python3", extra_arguments=quiet)
-    progress = place / "progress.jsonl"
-    progress.touch()
+    written = place / "progress.jsonl"
+    written.touch()
     search = os.pathsep.join(filter(None, [str(place), os.environ.get("JUPYTER_PATH")]))
-    changed = {"JUPYTER_PATH": search, runs.PROGRESS_VARIABLE: str(progress), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    changed = {"JUPYTER_PATH": search, progress.PROGRESS_VARIABLE: str(written), "TF_CPP_MIN_LOG_LEVEL": "2"}
     changed |= variables
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     finished = threading.Event()
-    follower = threading.Thread(target=_follow, args=(progress, watch, finished), daemon=True)
+    follower = threading.Thread(target=_follow, args=(written, watch, finished), daemon=True)
     follower.start()
     try:
         yield

@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers.core import runs
+from helpers.core import project
 
 # They show, count or spread work and decide no result, so no stage is made again when they change.
-SHOWS = ("helpers.reports",)
+SHOWS = ("helpers.reports", "helpers.core.notebooks", "helpers.core.parallel", "helpers.core.progress")
 
 
 def fingerprint(content: Any) -> str:
@@ -92,7 +92,7 @@ def _imported(source: str, package: str) -> set[str]:
 
 def _file_of(name: str) -> Path | None:
     """Return the file of a module or package of the project, None when there is none of that name."""
-    path = runs.ROOT.joinpath(*name.split("."))
+    path = project.ROOT.joinpath(*name.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlparse
 
-from helpers.core import runs
-from helpers.core.cluster import START, HostError, connect
-from helpers.pipeline import execution, fingerprints, planning, store
+from helpers.core import disk, project
+from helpers.core.parallel import START, HostError, connect
+from helpers.pipeline import execution, fingerprints, planning
 from helpers.pipeline.planning import StageError, Step
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def runner(address: str, stage: str, say: Callable[[str], None]) -> Callable[...
     """
     if stage in TRAINED:
         return partial(execute, address, say)
-    return partial(execution.execute, variables={runs.HOSTS_VARIABLE: address})
+    return partial(execution.execute, variables={project.HOSTS_VARIABLE: address})
 
 
 def execute(address: str, say: Callable[[str], None], step: Step, watch: execution.Watch, stream: TextIO) -> None:
@@ -96,13 +96,13 @@ def _end(step: Step, say: Callable[[str], None], keep: bool = True) -> None:
             execution.wait_for_orphan(stream, say)
     first = _rank(step, 0).partial
     if keep and first.is_dir():
-        runs.discard(step.partial)
+        disk.discard(step.partial)
         first.rename(step.partial)
         with suppress(FileNotFoundError):
             first.with_suffix(".ipynb").replace(step.partial.with_suffix(".ipynb"))
     for left in beside.glob(f"{step.folder.name}.rank*"):
         if left.is_dir():
-            runs.discard(left)
+            disk.discard(left)
         elif left.suffix != ".log":
             left.unlink()
 
@@ -118,7 +118,7 @@ def run_rank(step: Step, rank: str, alive: Path) -> None:
     from distributed import get_worker
 
     watch = partial(get_worker().log_event, alive.name) if rank.endswith("/0") else lambda line: None
-    variables = {runs.RANK_VARIABLE: rank, "KERAS_BACKEND": "jax"}
+    variables = {project.RANK_VARIABLE: rank, "KERAS_BACKEND": "jax"}
     with open(step.partial.with_suffix(".log"), "a", encoding="utf-8") as stream:
         execution.wait_for_orphan(stream, lambda text: None)
         execution.execute(step, watch, stream, variables=variables, wanted=Alive(alive))
@@ -205,7 +205,7 @@ def check(client: "Client", folder: Path) -> list[str]:
     if many := [name for name, about in workers.items() if about["nthreads"] != 1]:
         raise HostError(f"{many[0]} has {workers[many[0]]['nthreads']} threads: `{START.format(address=address)}`.")
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / f".{socket.gethostname()}.{os.getpid()}{runs.TEMPORARY}"
+    mark = folder / f".{socket.gethostname()}.{os.getpid()}{disk.TEMPORARY}"
     mark.touch()
     try:
         found = client.run(about, str(mark))
@@ -226,9 +226,9 @@ def check(client: "Client", folder: Path) -> list[str]:
 
 def about(mark: str) -> dict[str, Any]:
     """Return what must be the same on every host: the project's place and code, packages, whether it sees `mark`."""
-    files = sorted([*runs.ROOT.glob("helpers/**/*.py"), *runs.ROOT.glob("notebooks/*.ipynb")])
-    code = fingerprints.fingerprint([(path.name, store.sha256_of(path)) for path in files])
-    found = {"the project's folder": str(runs.ROOT), "the code": code, "the runs' folder": os.path.exists(mark)}
+    files = sorted([*project.ROOT.glob("helpers/**/*.py"), *project.ROOT.glob("notebooks/*.ipynb")])
+    code = fingerprints.fingerprint([(path.name, disk.sha256_of(path)) for path in files])
+    found = {"the project's folder": str(project.ROOT), "the code": code, "the runs' folder": os.path.exists(mark)}
     return found | {package: _version(package) for package in PACKAGES}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from helpers.core import recipes, runs
+from helpers.core import disk, notebooks, stages
 from helpers.pipeline import execution, hosts, manifest
 
 STORE = ".store"
@@ -52,19 +52,19 @@ def _run_folders(folder: Path, depth: int = 2) -> Iterator[Path]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
             continue
-        if any((path / stage / runs.STAGE_FILE).is_file() for stage in recipes.stages()):
+        if any((path / stage / stages.STAGE_FILE).is_file() for stage in notebooks.stages()):
             yield path
         elif depth > 1:
             yield from _run_folders(path, depth - 1)
 
 
 def _run(path: Path, folder: Path) -> Run:
-    stages = [stage for stage in recipes.stages() if runs.stage_status(path / stage) == "done"]
-    records = [runs.read_json(path / stage / runs.STAGE_FILE) for stage in stages]
-    size = sum(size_of(path / stage) for stage in recipes.stages() if (path / stage).is_dir())
+    done = [stage for stage in notebooks.stages() if stages.status(path / stage) == "done"]
+    records = [disk.read_json(path / stage / stages.STAGE_FILE) for stage in done]
+    size = sum(size_of(path / stage) for stage in notebooks.stages() if (path / stage).is_dir())
     created = max((record.get("created", "") for record in records), default="")
     headline = records[-1].get("headline", "") if records else ""
-    return Run(path.relative_to(folder).as_posix(), size, created, stages, headline)
+    return Run(path.relative_to(folder).as_posix(), size, created, done, headline)
 
 
 def size_of(path: Path) -> int:
@@ -103,10 +103,10 @@ def leftovers(folder: Path) -> list[Leftover]:
             around = [path.with_suffix(".ipynb"), path.with_suffix(".log"), path.with_suffix(".lock")]
             around += store.glob(f"{path.stem}.rank*.log")
             found.append(_leftover("interrupted stage, which would go on where it stopped", path, *around))
-        elif (path / runs.STAGE_FILE).is_file() and path.name not in needed:
+        elif (path / stages.STAGE_FILE).is_file() and path.name not in needed:
             found.append(_leftover("stage that no run links to", path, path.with_suffix(".lock")))
         elif path.name.startswith(execution.KERNEL) or path.name.endswith(
-            (runs.DISCARDED, runs.TEMPORARY, hosts.ALIVE)
+            (disk.DISCARDED, disk.TEMPORARY, hosts.ALIVE)
         ):
             found.append(_leftover("left by a process that was killed", path))
     caches = [store / "cache", *(run / "cache" for run in _run_folders(folder))]
@@ -147,6 +147,6 @@ def remove(folder: Path, unneeded: list[Leftover]) -> int:
             if leftover.paths[0].name in _needed(folder):
                 continue
             for path in leftover.paths:
-                runs.discard(path) if path.is_dir() else path.unlink(missing_ok=True)
+                disk.discard(path) if path.is_dir() else path.unlink(missing_ok=True)
             removed += leftover.size
     return removed

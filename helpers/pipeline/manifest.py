@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from helpers.core import machine, recipes, runs
+from helpers.core import disk, machine, notebooks, project, stages
 from helpers.data import inventory
-from helpers.pipeline import planning, store
+from helpers.pipeline import planning, recipes, store
 
 FILE = "manifest.json"
 AGAIN = ".reproduced"  # in the folder of all runs, where `thaw reproduce` works when it is told no other place
@@ -25,29 +25,29 @@ SHOWN = 5  # of the differences of a kind
 
 def write(recipe: recipes.Recipe, steps: list[planning.Step], command: str) -> bool:
     """Write the run's recipe.yaml and manifest.json; return whether anything differs from what they said before."""
-    run = planning.runs_folder() / recipe.name
-    stages = {step.stage.name: step.fingerprint for step in steps}
+    run = project.runs_folder() / recipe.name
+    made = {step.stage.name: step.fingerprint for step in steps}
     path, resolved, text = run / FILE, run / "recipe.yaml", recipe.as_yaml()
     written = path.is_file() and resolved.is_file() and resolved.read_text(encoding="utf-8") == text
-    if written and runs.read_json(path).get("stages") == stages:
+    if written and disk.read_json(path).get("stages") == made:
         return False
-    runs.write_text(resolved, text)
+    disk.write_text(resolved, text)
     content = {
         "name": recipe.name,
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "recipe": recipes.read_yaml(resolved),
+        "recipe": notebooks.read_yaml(resolved),
         "seeds": {step.stage.name: step.parameters["seed"] for step in steps if "seed" in step.parameters},
         "source": steps[0].ingredients.get("source", ""),
-        "stages": stages,
+        "stages": made,
         "code": {step.stage.name: step.ingredients["code"] for step in steps},
         "git": _git(),
         "hardware": machine.hardware(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "versions": runs.versions(),
+        "versions": stages.versions(),
         "packages": dict(sorted((found.name, found.version) for found in metadata.distributions() if found.name)),
     }
-    runs.write_json(path, content)
+    disk.write_json(path, content)
     return True
 
 
@@ -58,9 +58,9 @@ def read(run: Path) -> dict[str, Any]:
         FileNotFoundError: the folder is no run, or one that `thaw run` has not finished.
         ValueError: it is damaged, or of an older version that did not record the recipe.
     """
-    shown = runs.display_path(run)
+    shown = project.display_path(run)
     try:
-        content = runs.read_json(run / FILE)
+        content = disk.read_json(run / FILE)
     except OSError:
         raise FileNotFoundError(f"{shown} has no {FILE}: it is no run, or `thaw run` has not finished it.") from None
     except ValueError:
@@ -72,8 +72,8 @@ def read(run: Path) -> dict[str, Any]:
 
 def find(run: str) -> Path:
     """Return the folder of a run that is given as a path or, below the folder of all runs, by its name."""
-    places = (Path(run), runs.resolve(run), planning.runs_folder() / run)
-    return next((place.absolute() for place in places if place.is_dir()), runs.resolve(run))
+    places = (Path(run), project.resolve(run), project.runs_folder() / run)
+    return next((place.absolute() for place in places if place.is_dir()), project.resolve(run))
 
 
 def verify(run: Path) -> dict[str, list[str]]:
@@ -86,7 +86,7 @@ def verify(run: Path) -> dict[str, list[str]]:
     manifest = read(run)
     found = {name: _verify_stage(run / name, fingerprint) for name, fingerprint in manifest["stages"].items()}
     try:
-        same = recipes.read_yaml(run / "recipe.yaml") == manifest["recipe"]
+        same = notebooks.read_yaml(run / "recipe.yaml") == manifest["recipe"]
         found["run"] = [] if same else ["recipe.yaml was changed"]
     except (OSError, ValueError):
         found["run"] = ["recipe.yaml is missing or damaged"]
@@ -102,9 +102,9 @@ def _verify_stage(link: Path, fingerprint: str) -> list[str]:
     if not link.is_dir():
         return ["it is missing"]
     try:
-        record = runs.read_json(link / runs.STAGE_FILE)
+        record = disk.read_json(link / stages.STAGE_FILE)
     except (OSError, ValueError):
-        return [f"{runs.STAGE_FILE} is missing or damaged"]
+        return [f"{stages.STAGE_FILE} is missing or damaged"]
     if "files" not in record:
         return ["it was made by hand, so no hashes are on record"]
     problems = store.differences(link.resolve())
@@ -114,13 +114,13 @@ def _verify_stage(link: Path, fingerprint: str) -> list[str]:
 def recipe_of(content: dict[str, Any], file: Path, overrides: list[str] | None = None) -> recipes.Recipe:
     """Write the recipe that a manifest holds to `file` and return it, checked against the notebooks as they are now."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    return recipes.load(runs.write_json(file, content["recipe"]), overrides)  # JSON is YAML too
+    return recipes.load(disk.write_json(file, content["recipe"]), overrides)  # JSON is YAML too
 
 
 def results(run: Path, again: Path) -> tuple[bool, list[str]]:
     """Compare what two runs gave: whether every test image got the same class, and a sentence for each comparison."""
     files = [folder / "evaluate" / "predictions.csv" for folder in (run, again)]
-    if missing := [runs.display_path(file) for file in files if not file.is_file()]:
+    if missing := [project.display_path(file) for file in files if not file.is_file()]:
         return False, [f"There is nothing to compare: {', '.join(missing)} is missing."]
     if files[0].read_bytes() == files[1].read_bytes():
         return True, ["The predictions are equal, byte for byte."]
@@ -131,7 +131,7 @@ def results(run: Path, again: Path) -> tuple[bool, list[str]]:
     same = int((first["predicted"] == second["predicted"]).sum())
     off = (first.select_dtypes("number") - second.select_dtypes("number")).abs().to_numpy().max()
     said = [f"{same:,} of {len(first):,} test images got the same class; probabilities differ by {off:.2g} at most."]
-    before, now = (runs.read_json(file.with_name("metrics.json")) for file in files)
+    before, now = (disk.read_json(file.with_name("metrics.json")) for file in files)
     values = ((name, before[name]["value"], now[name]["value"]) for name in COMPARED)
     said += [f"{name.replace('_', ' ')}: {old:.6g} -> {new:.6g}" for name, old, new in values if old != new]
     return same == len(first), said
@@ -153,7 +153,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _parameters(recipe: dict[str, Any]) -> dict[str, Any]:
-    sections = ((stage, section) for stage, section in recipe.items() if stage in recipes.stages())
+    sections = ((stage, section) for stage, section in recipe.items() if stage in notebooks.stages())
     return {f"{stage}.{name}": value for stage, section in sections for name, value in section.items()}
 
 
@@ -175,7 +175,7 @@ def _git() -> dict[str, Any]:
 
 
 def _ask_git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(runs.ROOT), *arguments]
+    command = ["git", "-C", str(project.ROOT), *arguments]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):

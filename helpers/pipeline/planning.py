@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from helpers.core import recipes, runs
-from helpers.data import crop, folders, inventory, splits
+from helpers.core import disk, notebooks, project, stages
+from helpers.data import crop, inventory, links, splits
 from helpers.models import backbones, efficientnet_lite
-from helpers.pipeline import fingerprints, store
+from helpers.pipeline import fingerprints, recipes, store
 from helpers.training import warm_start
 
 REBUILD = "asked for with --rebuild"
+
 # Parameters that are checked with Keras; those of the head and of fine_tune together.
 CHECKED = ("augmentation", "backbone", "dense", "epochs", "flip", "from_run", "imbalance", "label_smoothing", "loss")
 CHECKED += ("mix", "monitor", "next_unfreeze", "optimizer", "output", "profile_steps", "schedule", "steps")
 CHECKED += ("stop_smoothed", "unfreeze", "views")
-
 State = Literal["done", "to do", "by hand"]
 
 
@@ -38,7 +38,7 @@ class StageError(RuntimeError):
 class Step:
     """One stage of one run: what it is made of, where its result lives, and whether it must be made."""
 
-    stage: recipes.Stage
+    stage: notebooks.Stage
     parameters: dict[str, Any]
     ingredients: dict[str, Any]
     fingerprint: str
@@ -52,11 +52,6 @@ class Step:
     def partial(self) -> Path:
         """The folder in which the stage is made before it is renamed to `folder`."""
         return self.folder.with_name(self.folder.name + ".partial")
-
-
-def runs_folder() -> Path:
-    """Return the folder of all runs: `runs/` of the project, or $THAW_RUNS."""
-    return runs.resolve(os.environ.get("THAW_RUNS", "runs"))
 
 
 def plan(recipe: recipes.Recipe, rebuild: str = "") -> list[Step]:
@@ -86,8 +81,8 @@ def plan(recipe: recipes.Recipe, rebuild: str = "") -> list[Step]:
 
 
 def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: bool) -> Step:
-    stage, run = recipes.stages()[name], runs_folder() / recipe.name
-    shelf, parameters = runs_folder() / ".store", recipe.resolved(name)
+    stage, run = notebooks.stages()[name], project.runs_folder() / recipe.name
+    shelf, parameters = project.runs_folder() / ".store", recipe.resolved(name)
     inputs = {p: before[made_by] for p, made_by in stage.inputs.items()}
     ingredients: dict[str, Any] = {
         "parameters": parameters,
@@ -97,7 +92,7 @@ def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: boo
     if files := _named_files(parameters):
         ingredients["files"] = files
     if not inputs:
-        remembered = shelf / "hashes.json" if store.is_writable(shelf) else None
+        remembered = shelf / "hashes.json" if disk.is_writable(shelf) else None
         ingredients["source"] = inventory.source_fingerprint(parameters, remembered)
     fingerprint = fingerprints.fingerprint(ingredients)
     folder, link = shelf / f"{name}-{fingerprint}", run / name
@@ -111,30 +106,30 @@ def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: boo
 
 def _named_files(parameters: dict[str, Any]) -> dict[str, str]:
     """Return the hash of each file that a parameter names, such as weights; of a stage's folder, that of its record."""
-    paths = {name: runs.resolve(value) for name, value in parameters.items() if isinstance(value, str) and value}
+    paths = {name: project.resolve(value) for name, value in parameters.items() if isinstance(value, str) and value}
     with suppress(FileNotFoundError):  # what is missing is told by `check_choices`
         paths |= {"from_run": warm_start.find(parameters["from_run"])} if parameters.get("from_run") else {}
-    files = {name: path / runs.STAGE_FILE if path.is_dir() else path for name, path in paths.items()}
-    return {name: store.sha256_of(path) for name, path in files.items() if path.is_file()}
+    files = {name: path / stages.STAGE_FILE if path.is_dir() else path for name, path in paths.items()}
+    return {name: disk.sha256_of(path) for name, path in files.items() if path.is_file()}
 
 
 def _state(folder: Path, link: Path, ingredients: dict[str, Any], recipe: recipes.Recipe) -> tuple[State, str]:
     if link.is_dir() and not link.is_symlink():
-        if runs.stage_status(link) == "done":
+        if stages.status(link) == "done":
             return "by hand", "made by hand; it is used as it is"
         raise StageError(
-            f"{runs.display_path(link)} was begun by hand and is not finished. Run its notebook to the end, or"
+            f"{project.display_path(link)} was begun by hand and is not finished. Run its notebook to the end, or"
             f" `thaw run {_shown(recipe)} --rebuild {link.name}` to replace it, or take another --name."
         )
-    if (folder / runs.STAGE_FILE).is_file():
+    if (folder / stages.STAGE_FILE).is_file():
         changed = store.changed_files(folder)
         if changed:
             raise StageError(
-                f"{runs.display_path(folder)} was changed since it was made ({', '.join(changed[:3])}), so its numbers"
-                f" can no longer be trusted. `thaw run {_shown(recipe)} --rebuild {link.name}` makes it again."
+                f"{project.display_path(folder)} was changed since it was made ({', '.join(changed[:3])}), so its"
+                f" numbers can no longer be trusted. `thaw run {_shown(recipe)} --rebuild {link.name}` makes it again."
             )
         if dangling := store.dangling_link(folder):
-            return "to do", f"its images have moved: {runs.display_path(dangling)} leads nowhere"
+            return "to do", f"its images have moved: {project.display_path(dangling)} leads nowhere"
         return "done", "done"
     if folder.with_name(folder.name + ".partial").is_dir():
         return "to do", "was interrupted; it goes on where it stopped"
@@ -144,7 +139,7 @@ def _state(folder: Path, link: Path, ingredients: dict[str, Any], recipe: recipe
 def _why_stale(link: Path, ingredients: dict[str, Any]) -> str:
     """Say what differs from the stage that the run last linked to."""
     try:
-        old = runs.read_json(link / runs.STAGE_FILE)["ingredients"]
+        old = disk.read_json(link / stages.STAGE_FILE)["ingredients"]
     except (OSError, ValueError, KeyError):
         return "its folder is gone" if link.is_symlink() else "not made yet"
     reasons = []
@@ -175,7 +170,7 @@ def dealt_anew(steps: list[Step]) -> str:
         return ""
     explore = steps[0]
     try:
-        before = runs.read_json(explore.link / runs.STAGE_FILE)["ingredients"]["source"]
+        before = disk.read_json(explore.link / stages.STAGE_FILE)["ingredients"]["source"]
         earlier = (split.link / "split.csv").resolve(strict=True)
     except (OSError, ValueError, KeyError):
         return ""
@@ -185,7 +180,7 @@ def dealt_anew(steps: list[Step]) -> str:
     return (
         "The images or labels have changed since this run was split. The split is dealt anew to keep its shares, so"
         " images move from one part to another, from test to train too. To keep every image where it was:"
-        f" cp {runs.display_path(earlier)} {kept}, and add --set split.previous={kept}"
+        f" cp {project.display_path(earlier)} {kept}, and add --set split.previous={kept}"
     )
 
 
@@ -195,7 +190,7 @@ def link_stage(step: Step) -> None:
         return
     step.link.parent.mkdir(parents=True, exist_ok=True)
     if not step.link.is_symlink():
-        runs.discard(step.link)
+        disk.discard(step.link)
     store.link(step.link, step.folder)
     store.link(step.link.parent / step.stage.notebook.name, step.link / "notebook.ipynb")
 
@@ -209,11 +204,11 @@ def unlink_stale(steps: list[Step]) -> None:
 
 def unlink_left_out(recipe: recipes.Recipe) -> None:
     """Take the links of optional stages that `recipe` leaves out of its run, where it once had them."""
-    for name in recipes.stages().keys() - set(recipe.chain()):
-        _unlink(runs_folder() / recipe.name / name, recipes.stages()[name])
+    for name in notebooks.stages().keys() - set(recipe.chain()):
+        _unlink(project.runs_folder() / recipe.name / name, notebooks.stages()[name])
 
 
-def _unlink(link: Path, stage: recipes.Stage) -> None:
+def _unlink(link: Path, stage: notebooks.Stage) -> None:
     if link.is_symlink():
         link.unlink()
         (link.parent / stage.notebook.name).unlink(missing_ok=True)
@@ -240,8 +235,8 @@ def check_choices(recipe: recipes.Recipe, steps: list[Step], backend: str = "") 
     _check_measured(recipe)
     backbones.spec(recipe.resolved("head")["backbone"])
     weights = recipe.resolved("head")["weights"]
-    if weights not in ("imagenet", "none") and not runs.resolve(weights).is_file():
-        raise recipes.RecipeError(f"head.weights: there is no file {weights}. Give imagenet, none, or a file.")
+    if weights not in ("imagenet", "none") and not project.resolve(weights).is_file():
+        raise notebooks.RecipeError(f"head.weights: there is no file {weights}. Give imagenet, none, or a file.")
     if weights == "imagenet" and "head" in {step.stage.name for step in steps}:
         _fetch_weights(recipe.resolved("head")["backbone"])
     if not {step.stage.name for step in steps} & {"head", "fine_tune"}:
@@ -250,40 +245,40 @@ def check_choices(recipe: recipes.Recipe, steps: list[Step], backend: str = "") 
     choices = {stage: recipe.resolved(stage) for stage in ("head", "fine_tune")}
     chosen = [{name: given.get(name) for name in CHECKED} for given in choices.values()]
     choices["image_size"] = recipe.resolved("resize")["image_size"]
-    checked = runs_folder() / ".store" / "checked-choices.json"
+    checked = project.runs_folder() / ".store" / "checked-choices.json"
     code = fingerprints.code_of_modules(["helpers.training.checks"])
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | ({"KERAS_BACKEND": backend} if backend else {})
     key = fingerprints.fingerprint([chosen, choices["image_size"], code, environment.get("KERAS_BACKEND", "")])
-    good = runs.read_json(checked) if checked.is_file() else []
+    good = disk.read_json(checked) if checked.is_file() else []
     if key in good:
         return
     command = [sys.executable, "-m", "helpers.training.checks", json.dumps(choices)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, cwd=runs.ROOT, env=environment) as asked:
+    with subprocess.Popen(command, **pipes, cwd=project.ROOT, env=environment) as asked:
         for needed in ("papermill", "nbconvert"):  # by the stages and the report; it takes seconds that nobody waits
             importlib.import_module(needed)
         said, complained = asked.communicate()
     if asked.returncode:
-        raise recipes.RecipeError(said.strip() or complained.strip()[-2000:])
-    runs.write_json(checked, [*good, key])
+        raise notebooks.RecipeError(said.strip() or complained.strip()[-2000:])
+    disk.write_json(checked, [*good, key])
 
 
 def _check_previous(recipe: recipes.Recipe) -> None:
-    given, own = recipe.resolved("split")["previous"], runs_folder() / recipe.name / "split"
-    if given and runs.resolve(given) in (own.parent, own, own / "split.csv"):
+    given, own = recipe.resolved("split")["previous"], project.runs_folder() / recipe.name / "split"
+    if given and project.resolve(given) in (own.parent, own, own / "split.csv"):
         kept = f"data/{recipe.name}_split.csv"
-        raise recipes.RecipeError(
+        raise notebooks.RecipeError(
             f"split.previous: {given} is this run's own split, which the new one replaces. Keep a copy and name that:"
-            f" cp {runs.display_path(own)}/split.csv {kept}, then split.previous={kept}"
+            f" cp {project.display_path(own)}/split.csv {kept}, then split.previous={kept}"
         )
-    folders.read_earlier(given)
+    links.read_earlier(given)
 
 
 def _check_measured(recipe: recipes.Recipe) -> None:
     split, part = recipe.resolved("split"), recipe.resolved("evaluate")["part"]
     shares = {"ratio": split["ratio"], "hash": split["ratio"], "fixed": split["counts"]}.get(split["method"])
     if shares and not shares[splits.PARTS.index(part)]:
-        raise recipes.RecipeError(
+        raise notebooks.RecipeError(
             f"evaluate.part: {part} would be empty, by split: {list(shares)} for train, val and test. Give it a share,"
             " or measure on validation: evaluate.part=val."
         )
@@ -292,7 +287,7 @@ def _check_measured(recipe: recipes.Recipe) -> None:
         given = recipe.resolved(stage)
         trains = given["epochs"] and not given.get("from_run")
         if trains and monitor not in ("val_loss", "val_accuracy", given["monitor"]):
-            raise recipes.RecipeError(
+            raise notebooks.RecipeError(
                 f"evaluate.monitor: {monitor} is to decide between the phases, but {stage} does not measure it. Set"
                 f" {stage}.monitor to {monitor} too, or evaluate.monitor to val_loss or val_accuracy."
             )
@@ -302,9 +297,9 @@ def _check_from_run(recipe: recipes.Recipe) -> None:
     taken = recipe.resolved("head")["from_run"]
     if not taken:
         return
-    run = runs_folder() / recipe.name
-    if taken == recipe.name or runs.resolve(taken) in (run, run / "head"):
-        raise recipes.RecipeError(f"head.from_run: {taken} is this run itself. Take another --name, or another run.")
+    run = project.runs_folder() / recipe.name
+    if taken == recipe.name or project.resolve(taken) in (run, run / "head"):
+        raise notebooks.RecipeError(f"head.from_run: {taken} is this run itself. Take another --name, or another run.")
     warm_start.find(taken)
 
 
@@ -317,16 +312,16 @@ def _fetch_weights(backbone: str) -> None:
     if backbone in efficientnet_lite.SCALES:
         efficientnet_lite.weights_file(backbone)
         return
-    known = runs_folder() / ".store" / "fetched-weights.json"
-    fetched = runs.read_json(known) if known.is_file() else []
+    known = project.runs_folder() / ".store" / "fetched-weights.json"
+    fetched = disk.read_json(known) if known.is_file() else []
     if [backbone, str(backbones.keras_home())] in fetched:
         return
     command = [sys.executable, "-m", "helpers.cli.prefetch", backbone]
-    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=runs.ROOT, check=False)
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=project.ROOT, check=False)
     if asked.returncode:
         raise FileNotFoundError(f"head.weights: {asked.stdout.strip()}")
-    runs.write_json(known, [*fetched, [backbone, str(backbones.keras_home())]])
+    disk.write_json(known, [*fetched, [backbone, str(backbones.keras_home())]])
 
 
 def _shown(recipe: recipes.Recipe) -> str:
-    return runs.display_path(recipe.path) if recipe.path else recipe.name
+    return project.display_path(recipe.path) if recipe.path else recipe.name

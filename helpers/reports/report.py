@@ -22,10 +22,10 @@ import pandas as pd
 from markupsafe import Markup
 from PIL import Image
 
-from helpers.core import recipes, runs
+from helpers.core import disk, notebooks, project, stages, words
 from helpers.data import fixes
 from helpers.evaluation import metrics
-from helpers.reports import plots
+from helpers.reports import charts, curves, sheets
 
 STAGES = {
     "explore": ("Explore", "00_explore"),
@@ -36,11 +36,14 @@ STAGES = {
     "fine_tune": ("Fine-tune", "04_fine_tune"),
     "evaluate": ("Evaluate", "05_evaluate"),
 }
+
+
 PHASES = {"head": "Phase 1, the head", "fine_tune": "Phase 2, the thawed backbone"}
 PARTS, UNUSED = ("train", "val", "test"), "unused"
 GROUPS, PER_GROUP = 3, 2  # groups of look-alikes shown, and pictures of each
 MISTAKES = 18  # pictures in the gallery: three rows of six
 ROWS = 20  # of a table that could grow without end, such as the quarantine
+
 # What a notebook's own HTML may hold: structure, tables and pictures; no style, no script, nothing that loads.
 # fmt: off
 TAGS = {
@@ -48,7 +51,6 @@ TAGS = {
     "figcaption", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "li", "ol", "p", "pre", "s", "span",
     "strong", "sub", "summary", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
 }
-# fmt: on
 
 
 def build_report(run_folder: str | os.PathLike) -> Path:
@@ -60,13 +62,13 @@ def build_report(run_folder: str | os.PathLike) -> Path:
     Raises:
         FileNotFoundError: there is no such folder, or no stage in it is done.
     """
-    run = runs.resolve(run_folder)
+    run = project.resolve(run_folder)
     stages = {name: read_stage(run / name) for name in STAGES}
     if not any(stages.values()):
         raise FileNotFoundError(
-            f"{runs.display_path(run)} has no finished stage to report on. `thaw run` with its recipe makes them."
+            f"{project.display_path(run)} has no finished stage to report on. `thaw run` with its recipe makes them."
         )
-    return runs.write_text(run / "report.html", render(run, stages))
+    return disk.write_text(run / "report.html", render(run, stages))
 
 
 def render(run: Path, stages: dict[str, dict | None]) -> str:
@@ -80,7 +82,7 @@ def render(run: Path, stages: dict[str, dict | None]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": _percent, "duration": duration, "figure": _figure, "moment": _moment}
+    environment.filters |= {"percent": _percent, "duration": words.duration, "figure": _figure, "moment": _moment}
     return environment.get_template("report.html.j2").render(
         name=recipe.get("name", run.name),
         description=recipe.get("description", ""),
@@ -99,27 +101,19 @@ def render(run: Path, stages: dict[str, dict | None]) -> str:
 
 def read_stage(folder: Path) -> dict | None:
     """The stage.json of a finished stage; None if the stage is missing, unfinished or not one of ours."""
-    return runs.read_json(folder / runs.STAGE_FILE) if runs.stage_status(folder) == "done" else None
-
-
-def duration(seconds: float) -> str:
-    """72.4 as "1 min 12 s"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return disk.read_json(folder / stages.STAGE_FILE) if stages.status(folder) == "done" else None
 
 
 def _recipe(run: Path) -> dict:
     path = run / "recipe.yaml"
-    return recipes.read_yaml(path) if path.is_file() else {}
+    return notebooks.read_yaml(path) if path.is_file() else {}
 
 
 def _steps(stages: dict[str, dict | None]) -> list[dict]:
     return [
         {"title": title, "notebook": notebook, "done": bool(stages[name]), "record": stages[name] or {}, "name": name}
         for name, (title, notebook) in STAGES.items()
-        if stages[name] or not recipes.stages()[name].optional
+        if stages[name] or not notebooks.stages()[name].optional
     ]
 
 
@@ -128,22 +122,22 @@ def _results(run: Path, stages: dict, recipe: dict) -> dict | None:
     if not stages["evaluate"]:
         return None
     folder = run / "evaluate"
-    metrics = runs.read_json(folder / "metrics.json")
-    names = metrics["class_names"]
+    result = disk.read_json(folder / "metrics.json")
+    names = result["class_names"]
     predictions = metrics.read_predictions(folder / "predictions.csv")
     mistakes = metrics.confident_mistakes(predictions, names, n=MISTAKES)
-    frame = pd.DataFrame(metrics["per_class"])
+    frame = pd.DataFrame(result["per_class"])
     return {
-        "metrics": metrics,
-        "kind": "validation" if metrics.get("part") == "val" else "test",
-        "cards": [(key, metrics.NAMES[key], metrics[key]) for key in metrics.NAMES if key in metrics],
-        "published": _published(metrics["accuracy"], recipe.get("published") or {}),
-        "confusion": _svg(plots.confusion_matrix, metrics["confusion_matrix"], names),
-        "per_class_figure": _svg(plots.per_class, frame) if len(names) > 2 else None,
+        "metrics": result,
+        "kind": "validation" if result.get("part") == "val" else "test",
+        "cards": [(key, metrics.NAMES[key], result[key]) for key in metrics.NAMES if key in result],
+        "published": _published(result["accuracy"], recipe.get("published") or {}),
+        "confusion": _svg(charts.confusion_matrix, result["confusion_matrix"], names),
+        "per_class_figure": _svg(charts.per_class, frame) if len(names) > 2 else None,
         "per_class": frame.astype(object).where(frame.notna(), None).to_dict("records"),
-        "reliability": _svg(plots.reliability, pd.DataFrame(metrics["reliability"])),
+        "reliability": _svg(charts.reliability, pd.DataFrame(result["reliability"])),
         "mistakes": [_picture(run, row) for row in mistakes.to_dict("records")],
-        "n_mistakes": metrics["n"] - metrics["n_correct"],
+        "n_mistakes": result["n"] - result["n_correct"],
     }
 
 
@@ -172,8 +166,8 @@ def _training(run: Path, stages: dict) -> dict | None:
     history = pd.concat(histories, ignore_index=True)
     monitors = [stages[name]["parameters"].get("monitor") for name in ("head", "fine_tune") if stages[name]]
     return {
-        "curves": _svg(plots.training_curves, history, monitor=monitors[-1] or "val_loss"),
-        "rates": _svg(plots.learning_rates, history)
+        "curves": _svg(curves.training_curves, history, monitor=monitors[-1] or "val_loss"),
+        "rates": _svg(curves.learning_rates, history)
         if history.get("learning_rate", pd.Series()).notna().any()
         else None,
         "phases": [
@@ -204,24 +198,24 @@ def _data(run: Path, stages: dict) -> dict | None:
         listed = run / ("crop" if stages["crop"] else "explore")
         inventory = _table(listed / "inventory.csv")
         sizes = inventory[["width", "height"]].astype(float).astype(int)
-        data["pictures"], data["sizes"] = len(inventory), _svg(plots.image_sizes, sizes["width"], sizes["height"])
+        data["pictures"], data["sizes"] = len(inventory), _svg(charts.image_sizes, sizes["width"], sizes["height"])
         data["counts"] = inventory[["label"]]
         data["quarantine"] = _quarantine(run)
         data["groups"], data["alike"] = _alike(run, listed / "groups.json", inventory)
         ignored = run / "explore" / "ignored.json"
-        data["ignored"] = runs.read_json(ignored) if ignored.is_file() else {}
+        data["ignored"] = disk.read_json(ignored) if ignored.is_file() else {}
     if stages["split"]:
         split = _table(run / "split" / "split.csv")
         data["counts"], data["leaks"], data["pictures"] = split, _leaks(split), split["path"].nunique()
         data["gap"] = _honest_gap(run / "split" / "leakage.json")
     counts = data["counts"]
-    data["figure"] = _svg(plots.class_counts, counts)
+    data["figure"] = _svg(charts.class_counts, counts)
     data["parts"] = [part for part in (*PARTS, UNUSED) if part in set(counts.get("part", ()))]
     table = pd.crosstab(counts["label"], counts["part"]) if data["parts"] else counts.groupby("label").size().to_frame()
     table["total"] = table.sum(axis=1)
     names = run / ("explore" if stages["explore"] else "split") / "class_names.json"
     if names.is_file():  # natural order: 9 before 10
-        table = table.reindex([name for name in runs.read_json(names) if name in table.index])
+        table = table.reindex([name for name in disk.read_json(names) if name in table.index])
     data["counts"] = table.reset_index().to_dict("records")
     return data
 
@@ -235,7 +229,7 @@ def _alike(run: Path, figures: Path, inventory: pd.DataFrame) -> tuple[dict, lis
     for group, size in sizes[sizes > 1].sort_index().sort_values(ascending=False, kind="stable").head(GROUPS).items():
         rows = inventory[inventory["group"] == group].head(PER_GROUP).to_dict("records")
         alike.append({"size": int(size), "rows": [_picture(run, row) for row in rows]})
-    return runs.read_json(figures), alike
+    return disk.read_json(figures), alike
 
 
 def _quarantine(run: Path) -> dict:
@@ -262,7 +256,7 @@ def _leaks(split: pd.DataFrame) -> list[tuple[str, int]]:
 
 def _honest_gap(file: Path) -> dict | None:
     """What a probe scored on splits that keep groups together and on naive ones; None when that was not asked for."""
-    rows = runs.read_json(file).get("honest_gap") if file.is_file() else None
+    rows = disk.read_json(file).get("honest_gap") if file.is_file() else None
     if not rows:
         return None
     scores = pd.DataFrame(rows).groupby("split")["balanced_accuracy"]
@@ -369,7 +363,7 @@ def _picture(run: Path, row: dict) -> dict:
 
 def _jpeg(path: Path) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(plots.thumbnail(path, 240)).save(buffer, format="JPEG", quality=85)
+    Image.fromarray(sheets.thumbnail(path, 240)).save(buffer, format="JPEG", quality=85)
     return _uri("image/jpeg", buffer.getvalue())
 
 
@@ -378,7 +372,7 @@ def _uri(kind: str, content: bytes) -> str:
 
 
 def _percent(fraction: float | None, digits: int = 1) -> str:
-    return metrics.percent(fraction, digits).replace(" ", "\N{NO-BREAK SPACE}")
+    return words.percent(fraction, digits).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _figure(value: float | None, key: str) -> str:

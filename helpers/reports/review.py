@@ -17,10 +17,10 @@ import pandas as pd
 from markupsafe import Markup
 from PIL import Image
 
-from helpers.core import runs
+from helpers.core import disk, parallel, project, stages
 from helpers.data import images, inventory
 from helpers.evaluation import label_errors
-from helpers.reports import plots
+from helpers.reports import sheets
 
 SHOWN = 200  # cards in a section at most
 TOGETHER = 8  # cards of one group of look-alikes at most
@@ -59,24 +59,24 @@ def build(run: str | Path, out: str | Path | None = None, *, folds: int = 5) -> 
         ValueError: there are too few images for so many folds.
     """
     label_errors.cleanlab()  # what is missing is said before the work begins
-    run = Path(run).absolute() if Path(run).is_dir() else runs.resolve(run)
-    head = runs.require(run / "head", "model.keras", "model.json", made_by="03_train_head")
-    resized = runs.require(run / "resize", "images.csv", "class_names.json", made_by="02_resize")
-    explore = runs.require(run / "explore", "inventory.csv", "groups.json", "source", made_by="00_explore")
-    listed, class_names = inventory.read(explore), runs.read_json(resized / "class_names.json")
+    run = Path(run).absolute() if Path(run).is_dir() else project.resolve(run)
+    head = stages.require(run / "head", "model.keras", "model.json", made_by="03_train_head")
+    resized = stages.require(run / "resize", "images.csv", "class_names.json", made_by="02_resize")
+    explore = stages.require(run / "explore", "inventory.csv", "groups.json", "source", made_by="00_explore")
+    listed, class_names = inventory.read(explore), disk.read_json(resized / "class_names.json")
     table, features = label_errors.embed(head, resized)
     table["group"] = table["path"].map(listed.set_index("path")["group"]).fillna(table["path"])
     labels = table["label"].map({name: index for index, name in enumerate(class_names)}).to_numpy()
     probabilities = label_errors.out_of_sample(
         features, labels, table["part"], table["group"], len(class_names), folds=folds
     )
-    distance = runs.read_json(explore / "groups.json")["near_duplicates"]
+    distance = disk.read_json(explore / "groups.json")["near_duplicates"]
     conflicts = label_errors.look_alikes(listed, distance) + label_errors.identical(explore)
     evidence = Evidence(table, probabilities, class_names, conflicts)
     found = sections(evidence)
-    about = {"backbone": runs.read_json(head / "model.json")["backbone"], "folds": folds, "earlier": _earlier(explore)}
+    about = {"backbone": disk.read_json(head / "model.json")["backbone"], "folds": folds, "earlier": _earlier(explore)}
     html = render(run, explore / "source", evidence, found, about)
-    path = runs.write_text(Path(out).absolute() if out else run / "review.html", html)
+    path = disk.write_text(Path(out).absolute() if out else run / "review.html", html)
     counts = ", ".join(f"{section['title'].lower()}: {section['count']:,}" for section in found)
     return path, f"{counts or 'nothing looks wrong'} ({len(html) / 1e6:.1f} MB)"
 
@@ -110,7 +110,7 @@ def sections(evidence: Evidence) -> list[dict[str, Any]]:
 def render(run: Path, source: Path, evidence: Evidence, found: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """Return the page as HTML; every text from the data is escaped, and every picture is inside."""
     cards = [card for section in found for group in section["groups"] for card in group]
-    pictures = images.for_each(_jpeg, [source / card["path"] for card in cards], label="pictures")
+    pictures = parallel.for_each(_jpeg, [source / card["path"] for card in cards], label="pictures")
     for card, picture in zip(cards, pictures, strict=True):
         card["picture"] = picture
     environment = jinja2.Environment(
@@ -130,7 +130,7 @@ def render(run: Path, source: Path, evidence: Evidence, found: list[dict[str, An
         images=len(evidence.table),
         unjudged=int(np.isnan(evidence.probabilities[:, 0]).sum()),
         accuracy=_accuracy(evidence),
-        recipe=runs.display_path(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else "",
+        recipe=project.display_path(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else "",
         style=Markup((TEMPLATES / "review.css").read_text(encoding="utf-8")),
         script=Markup(script),
         digest=digest,
@@ -181,7 +181,7 @@ def _jpeg(path: Path) -> str:
     """Return the picture as a data URI, "" when it cannot be read."""
     try:
         image = images.open_image(images.read_bytes(path), max_pixels=None)
-        pixels = plots.thumbnail(images.decode(image, at_least=(SIDE, SIDE)), SIDE)
+        pixels = sheets.thumbnail(images.decode(image, at_least=(SIDE, SIDE)), SIDE)
     except images.ImageError:
         return ""
     buffer = io.BytesIO()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from helpers.models import backbones, classifier
+from helpers.models import backbones, classifier, unfreezing
 from helpers.training import compiling, fitting, profiling, thaws, transforms
 
 
@@ -90,7 +90,7 @@ def check_unfreeze(backbone: str, image_size: int, choices: Mapping[str, Any]) -
     Args:
         backbone: its name.
         image_size: pixels.
-        choices: the name of a parameter -> its value, see `classifier.unfreeze`.
+        choices: the name of a parameter -> its value, see `unfreezing.unfreeze`.
     """
     problems = []
     try:
@@ -99,7 +99,7 @@ def check_unfreeze(backbone: str, image_size: int, choices: Mapping[str, Any]) -
         return [f"head.backbone: {error}"]
     for name, what in choices.items():
         try:
-            classifier.unfreeze(body, what)
+            unfreezing.unfreeze(body, what)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     return problems

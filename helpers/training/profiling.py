@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import pandas as pd
 
-from helpers.core import runs
+from helpers.core import disk
 
 CALLS = re.compile(r".*(Call|While|If)$")  # operations whose time is that of those within
 ROWS = 15
@@ -58,7 +58,7 @@ def write_profile(out: Path) -> pd.DataFrame:
     table = events.groupby("op")["milliseconds"].agg(calls="size", milliseconds="sum")
     table = table.sort_values("milliseconds", ascending=False).reset_index()
     table["share"] = table["milliseconds"] / table["milliseconds"].sum()
-    runs.write_text(out / "profile.csv", table.round(4).to_csv(index=False))
+    disk.write_text(out / "profile.csv", table.round(4).to_csv(index=False))
     return table.head(ROWS).round(4)
 
 

@@ -8,8 +8,8 @@ import keras
 import pandas as pd
 
 from helpers.compute import hardware
-from helpers.core import recipes
-from helpers.models import classifier
+from helpers.core import notebooks
+from helpers.models import unfreezing
 from helpers.training import compiling
 
 FIELDS = ("unfreeze", "epochs", "learning_rate", "optimizer", "schedule", "batch_size")
@@ -73,7 +73,7 @@ def _check(given: Mapping[str, Any], number: int) -> None:
     unknown = [name for name in given if name not in FIELDS]
     if unknown:
         raise ValueError(f"steps {number}: there is no {unknown[0]!r}.{compiling.nearest(unknown[0], FIELDS)}")
-    if problems := recipes.check({"name": "step", "fine_tune": dict(given)}):
+    if problems := notebooks.problems(notebooks.find_stage("fine_tune"), dict(given)):
         raise ValueError(f"steps {number}: " + "; ".join(problems))
 
 
@@ -84,8 +84,8 @@ def table(steps: Sequence[Step]) -> pd.DataFrame:
 
 
 def trainable(model: keras.Model, steps: Sequence[Step]) -> pd.DataFrame:
-    """Return the table of `classifier.unfreeze` for each step; `model` is left as the last step has it."""
-    tables = {step.phase: classifier.unfreeze(model, step.unfreeze) for step in steps}
+    """Return the table of `unfreezing.unfreeze` for each step; `model` is left as the last step has it."""
+    tables = {step.phase: unfreezing.unfreeze(model, step.unfreeze) for step in steps}
     return next(iter(tables.values())) if len(tables) == 1 else pd.concat(tables, names=["step"])
 
 
@@ -112,8 +112,8 @@ def optimizer(step: Step, model: keras.Model, *, steps: int, layer_decay: float 
         step: of `plan`.
         model: the classifier, thawed.
         steps: batches an epoch.
-        layer_decay: rate of each thawed layer as a share of that of the layer above it, see `classifier.layer_shares`.
+        layer_decay: rate of each thawed layer as a share of that of the layer above it, see `unfreezing.layer_shares`.
     """
     rate = compiling.schedule(step.schedule, step.learning_rate, epochs=step.epochs, steps=steps)
-    shares = classifier.layer_shares(model, layer_decay) if layer_decay < 1 else None
+    shares = unfreezing.layer_shares(model, layer_decay) if layer_decay < 1 else None
     return compiling.optimizer(step.optimizer, rate, shares=shares)

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from helpers.compute import bank, frontier, hardware, inference, views
 from helpers.compute.views import GROUP
-from helpers.training import datasets, transforms
+from helpers.training import datasets, feeds, transforms
 
 SAMPLE = 256  # images that are read; of large ones fewer
 SAMPLE_BYTES = 100_000_000
@@ -76,7 +76,7 @@ def measure(
         steps["augment"] = epochs, lambda: _augmenting(sample, pixels, augment, batch_size, seed)
     if cached:
         steps["prefix"] = views if augment is not None else 1, lambda: _predicting(cut.prefix, pixels)
-    steps["suffix"] = epochs, lambda: _training(datasets.faster(cut.suffix if cached else model), batch_size)
+    steps["suffix"] = epochs, lambda: _training(feeds.faster(cut.suffix if cached else model), batch_size)
     rates = _rates([start for _, start in steps.values()], seconds)
     table = pd.DataFrame({"images/s": rates, "passes": [passes for passes, _ in steps.values()]}, index=list(steps))
     table["seconds"] = table["passes"] * len(images) / table["images/s"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.core import runs
+from helpers.core import disk, project, stages
 
 if TYPE_CHECKING:
     import keras
@@ -23,10 +23,10 @@ def find(text: str) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    shelf = runs.resolve(os.environ.get("THAW_RUNS", "runs"))
-    places = [runs.resolve(text), runs.resolve(text) / "head", shelf / text / "head"]
+    shelf = project.resolve(os.environ.get("THAW_RUNS", "runs"))
+    places = [project.resolve(text), project.resolve(text) / "head", shelf / text / "head"]
     for place in places:
-        if (place / "model.keras").is_file() and runs.stage_status(place) == "done":
+        if (place / "model.keras").is_file() and stages.status(place) == "done":
             return place.resolve()
     known = ", ".join(sorted(path.parent.name for path in shelf.glob("*/head") if path.is_dir())) or "none yet"
     raise FileNotFoundError(
@@ -38,7 +38,7 @@ def take(model: "keras.Model", text: str, *, class_names: Sequence[str]) -> str:
     """Give `model` the weights of another run's head stage, and say so.
 
     Args:
-        model: a classifier as `classifier.classifier` builds it.
+        model: a classifier as `classifier.build` builds it.
         text: as in `find`.
         class_names: in the model's order.
 
@@ -49,14 +49,14 @@ def take(model: "keras.Model", text: str, *, class_names: Sequence[str]) -> str:
     import keras
 
     folder = find(text)
-    names = runs.read_json(folder / "class_names.json")
+    names = disk.read_json(folder / "class_names.json")
     if names != list(class_names):
         raise ValueError(f"from_run: {text!r} knows the classes {', '.join(names)}; here are {', '.join(class_names)}.")
     giver = keras.models.load_model(folder / "model.keras", compile=False)
     if difference := _difference(model, giver):
         raise ValueError(f"from_run: {text!r} has another model, {difference}. Set the parameters of that run.")
     model.set_weights(giver.get_weights())
-    return f"The head comes from {runs.display_path(folder)}; nothing is trained here."
+    return f"The head comes from {project.display_path(folder)}; nothing is trained here."
 
 
 def _difference(model: "keras.Model", giver: "keras.Model") -> str:
@@ -81,8 +81,8 @@ def untrained(out: Path, text: str = "") -> str:
         text: the run whose head was taken, and now its history; "" for a head that is as it was drawn.
     """
     if not text:
-        runs.write_text(out / "history.csv", HEADER)
+        disk.write_text(out / "history.csv", HEADER)
         return "Nothing was trained: the head is as it was drawn."
     folder = find(text)
     shutil.copyfile(folder / "history.csv", out / "history.csv")
-    return f"Taken from {text}: {runs.read_json(folder / runs.STAGE_FILE)['headline']}"
+    return f"Taken from {text}: {disk.read_json(folder / stages.STAGE_FILE)['headline']}"

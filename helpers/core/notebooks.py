@@ -14,14 +14,13 @@ the stages after it then read its folder in place of the one that it read itself
 """
 
 import ast
-import difflib
 import io
 import json
 import math
 import re
 import tokenize
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -30,15 +29,13 @@ import pydantic
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from helpers.core import runs
+from helpers.core import project, words
 
-NOTEBOOKS = runs.ROOT / "notebooks"
+NOTEBOOKS = project.ROOT / "notebooks"
 DEMO = "runs/demo/"
-RUN_NAME = re.compile(r"[^\W_][\w-]{0,99}")
 NUMBER = r"[-+]?(?:inf|[\d.][\d.e+-]*)"
 INTERVAL = re.compile(rf"^(?P<text>.*?)\s*(?P<left>[\[(])(?P<low>{NUMBER}),\s*(?P<high>{NUMBER})(?P<right>[\])])$")
 CHOICES = re.compile(r"^(?P<text>.*?)\s*\{(?P<choices>\w+(?:,\s*\w+)*)\}$")
-ABOUT_THE_RUN = {"name", "extends", "description", "published"}
 
 
 class RecipeError(ValueError):
@@ -110,35 +107,6 @@ class Stage:
         return {name: p for name, p in self.parameters.items() if not p.made_by}
 
 
-@dataclass
-class Recipe:
-    """A run's name and, for every stage, the parameters that differ from the notebook's own."""
-
-    name: str
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    description: str = ""
-    published: dict[str, float] = field(default_factory=dict)
-    path: Path | None = None
-
-    def chain(self) -> list[str]:
-        """Return the names of the stages that this recipe runs, in order: all but the optional ones it leaves out."""
-        return [stage.name for stage in stages().values() if not stage.optional or stage.name in self.stages]
-
-    def resolved(self, stage: str) -> dict[str, Any]:
-        """Return every parameter of `stage` with the value that will be in force."""
-        given = self.stages.get(stage, {})
-        return {name: given.get(name, p.default) for name, p in stages()[stage].settings.items()}
-
-    def as_yaml(self) -> str:
-        """Return the recipe with every parameter written out."""
-        content: dict[str, Any] = {"name": self.name}
-        content |= {key: value for key in ("description", "published") if (value := getattr(self, key))}
-        content |= {stage: self.resolved(stage) for stage in self.chain()}
-        stream = io.StringIO()
-        _yaml().dump(content, stream)
-        return stream.getvalue()
-
-
 @cache
 def stages() -> dict[str, Stage]:
     """Return the stages in the notebooks' order, each read from its notebook's parameters cell."""
@@ -171,7 +139,7 @@ def find_stage(text: str) -> Stage:
     for stage in stages().values():
         if text in (stage.name, stage.notebook.stem, stage.number, stage.number.removeprefix("0")):
             return stage
-    raise RecipeError(f"There is no stage {text!r}.{_did_you_mean(text, stages())}")
+    raise RecipeError(f"There is no stage {text!r}.{words.did_you_mean(text, stages())}")
 
 
 def read_parameters(source: str) -> dict[str, Parameter]:
@@ -225,78 +193,22 @@ def in_force(stage: str, namespace: Mapping[str, Any]):
     made = find_notebook(stage)
     parameters = made.parameters
     values = {name: namespace[name] for name in parameters}
-    problems = _problems(made, values, everything=True)
-    if problems:
-        raise RecipeError(f"notebooks/{made.notebook.name}: " + "; ".join(problems))
+    if wrong := problems(made, values, everything=True):
+        raise RecipeError(f"notebooks/{made.notebook.name}: " + "; ".join(wrong))
     pd.set_option("display.max_colwidth", None)  # the meanings are sentences
     rows = {name: [values[name], p.default, p.meaning] for name, p in parameters.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default", "meaning"]).astype(object)
 
 
-def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -> Recipe:
-    """Read a recipe, apply `stage.parameter=value` overrides, and check all of it.
-
-    Args:
-        path: the YAML file. A relative path is tried from the working directory, then from the project's root.
-        overrides: settings such as "fine_tune.epochs=5"; the value is read as YAML.
-        name: the run's name in place of the recipe's.
-
-    Raises:
-        RecipeError: anything is unknown, of the wrong type or out of range. All problems are listed at once.
-    """
-    file = _find(Path(path))
-    content = _read_extended(file, ())
-    problems: list[str] = []
-    for override in overrides or []:
-        problems += _override(content, override)
-    content["name"] = name or content.get("name", file.stem)
-    problems += check(content)
-    if problems:
-        raise RecipeError("\n".join([f"{runs.display_path(file)} cannot be run:", *(f"  - {p}" for p in problems)]))
-    about = {key: content[key] for key in ("name", "description", "published") if key in content}
-    sections = {
-        name: dict(content[name])
-        for name, stage in stages().items()
-        if content.get(name) or (stage.optional and content.get(name) is not None)
-    }
-    return Recipe(stages=sections, path=file, **about)
-
-
-def check(content: Mapping[str, Any]) -> list[str]:
-    """Return every problem of a recipe's content, in words; an empty list when it can be run."""
-    problems = []
-    name = content.get("name")
-    if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
-        problems.append(
-            f"name: {name!r} cannot name a run. Use letters, digits, - and _, beginning with a letter or digit:"
-            " it becomes a folder below runs/."
-        )
-    published = content.get("published", {})
-    if not isinstance(published, dict) or not all(isinstance(v, int | float) for v in published.values()):
-        problems.append(f"published: expected a mapping of a name to a number, got {published!r}.")
-    for key, section in content.items():
-        if key in ABOUT_THE_RUN:
-            continue
-        if key not in stages():
-            problems.append(f"{key}: there is no such stage.{_did_you_mean(str(key), [*stages(), *ABOUT_THE_RUN])}")
-        elif section is not None and not isinstance(section, dict):
-            problems.append(
-                f"{key}: expected parameters, e.g. {{{next(iter(stages()[key].settings))}: ...}}, got {section!r}."
-            )
-        else:
-            problems += _problems(stages()[key], section or {})
-    return problems
-
-
-def _problems(stage: Stage, values: Mapping[str, Any], everything: bool = False) -> list[str]:
+def problems(stage: Stage, values: Mapping[str, Any], everything: bool = False) -> list[str]:
     """Return what is wrong with `values` as parameters of `stage`; `everything` allows the folders too."""
     allowed = stage.parameters if everything else stage.settings
-    problems = []
+    found = []
     for name in values:
         if name in stage.parameters and name not in allowed:
-            problems.append(f"{stage.name}.{name}: this folder is given by the pipeline, not by a recipe.")
+            found.append(f"{stage.name}.{name}: this folder is given by the pipeline, not by a recipe.")
         elif name not in allowed:
-            problems.append(f"{stage.name}.{name}: there is no such parameter.{_did_you_mean(str(name), allowed)}")
+            found.append(f"{stage.name}.{name}: there is no such parameter.{words.did_you_mean(str(name), allowed)}")
     try:
         stage.model(**{name: value for name, value in values.items() if name in allowed})
     except pydantic.ValidationError as error:
@@ -304,8 +216,8 @@ def _problems(stage: Stage, values: Mapping[str, Any], everything: bool = False)
         for name in wrong:
             p = stage.parameters[name]
             expected = f"{p.type_text} in {p.allowed}" if p.allowed else p.type_text
-            problems.append(f"{stage.name}.{name}: expected {expected}, got {values[name]!r}. It is: {p.meaning}.")
-    return problems
+            found.append(f"{stage.name}.{name}: expected {expected}, got {values[name]!r}. It is: {p.meaning}.")
+    return found
 
 
 def _read_stage(notebook: Path) -> Stage:
@@ -323,21 +235,6 @@ def _read_stage(notebook: Path) -> Stage:
     return Stage(name, notebook, parameters, inputs, pydantic.create_model(name, __config__=config, **fields))
 
 
-def _read_extended(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """Read a recipe with the one it extends beneath it, parameter by parameter."""
-    if file in seen:
-        raise RecipeError(f"{runs.display_path(file)} extends itself: {' -> '.join(p.name for p in (*seen, file))}.")
-    content = read_yaml(file)
-    if "extends" not in content:
-        return content
-    base = _read_extended(_find(file.parent / str(content.pop("extends"))), (*seen, file))
-    merged = {key: value for key, value in base.items() if key != "name"}
-    for key, value in content.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merged[key] | value if both else value
-    return merged
-
-
 def read_yaml(file: Path) -> dict[str, Any]:
     """Read a YAML 1.2 mapping: `1e-2` is a number, `on` and `no` are text, a key given twice is an error.
 
@@ -345,48 +242,18 @@ def read_yaml(file: Path) -> dict[str, Any]:
         RecipeError: the file is not valid YAML or not a mapping.
     """
     try:
-        content = _yaml().load(file.read_text(encoding="utf-8-sig"))
+        content = yaml().load(file.read_text(encoding="utf-8-sig"))
     except (YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines() if "suppress" not in line)
-        raise RecipeError(f"{runs.display_path(file)} is not valid YAML: {reason[:400]}") from None
+        raise RecipeError(f"{project.display_path(file)} is not valid YAML: {reason[:400]}") from None
     if not isinstance(content, dict):
         raise RecipeError(
-            f"{runs.display_path(file)} should hold `stage: {{parameter: value}}` lines, got {content!r}."
+            f"{project.display_path(file)} should hold `stage: {{parameter: value}}` lines, got {content!r}."
         )
     return content
 
 
-def _override(content: dict[str, Any], override: str) -> list[str]:
-    key, equals, text = override.partition("=")
-    stage, dot, name = key.strip().partition(".")
-    if not (equals and dot and name):
-        return [f"--set {override}: expected stage.parameter=value, e.g. fine_tune.epochs=5."]
-    try:
-        value = _yaml().load(text) if text.strip() else ""
-    except YAMLError:
-        value = text
-    if stage in stages() and name in stages()[stage].settings and stages()[stage].settings[name].annotation is str:
-        value = value if isinstance(value, str) else text.strip()  # a folder may be called 2024
-    section = content.get(stage)
-    content[stage] = (section if isinstance(section, dict) else {}) | {name: value}
-    return []
-
-
-def _find(path: Path) -> Path:
-    for candidate in (Path.cwd() / path, runs.ROOT / path, runs.ROOT / "recipes" / path):
-        if candidate.is_file():
-            return candidate.resolve()
-    known = [str(p.relative_to(runs.ROOT)) for p in sorted((runs.ROOT / "recipes").rglob("*.yaml"))]
-    raise RecipeError(f"There is no recipe {path}.{_did_you_mean(str(path), known)}")
-
-
-def _did_you_mean(text: str, known) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(text, known, n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(close)}?" if close else f" There are: {', '.join(known)}."
-
-
-def _yaml() -> YAML:
+def yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = None
     yaml.sort_base_mapping_type_on_output = False

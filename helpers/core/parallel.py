@@ -1,4 +1,4 @@
-"""Several hosts through a Dask scheduler, and pieces of bulk work spread over them.
+"""Work on many cores, and on several hosts through a Dask scheduler.
 
 The hosts are the scheduler's workers. Each is started from the project's folder, in its environment:
 
@@ -8,15 +8,23 @@ The hosts are the scheduler's workers. Each is started from the project's folder
 All of them find the project, the runs and the images under the same paths, on a file system that they share.
 """
 
+import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import cv2
+from joblib import Parallel, cpu_count, delayed
+
+from helpers.core import progress, project
 
 if TYPE_CHECKING:
     from distributed import Client
 
+PIECE = 64  # images that a host is given at a time
 RETRIES = 2  # of a piece of bulk work that fails, not counting workers that die
 START = "dask worker {address} --nthreads 1 --nworkers 1"
 
@@ -78,3 +86,48 @@ def _piece(piece: Any, *, function: Callable[[Any], Any], reads: list[str]) -> A
     if missing := [path for path in reads if not os.path.exists(path)]:
         raise HostError(f"{socket.gethostname()} does not see {missing[0]}. All hosts need it under the same path.")
     return function(piece)
+
+
+def for_each(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    *,
+    workers: int = 0,
+    label: str = "",
+    reads: Sequence[str | os.PathLike] = (),
+) -> Iterator[Any]:
+    """Yield function(item) for each item, in order, on several cores, with progress.
+
+    Args:
+        workers: threads; 0 means one for each core.
+        label: what the progress is called.
+        reads: with it, the hosts of a `thaw run --hosts` share the work: files and folders that each must see. The
+            function must be of a module then, or a `functools.partial` of one.
+    """
+    address = os.environ.get(project.HOSTS_VARIABLE)
+    if reads and address:
+        pieces = [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
+        each = spread(partial(_all_of, function), pieces, address=address, reads=reads)
+        found = itertools.chain.from_iterable(each)
+    else:
+        found = in_threads(function, items, workers)
+    yield from progress.track(found, total=len(items), label=label)
+
+
+def in_threads(function: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> Iterator[Any]:
+    """Yield function(item) for each item, in order, on several cores.
+
+    Threads, since decoding, resizing, hashing and encoding all release Python's lock: as quick as processes and ready
+    at once. Only a few items are under way at a time, so memory does not grow with their number.
+    """
+    run = Parallel(n_jobs=workers or cpu_count(), prefer="threads", return_as="generator")
+    threads_before = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # the cores are already taken
+    try:
+        yield from run(delayed(function)(item) for item in items)
+    finally:
+        cv2.setNumThreads(threads_before)
+
+
+def _all_of(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    return list(in_threads(function, items))

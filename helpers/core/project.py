@@ -1,0 +1,31 @@
+"""The project's folder, where runs lie, and how a path is shown and resolved."""
+
+import os
+from pathlib import Path
+
+from helpers.core import project
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTS_VARIABLE = "THAW_HOSTS"  # the scheduler of `thaw run --hosts`, for the notebooks
+RANK_VARIABLE = "THAW_RANK"  # see `ranks`
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """Return `path` as an absolute path; a relative one starts at the project's root, not the working directory."""
+    return Path(os.path.abspath(ROOT / Path(path).expanduser()))
+
+
+def display_path(path: Path) -> str:
+    """Return `path` as a person would type it: relative to the project's root where it lies below it."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def relative(path: str | os.PathLike, folder: Path) -> str:
+    """Return `path` relative to `folder`, with forward slashes, as the CSV files hold it."""
+    return Path(path).relative_to(folder).as_posix()
+
+
+def runs_folder() -> Path:
+    """Return the folder of all runs: `runs/` of the project, or $THAW_RUNS."""
+    return project.resolve(os.environ.get("THAW_RUNS", "runs"))

@@ -1,0 +1,42 @@
+"""Words for people: names that were meant, numbers, durations, names in their natural order."""
+
+import difflib
+import itertools
+
+
+def did_you_mean(text: str, known) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(text, known, n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else f" There are: {', '.join(known)}."
+
+
+def natural_order(names) -> list[str]:
+    """Sort names as a person would: "9" before "10"."""
+    return sorted(set(names), key=lambda name: (_natural_key(name), name))
+
+
+def _natural_key(name: str) -> list[tuple[bool, int, str]]:
+    pieces = ["".join(piece) for _, piece in itertools.groupby(name, key=lambda character: character in "0123456789")]
+    return [(False, int(piece), "") if piece[0] in "0123456789" else (True, 0, piece.casefold()) for piece in pieces]
+
+
+def percent(fraction: float | None, digits: int = 1) -> str:
+    """0.8842 as "88.4 %"; an en dash for None."""
+    return "–" if fraction is None else f"{100 * fraction:.{digits}f} %"
+
+
+def duration(seconds: float) -> str:
+    """72.4 as "1 min 12 s"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def shorten(text: str, limit: int) -> str:
+    """The text, or its beginning and end around an ellipsis when it is longer than `limit` characters."""
+    text = " ".join(str(text).split())
+    if len(text) <= limit:
+        return text
+    tail = (limit - 1) // 3
+    return f"{text[: limit - 1 - tail]}…{text[len(text) - tail :]}"

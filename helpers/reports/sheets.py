@@ -1,0 +1,202 @@
+"""Sheets of images: what the data, their augmentation and the mistakes look like."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from PIL import Image, ImageOps
+
+from helpers.core import words
+from helpers.reports import theme
+
+TILE = 160  # pixels of one picture on a contact sheet
+GAP, LINE = 10, 17  # pixels between pictures, and of a line of caption
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray | str | Path],
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int = 6,
+    heading: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Lay pictures out in rows, whole and undistorted, with an optional caption under each.
+
+    Args:
+        images: RGB (height, width, 3) or grey (height, width) arrays in 0-255, or paths of image files.
+        titles: a caption of one or two lines for each picture.
+        columns: pictures in a row.
+        heading: a line above the sheet.
+
+    Raises:
+        ValueError: there is no picture, or not one caption for each picture.
+    """
+    if len(images) == 0:
+        raise ValueError("a contact sheet needs at least one picture; got none")
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f"expected one caption for each of {len(images)} pictures; got {len(titles)}")
+    columns = max(1, min(columns, len(images)))
+    lines = max((str(title).count("\n") + 1 for title in titles), default=0) if titles is not None else 0
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    ax = _mosaic(rows, columns=columns, caption_lines=lines, ax=ax)
+    for index, title in enumerate(titles if titles is not None else []):
+        _caption(ax, index // columns, index % columns, str(title), columns, lines)
+    return theme.headed(ax, heading)
+
+
+def class_sheet(
+    images_by_class: Mapping[str, Sequence[np.ndarray | str | Path]], *, heading: str = "", ax: Axes | None = None
+) -> Axes:
+    """One row of pictures for each class, its name at the left: what the classes look like, side by side.
+
+    Args:
+        images_by_class: class name -> pictures (arrays or paths, as in `contact_sheet`), in the order of the rows.
+    """
+    columns = max((len(images) for images in images_by_class.values()), default=0)
+    if columns == 0:
+        raise ValueError("a class sheet needs at least one picture; got none")
+    ax = _mosaic(list(images_by_class.values()), columns=columns, caption_lines=0, ax=ax, names=True)
+    for row, name in enumerate(images_by_class):
+        y = row * _pitch(0)[1] + TILE / 2
+        theme.text(ax, -GAP, y, words.shorten(name, 20), ha="right", va="center", fontsize=8.5, color=theme.INK)
+    return theme.headed(ax, heading)
+
+
+def before_and_after(
+    before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, columns: int = 6, heading: str = ""
+) -> Axes:
+    """Two sheets of pictures side by side: as they were at the left, what became of each at the right.
+
+    Args:
+        before, after: as many pictures each, arrays as in `contact_sheet`.
+        columns: pictures in a row of each sheet.
+        heading: a line above the sheets.
+    """
+    if len(before) == 0 or len(before) != len(after):
+        raise ValueError(f"expected as many pictures before as after, at least one; got {len(before)}, {len(after)}")
+    columns, gap = min(columns, len(before)), np.full((1, 1, 3), 255, np.uint8)
+    empty = [gap] * (-len(before) % columns)
+    left, right = ([*images, *empty] for images in (before, after))
+    rows = [[*left[at : at + columns], gap, *right[at : at + columns]] for at in range(0, len(left), columns)]
+    return theme.headed(_mosaic(rows, columns=2 * columns + 1, caption_lines=0, ax=None), heading)
+
+
+def write_before_and_after(folder: Path, pairs: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> list[Path]:
+    """Write a PNG a class: its images in rows of six at the left, the same images changed at the right.
+
+    Args:
+        folder: where the files go; it is made if need be.
+        pairs: class, images (k, H, W, 3) and their changed copies, as `transforms.pairs` gives them. 36 images make
+            the sheets square.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, (name, images, changed) in enumerate(pairs):
+        ax = before_and_after(images, changed, heading=name)
+        files.append(folder / f"{number:03}_{re.sub(r'[^-.0-9A-Za-z]+', '_', name)[:60]}.png")
+        ax.figure.savefig(files[-1], dpi=200, bbox_inches="tight")
+        plt.close(ax.figure)
+    return files
+
+
+def mistakes(table: pd.DataFrame, root: str | Path = "", *, columns: int = 6, ax: Axes | None = None) -> Axes:
+    """Wrongly classified pictures, each with its true class and what the model said instead, and how surely.
+
+    Args:
+        table: columns path (relative to `root`), label, predicted, confidence (0-1); drawn in the order of its rows.
+    """
+    if len(table) == 0:
+        ax = theme.new(ax, (theme.WIDTH, 0.8))
+        ax.set_axis_off()
+        theme.text(
+            ax, 0, 0.5, "No mistakes: every picture was classified rightly.", fontsize=10, color=theme.GREY, va="center"
+        )
+        return ax
+    paths = [Path(root) / path for path in table["path"]]
+    columns = max(3, min(columns, len(paths)))
+    rows = [paths[start : start + columns] for start in range(0, len(paths), columns)]
+    ax = _mosaic(rows, columns=columns, caption_lines=2, ax=ax)
+    for index, row in enumerate(table.itertuples(index=False)):
+        place = (ax, index // columns, index % columns)
+        _caption(*place, f"is {row.label}", columns, 2)
+        _caption(
+            *place,
+            f"said {row.predicted}",
+            columns,
+            2,
+            line=1,
+            color=theme.VERMILION,
+            tail=f" {100 * row.confidence:.0f} %",
+        )
+    return ax
+
+
+def thumbnail(image: np.ndarray | str | Path, side: int = TILE) -> np.ndarray:
+    """The picture, upright, as RGB uint8 (height, width, 3) with `side` pixels along its longer side.
+
+    Raises:
+        ValueError: an array that is no picture.
+        OSError: a file that cannot be read as a picture.
+    """
+    if isinstance(image, str | Path):
+        with Image.open(image) as file:
+            # Scanners and EL cameras save 16 bits a pixel, which `convert` would clip to white.
+            deep = file.mode.startswith(("I", "F"))
+            array = (
+                np.asarray(file, dtype=np.float64) if deep else np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+            )
+        if deep:
+            low, high = array.min(), array.max()
+            array = (array - low) * (255 / (high - low) if high > low else 1.0)
+    else:
+        array = np.asarray(image)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or 0 in array.shape:
+        raise ValueError(f"expected a picture of shape (height, width, 3) or (height, width); got {array.shape}")
+    picture = Image.fromarray(np.clip(np.nan_to_num(array), 0, 255).astype(np.uint8)).convert("RGB")
+    scale = side / max(picture.size)
+    size = tuple(max(1, round(length * scale)) for length in picture.size)
+    return np.asarray(picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST))
+
+
+def _pitch(caption_lines: int) -> tuple[int, int]:
+    """Pixels from one picture to the next, across and down, on the canvas of a contact sheet."""
+    return TILE + GAP, TILE + GAP + LINE * caption_lines + (GAP if caption_lines else 0)
+
+
+def _mosaic(rows, *, columns: int, caption_lines: int, ax: Axes | None, names: bool = False) -> Axes:
+    """All pictures on one canvas in one Axes: an Axes each would take seconds, and line up less well."""
+    across, down = _pitch(caption_lines)
+    canvas = np.full((len(rows) * down - GAP, columns * across - GAP, 3), 255, np.uint8)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            tile = thumbnail(image)
+            top = row * down + (TILE - tile.shape[0]) // 2
+            left = column * across + (TILE - tile.shape[1]) // 2
+            canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    margin = 1.5 if names else 0.0
+    inch = min((theme.WIDTH - margin) / columns, 1.7, max(0.6, 60 / len(rows)))
+    ax = theme.new(ax, (margin + columns * inch, len(rows) * inch * down / across + 0.1))
+    ax.imshow(canvas, interpolation="antialiased")
+    # Names stand left of the pictures, inside the Axes, where no layout can cut them off.
+    ax.set_xlim(-margin / inch * across, canvas.shape[1])
+    ax.set_axis_off()
+    return ax
+
+
+def _caption(
+    ax, row: int, column: int, text: str, columns: int, lines: int, line: int = 0, color=theme.INK, tail=""
+) -> None:
+    across, down = _pitch(lines)
+    width = ax.get_window_extent().width * 72 / ax.figure.dpi / columns
+    size = float(np.clip(width / 12.5, 4.0, 8.5))
+    limit = int(width / (0.6 * size)) - len(tail)
+    shown = "\n".join(words.shorten(part, max(4, limit)) for part in text.split("\n")) + tail
+    y = row * down + TILE + GAP / 2 + LINE * line
+    theme.text(ax, column * across, y, shown, ha="left", va="top", fontsize=size, color=color, linespacing=1.1)
