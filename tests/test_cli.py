@@ -208,7 +208,7 @@ def project(tmp_path, monkeypatch, runs_folder):
     """Recipes are written to a project of the test's own."""
     root = tmp_path / "project"
     (root / "recipes").mkdir(parents=True)
-    monkeypatch.setattr(project, "ROOT", root)
+    monkeypatch.setattr("helpers.core.project.ROOT", root)
     return root
 
 
@@ -220,7 +220,7 @@ def test_new_writes_a_recipe_that_can_be_run_as_it_is(thaw, project, photos, mon
     )
     recipe = recipes.load(project / "recipes/my_photos.yaml")
     assert recipe.name == "my_photos" and recipe.resolved("explore")["source"] == str(photos)
-    monkeypatch.setattr(project, "ROOT", ROOT)
+    monkeypatch.setattr("helpers.core.project.ROOT", ROOT)
     assert thaw("run", project / "recipes/my_photos.yaml", "--dry-run")[0] == 0
 
 
@@ -246,6 +246,25 @@ def test_new_weighs_unequal_classes(thaw, project, tmp_path, image_folder):
     image_folder(tmp_path / "odd", {"cat": 10, "dog": 2}, size=32)
     assert "unequal" in thaw("new", "odd", tmp_path / "odd")[1]
     assert recipes.load(project / "recipes/odd.yaml").resolved("head")["imbalance"] == "class_weight"
+
+
+@pytest.mark.parametrize("train, val, test", [("train", "val", "test"), ("Training", "validation", "TESTING")])
+def test_new_keeps_a_ready_made_split(thaw, project, tmp_path, image_folder, train, val, test):
+    image_folder(tmp_path / "set" / train, {"cat": 4, "dog": 4}, size=32)
+    image_folder(tmp_path / "set" / val, {"cat": 2, "dog": 1}, size=32)
+    image_folder(tmp_path / "set" / test, {"cat": 2}, size=32)
+    code, shown = thaw("new", "parts", tmp_path / "set")
+    assert code == 0 and "in 2 classes" in shown and "train 8, val 3, test 2" in shown
+    assert "test lacks 1 of the classes: dog" in shown
+    assert recipes.load(project / "recipes/parts.yaml").resolved("split")["method"] == "predefined"
+
+
+def test_new_refuses_parts_beside_another_folder_of_images(thaw, project, tmp_path, image_folder):
+    image_folder(tmp_path / "set/train", {"cat": 4, "dog": 4}, size=32)
+    image_folder(tmp_path / "set", {"test": 2, "predict": 2}, size=32)
+    code, shown = thaw("new", "parts", tmp_path / "set")
+    assert code == 1 and "predict" in shown and "parts of a split" in " ".join(shown.split())
+    assert not (project / "recipes/parts.yaml").exists()
 
 
 def test_new_overwrites_nothing_and_refuses_bad_names(thaw, project, photos):

@@ -40,6 +40,15 @@ def write_recipe(name: str, source: str) -> str:
     found += f", typically {side} pixels on the shorter side"
     filled: dict[str, dict[str, Any]] = {"explore": {"source": source}}
     notes = [f"{name}: {found}."]
+    parts = data.table.loc[data.table["split"] != "", "split"].value_counts()
+    if len(parts):
+        filled["split"] = {"method": "predefined"}
+        sizes = ", ".join(f"{part} {parts[part]:,}" for part in ("train", "val", "test") if part in parts)
+        notes.append(f"The folders are a ready-made split, which is kept (split.method: predefined): {sizes}.")
+        for part in parts.index:
+            own = set(data.table.loc[data.table["split"] == part, "label"])
+            if lacking := [label for label in counts.index if label not in own]:
+                notes.append(f"{part} lacks {len(lacking)} of the classes: {', '.join(lacking[:10])}.")
     if counts.max() > UNEQUAL * counts.min():
         filled["head"] = filled["fine_tune"] = {"imbalance": "class_weight"}
         notes.append("The classes are unequal, so the loss weighs them.")

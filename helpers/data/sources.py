@@ -117,6 +117,13 @@ def _read_folders(root: Path) -> Source:
     tops = [entry.name for entry in os.scandir(root) if _is_folder(entry) and not _is_clutter(entry.name)]
     parts = {top: PARTS[top.lower()] for top in tops if top.lower() in PARTS}
     is_split = bool(tops) and len(parts) == len(tops) and "train" in parts.values()
+    has_parts = "train" in parts.values() and len({*parts.values()}) > 1
+    if has_parts and (others := [t for t in words.natural_order({*tops} - {*parts}) if any(walk(root / t, Counter()))]):
+        raise ValueError(
+            f"{_shown(', '.join(words.natural_order(parts)))} in {root} look like parts of a split, not classes, but "
+            f"{_shown(', '.join(others))} with images lies beside them. Move or rename what is not meant: only the "
+            "parts in one folder are read as a ready-made split, only other names as classes."
+        )
     rows = []
     for path in walk(root, source.ignored):
         pieces = PurePosixPath(path).parts
