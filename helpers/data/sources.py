@@ -121,8 +121,8 @@ def _read_folders(root: Path) -> Source:
     if has_parts and (others := [t for t in words.natural_order({*tops} - {*parts}) if any(walk(root / t, Counter()))]):
         raise ValueError(
             f"{_shown(', '.join(words.natural_order(parts)))} in {root} look like parts of a split, not classes, but "
-            f"{_shown(', '.join(others))} with images lies beside them. Move or rename what is not meant: only the "
-            "parts in one folder are read as a ready-made split, only other names as classes."
+            f"{_shown(', '.join(others))} with images lies beside them. For a ready-made split, "
+            "move that folder elsewhere. If all of them are classes, rename those that are named like parts."
         )
     rows = []
     for path in walk(root, source.ignored):

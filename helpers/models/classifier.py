@@ -57,7 +57,7 @@ def build(
     hidden = check_dense(dense)
     body = backbones.build(backbone, image_size, weights)
     body.trainable = False
-    for part in unfreezing.parts(body):
+    for part in unfreezing.parts_of(body):
         if isinstance(part, keras.layers.Dropout):  # stochastic depth: `fit` would draw it despite training=False
             part.rate = 0.0
     inputs = keras.Input(body.input_shape[1:], name="image")

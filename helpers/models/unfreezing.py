@@ -35,7 +35,7 @@ def unfreeze(model: keras.Model, what: str | int | float | dict) -> pd.DataFrame
     body = backbone_of(model)
     layers = body.layers
     start = first_trainable(body, what)
-    parts = (part for layer in layers[start:] for part in parts(layer))
+    parts = (part for layer in layers[start:] for part in parts_of(layer))
     norms = [part for part in parts if isinstance(part, keras.layers.BatchNormalization)]
     if start < len(layers) and _weight_ids(layers[start:]) == _weight_ids(norms):
         raise ValueError(
@@ -191,6 +191,6 @@ def block_names(layers: Sequence[keras.layers.Layer]) -> list[str]:
     return list(dict.fromkeys(match.group() for match in found if match))
 
 
-def parts(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+def parts_of(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """The layer and all within it. Keras has no public walk through layers that are not models."""
     return list(layer._flatten_layers())
