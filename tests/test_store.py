@@ -424,6 +424,14 @@ def test_another_notebook_or_helper_makes_its_stage_stale(quick_toys):
     assert quick_toys.why() == {"explore": "done", "split": "01_split changed", "resize": "split will change"}
 
 
+def test_a_stage_from_before_the_departments_says_why_it_is_made_again(quick_toys, monkeypatch):
+    old = {"01_split": "0", "helpers.runs": "1", "helpers.folders": "2"}
+    with monkeypatch.context() as before:
+        before.setattr(fingerprints, "code_of", lambda notebook: old)
+        quick_toys.run()
+    assert quick_toys.why()["explore"] == "Thaw's own code was reorganised"
+
+
 def test_another_default_is_another_parameter(quick_toys):
     quick_toys.run()
     cells = IMPORTS, OPEN, NOTE, NEXT_WORD.format("split"), FINISH

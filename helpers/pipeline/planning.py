@@ -146,7 +146,10 @@ def _why_stale(link: Path, ingredients: dict[str, Any]) -> str:
     for key, value in ingredients["parameters"].items():
         if (before := old["parameters"].get(key)) != value:
             reasons.append(f"{key}: {before} -> {value}")
-    reasons += [f"{key} changed" for key, value in ingredients["code"].items() if old["code"].get(key) != value]
+    if _is_flat(old["code"]):
+        reasons.append("Thaw's own code was reorganised")
+    else:
+        reasons += [f"{key} changed" for key, value in ingredients["code"].items() if old["code"].get(key) != value]
     reasons += [f"{key} will change" for key, value in ingredients["inputs"].items() if old["inputs"].get(key) != value]
     old_files, files = old.get("files", {}), ingredients.get("files", {})
     reasons += [f"the file that {key} names changed" for key in files if old_files.get(key, files[key]) != files[key]]
@@ -154,6 +157,12 @@ def _why_stale(link: Path, ingredients: dict[str, Any]) -> str:
         reasons.append("the images changed")
     shown = reasons[:4] + ([f"and {len(reasons) - 4} more"] if len(reasons) > 4 else [])
     return "; ".join(shown) or "not made yet"
+
+
+def _is_flat(code: dict[str, str]) -> bool:
+    """Whether a stage was made before the modules of helpers/ had departments."""
+    modules = [name for name in code if name.startswith("helpers.")]
+    return bool(modules) and all(name.count(".") == 1 for name in modules)
 
 
 def dealt_anew(steps: list[Step]) -> str:
