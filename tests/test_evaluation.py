@@ -32,6 +32,13 @@ def of_hits(hits):
     return table_of(truth, np.where(np.eye(2)[picked] == 1, 0.8, 0.2))
 
 
+def test_confidences_are_the_highest_probabilities():
+    table, names = of_hits([True, False, True])
+    result = metrics.confidences(table, names)
+    assert list(result["prediction"]) == ["correct", "wrong", "correct"]
+    np.testing.assert_allclose(result["confidence"], 0.8)
+
+
 @pytest.mark.parametrize("k", [2, 3, 12])
 def test_point_values_are_those_of_scikit_learn(k):
     truth, probabilities = draw(500, k)

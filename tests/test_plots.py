@@ -137,8 +137,21 @@ def test_curves_without_validation_and_on_given_axes():
     assert len(figure.axes) == 2
 
 
+def test_confidence_counts_every_image_and_ends_at_the_edges():
+    right = pd.DataFrame({"confidence": [0.52, 0.97, 1.0, 1.0], "prediction": ["wrong", "correct", "correct", "wrong"]})
+    ax = charts.confidence(right)
+    drawn(ax)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["correct (2)", "wrong (2)"]
+    assert ax.get_xlim() == (0.5, 1.0)
+    assert sum(bar.get_height() for bar in ax.patches) == 4
+    drawn(charts.confidence(right.assign(prediction="wrong")))
+    with pytest.raises(ValueError, match="prediction"):
+        charts.confidence(right[["confidence"]])
+
+
 def test_given_axes_are_drawn_on_and_returned():
     for draw in (
+        lambda ax: charts.confidence(pd.DataFrame({"confidence": [0.9], "prediction": ["wrong"]}), ax=ax),
         lambda ax: charts.class_counts(pd.DataFrame({"label": ["a", "b"]}), ax=ax),
         lambda ax: charts.image_sizes([3, 4], [5, 6], ax=ax),
         lambda ax: curves.learning_rates(history(3), ax=ax),
@@ -163,6 +176,8 @@ def test_contact_sheet_takes_arrays_and_files_of_every_kind(tmp_path):
     drawn(axes)
     assert len(axes.texts) == 6 and len(axes.images) == 1
     assert sheets.thumbnail(tmp_path / "turned.jpg").shape == (160, 80, 3)  # upright
+    Image.fromarray(np.full((30, 50), 25_700, np.uint16)).save(tmp_path / "flat.png")
+    assert set(np.unique(sheets.thumbnail(tmp_path / "flat.png"))) == {100}  # as the model sees it, not stretched
     assert np.ptp(sheets.thumbnail(tmp_path / "deep.png")) > 100  # not clipped to white
 
 

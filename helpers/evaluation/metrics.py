@@ -178,6 +178,23 @@ def reliability(predictions: pd.DataFrame, class_names: Sequence[str], bins: int
     }).reset_index(drop=True)  # fmt: skip
 
 
+def confidences(predictions: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:
+    """Return the highest probability of each image, and whether its class is the true one: confidence, prediction.
+
+    Args:
+        predictions: as `predictions_table` makes it.
+        class_names: in the model's order.
+
+    Returns:
+        A row for each image: `confidence` (0-1) and `prediction`, "correct" or "wrong".
+    """
+    truth, probabilities = parse(predictions, class_names)
+    is_correct = truth == _picked(predictions, class_names)
+    return pd.DataFrame(
+        {"confidence": probabilities.max(axis=1), "prediction": np.where(is_correct, "correct", "wrong")}
+    )
+
+
 def confident_mistakes(predictions: pd.DataFrame, class_names: Sequence[str], n: int = 24) -> pd.DataFrame:
     """The n mistakes of which the model was surest: columns path, label, predicted, confidence (0-1).
 

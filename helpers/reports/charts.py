@@ -180,6 +180,32 @@ def reliability(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def confidence(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """How sure the model is of its correct and of its wrong predictions: two histograms, stacked.
+
+    Args:
+        table: columns confidence (0-1) and prediction ("correct" or "wrong"), as `metrics.confidences` returns them.
+    """
+    import seaborn  # half a second that only this figure needs
+
+    theme.require(table, "confidence", "prediction")
+    ax = theme.new(ax, (theme.WIDTH, 3.2))
+    colours = {"correct": theme.BLUE, "wrong": theme.VERMILION}
+    low = np.floor(20 * table["confidence"].min()) / 20
+    seaborn.histplot(
+        table, x="confidence", hue="prediction", hue_order=list(colours), palette=colours, multiple="stack",
+        binwidth=0.025, binrange=(low, 1.0), edgecolor="white", linewidth=0.6, alpha=1.0, legend=False, ax=ax,
+    )  # fmt: skip
+    counts = table["prediction"].value_counts()
+    for name, colour in colours.items():
+        ax.bar(0, 0, color=colour, label=f"{name} ({counts.get(name, 0):,})")
+    ax.set(xlabel="confidence: probability of the predicted class", ylabel="images", xlim=(low, 1.0))
+    ax.xaxis.set_major_formatter(theme.PERCENT)
+    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    theme.grid(ax, "y")
+    return theme.legend(ax)
+
+
 def intervals(table: pd.DataFrame, value: str = "accuracy", *, label: str = "", ax: Axes | None = None) -> Axes:
     """One row a name with a value and its interval, best at the top: a dot on a line.
 

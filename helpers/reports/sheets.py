@@ -8,9 +8,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from PIL import Image, ImageOps
+from PIL import Image
 
 from helpers.core import words
+from helpers.data.images import decode, open_image, read_bytes
 from helpers.reports import theme
 
 TILE = 160  # pixels of one picture on a contact sheet
@@ -137,22 +138,16 @@ def mistakes(table: pd.DataFrame, root: str | Path = "", *, columns: int = 6, ax
 
 
 def thumbnail(image: np.ndarray | str | Path, side: int = TILE) -> np.ndarray:
-    """The picture, upright, as RGB uint8 (height, width, 3) with `side` pixels along its longer side.
+    """Return the image, upright, as RGB uint8 (height, width, 3) with `side` pixels along its longer side.
+
+    A file is decoded as everywhere in the suite, so a figure shows what the model sees.
 
     Raises:
-        ValueError: an array that is no picture.
-        OSError: a file that cannot be read as a picture.
+        ValueError: an array that is no image.
+        ImageError: a file that cannot be read as an image.
     """
     if isinstance(image, str | Path):
-        with Image.open(image) as file:
-            # Scanners and EL cameras save 16 bits a pixel, which `convert` would clip to white.
-            deep = file.mode.startswith(("I", "F"))
-            array = (
-                np.asarray(file, dtype=np.float64) if deep else np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-            )
-        if deep:
-            low, high = array.min(), array.max()
-            array = (array - low) * (255 / (high - low) if high > low else 1.0)
+        array = decode(open_image(read_bytes(image), max_pixels=None), at_least=(side, side))
     else:
         array = np.asarray(image)
     if array.ndim == 3 and array.shape[2] == 1:
