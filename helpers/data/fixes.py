@@ -4,13 +4,12 @@ A fixes file is a CSV with the columns path (relative to the source's root), lab
 out) and sha256 (of the image that was reviewed, so that a fix can never hit another one).
 """
 
-import hashlib
 import unicodedata
 from pathlib import Path
 
 import pandas as pd
 
-from helpers.core import project
+from helpers.core import disk, project
 
 COLUMNS = ["path", "label", "sha256"]
 CHANGES = ["path", "from", "to", "sha256"]
@@ -91,8 +90,7 @@ def sentence(changes: pd.DataFrame) -> str:
 def _hash(path: Path) -> str:
     """Return the sha256 of a file, or "" when it cannot be read."""
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return disk.sha256_of(path)
     except OSError:
         return ""
 

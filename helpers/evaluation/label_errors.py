@@ -5,7 +5,6 @@ logistic regression on them is cross-validated over train and val, and one that 
 test part.
 """
 
-import hashlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.core import progress
+from helpers.core import disk, progress
 from helpers.data import grouping
 
 STRENGTHS = (1e-3, 1e-2, 1e-1)  # of the logistic regression's weights (its C), on standardised features
@@ -133,7 +132,7 @@ def identical(explore: Path) -> list[pd.DataFrame]:
     table = quarantine[quarantine["reason"] == "two labels"]
     table = table[~table.duplicated("path", keep=False)]  # listed twice in a labels file: that file is to be mended
     table = table[table["path"].map(lambda path: (explore / "source" / path).is_file()).astype(bool)]
-    hashes = [hashlib.sha256((explore / "source" / path).read_bytes()).hexdigest() for path in table["path"]]
+    hashes = [disk.sha256_of(explore / "source" / path) for path in table["path"]]
     table = table[["path", "label"]].assign(sha256=hashes)
     return [group for _, group in table.groupby("sha256", sort=True) if group["label"].nunique() > 1]
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from helpers.core import words
 from helpers.models import backbones, classifier, unfreezing
 from helpers.training import compiling, fitting, profiling, thaws, transforms
 
@@ -64,7 +65,7 @@ def _augmentation(given: Mapping[str, Any]) -> None:
 def _smoothed(given: Mapping[str, Any]) -> None:
     unknown = [key for key in given["stop_smoothed"] if key not in ("alpha", "gain", "epochs")]
     if unknown:
-        hint = compiling.nearest(unknown[0], ("alpha", "gain", "epochs"))
+        hint = words.did_you_mean(str(unknown[0]), ("alpha", "gain", "epochs"))
         raise ValueError(f"stop_smoothed has no {unknown[0]!r}.{hint}")
     fitting.SmoothedStopping(given["monitor"], **given["stop_smoothed"])
 

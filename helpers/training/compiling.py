@@ -4,7 +4,6 @@ A choice is a name, "sgd", or a dict of the name and arguments, {"name": "sgd", 
 is answered with the nearest that exists.
 """
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from keras import ops
 from keras.optimizers import schedules
 
 from helpers.compute import hardware
+from helpers.core import words
 
 OPTIMIZERS = {
     "adam": keras.optimizers.Adam,
@@ -253,19 +253,12 @@ def _choice(what: str, spec: Any, known: Mapping[str, Sequence[str]]) -> tuple[s
     arguments = dict(spec) if isinstance(spec, dict) else {"name": spec}
     name = arguments.pop("name", None)
     if name not in known:
-        raise ValueError(f"{what}: there is no {name!r}.{nearest(name, known)}")
+        raise ValueError(f"{what}: there is no {name!r}.{words.did_you_mean(str(name), known)}")
     for key in arguments:
         if key not in known[name]:
-            hint = nearest(key, known[name]) if known[name] else " It takes none."
+            hint = words.did_you_mean(str(key), known[name]) if known[name] else " It takes none."
             raise ValueError(f"{what}: {name} has no argument {key!r}.{hint}")
     return name, arguments
-
-
-def nearest(text: Any, known: Iterable[str]) -> str:
-    """Return " Did you mean x?", or what there is where nothing is near."""
-    known = list(known)
-    close = difflib.get_close_matches(str(text), known, n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(close)}?" if close else f" There are: {', '.join(known)}."
 
 
 def _arguments(kind: type) -> list[str]:

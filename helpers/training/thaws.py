@@ -8,7 +8,7 @@ import keras
 import pandas as pd
 
 from helpers.compute import hardware
-from helpers.core import notebooks
+from helpers.core import notebooks, words
 from helpers.models import unfreezing
 from helpers.training import compiling
 
@@ -72,7 +72,7 @@ def plan(steps: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any], begi
 def _check(given: Mapping[str, Any], number: int) -> None:
     unknown = [name for name in given if name not in FIELDS]
     if unknown:
-        raise ValueError(f"steps {number}: there is no {unknown[0]!r}.{compiling.nearest(unknown[0], FIELDS)}")
+        raise ValueError(f"steps {number}: there is no {unknown[0]!r}.{words.did_you_mean(str(unknown[0]), FIELDS)}")
     if problems := notebooks.problems(notebooks.find_stage("fine_tune"), dict(given)):
         raise ValueError(f"steps {number}: " + "; ".join(problems))
 
