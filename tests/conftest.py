@@ -52,6 +52,16 @@ def by_hand() -> Callable[..., dict]:
     return _by_hand
 
 
+@pytest.fixture(scope="module")
+def small_backbone():
+    """For one module, three convolutions take the place of every backbone: block1, block2, block3."""
+    from helpers.models import backbones
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbones, "build", _small_backbone)
+        yield
+
+
 @pytest.fixture
 def toy_notebooks(tmp_path, monkeypatch) -> Path:
     """An empty folder that takes the place of `notebooks/`."""
@@ -79,6 +89,15 @@ def _by_hand(stage: str, *, before: Mapping[str, Callable[[dict], None]] | None 
         exec(compile(cell.source, f"{found.notebook.name}, cell {cell.id}", "exec"), left)
         plt.close("all")
     return left
+
+
+def _small_backbone(name: str, image_size: int, weights: str):
+    import keras
+
+    inputs = value = keras.Input((image_size, image_size, 3))
+    for block in range(1, 4):
+        value = keras.layers.Conv2D(8, 3, 2, activation="relu", padding="same", name=f"block{block}_conv")(value)
+    return keras.Model(inputs, value, name="backbone")
 
 
 def _image_folder(folder: Path, counts: Mapping[str, int], *, size: int = 64, seed: int = 0) -> Path:

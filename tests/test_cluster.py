@@ -34,7 +34,6 @@ split: {ratio: [0.5, 0.25, 0.25]}
 resize: {image_size: 32}
 head: {epochs: 8, views: 2, batch_size: 12, dropout: 0.3, imbalance: class_weight}
 fine_tune: {unfreeze: block7, epochs: 4, views: 2, batch_size: 12, learning_rate: 1e-4}
-evaluate: {resamples: 100}
 """
 LOSSES = ["loss", "accuracy", "val_loss", "val_accuracy"]
 WHOLE = ("--name", "whole", "--to", "head", "--set", "head.views=0", "--set", "head.augmentation=none")

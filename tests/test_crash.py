@@ -41,7 +41,6 @@ split: {ratio: [0.5, 0.25, 0.25]}
 resize: {image_size: 32}
 head: {epochs: 8, views: 2, batch_size: 8}
 fine_tune: {unfreeze: block7, epochs: 3, views: 2, batch_size: 8}
-evaluate: {resamples: 100}
 """
 ALMOST_FULL = (
     "from helpers.cli import main; from helpers.pipeline import store; store.LEAST_FREE_BYTES = 0; main.entry()"

@@ -8,7 +8,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.compute import bank
+from helpers.compute import bank, frontier
 from helpers.core import disk
 from helpers.models import classifier, unfreezing
 from helpers.training import datasets, feeds, transforms
@@ -140,8 +140,7 @@ def test_the_length_of_an_epoch_is_known(train):
     assert datasets.training(train, 4, seed=0)[0].cardinality() == 3
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-@pytest.mark.parametrize("spec", ["none", "default"])
+@pytest.mark.parametrize(("spec", "balanced"), [("default", False), ("none", True)])
 def test_an_epoch_follows_from_seed_and_number_alone(train, spec, balanced):
     def options():  # new layers each time, as in a new process
         return {"augment": transforms.make(spec, "both"), "balanced": balanced}
@@ -214,46 +213,80 @@ def test_examples_hold_every_class_as_often_as_asked_for(train, pixels):
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(small_backbone):
     keras.utils.set_random_seed(0)
-    made = classifier.build("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
+    made = classifier.build("small", 3, image_size=SIZE, weights="none")
     unfreezing.unfreeze(made, "none")
     return made
 
 
-@pytest.fixture
-def feed(model, train, val, tmp_path):
-    return lambda views, **options: feeds.feed(
-        model, train, val, cache=tmp_path / "cache", views=views, batch_size=4, seed=7, **options
+def make_feed(model, train, val, folder, views, *, augment=None, balanced=False):
+    """Choose as 03 does: from banks where there is a frontier and a view, else the whole model."""
+    cut = frontier.cut(model)
+    banks = feeds.fill_banks(cut, train, val, folder=folder, views=views, seed=7, augment=augment)
+    how = {"batch_size": 4, "seed": 7, "balanced": balanced}
+    return (
+        feeds.from_banks(cut, banks, **how) if banks else feeds.whole_model(model, train, val, augment=augment, **how)
     )
 
 
-def test_a_feed_without_views_computes_the_whole_model(feed, model, pixels, val):
-    fed = feed(0, augment=transforms.make("default"))
-    assert {id(one) for one in fed.model.variables} == {id(one) for one in model.variables} and fed.banks == []
-    assert fed.steps == 3 and "views is 0" in fed.summary
+@pytest.fixture
+def feed(model, train, val, tmp_path):
+    return lambda views, **options: make_feed(model, train, val, tmp_path / "cache", views, **options)
+
+
+def test_a_feed_without_views_computes_the_whole_model(feed, model, pixels, val, capsys):
+    fed = feed(0, augment=transforms.make("none", "both"))
+    assert {id(one) for one in fed.model.variables} == {id(one) for one in model.variables} and fed.folders == []
+    assert fed.steps == 3 and "Nothing is computed beforehand: views is 0" in capsys.readouterr().out
     assert next(iter(fed.train))[0].shape == (4, SIZE, SIZE, 3)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in fed.val]), val.labels)
 
 
 def test_a_feed_with_views_starts_at_the_frontier(feed, model, val):
-    fed = feed(3, augment=transforms.make("default"))
+    fed = feed(3, augment=transforms.make("none", "both"))
     activations = next(iter(fed.train))[0]
     assert fed.model is not model and activations.shape[1:] == fed.model.input_shape[1:] and fed.steps == 3
-    assert "3 views of 11 training images and 5 validation images" in fed.summary
     np.testing.assert_allclose(
         fed.model.predict(fed.val, verbose=0), model.predict(datasets.labelled(val), verbose=0), atol=2e-3
     )
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in fed.val]), val.labels)
-    assert all(folder.is_dir() for folder in fed.banks) and len(fed.banks) == 2
+    assert all(folder.is_dir() for folder in fed.folders) and len(fed.folders) == 2
     fed.remove_cache()
-    assert not any(folder.exists() for folder in fed.banks)
+    assert not any(folder.exists() for folder in fed.folders)
+
+
+def test_banks_say_what_they_hold_and_what_they_save(model, train, val, tmp_path, capsys):
+    cut, how = frontier.cut(model), {"folder": tmp_path, "views": 2, "seed": 7}
+    augment = transforms.make("none", "horizontal")
+    banks = feeds.fill_banks(cut, train, val, augment=augment, **how)
+    assert str(banks).startswith("2 views of 11 training images and 5 validation images: ") and "images/s" in str(banks)
+    history = pd.DataFrame({"seconds": [0.5, 0.5]})
+    assert "Above the frontier: 22 images/s, 0.5 s an epoch. Below it: " in feeds.gain(banks, history)
+    again = feeds.fill_banks(cut, train, val, augment=augment, **how)
+    assert str(again).endswith("found in the cache.") and "found in the cache" in feeds.gain(again, history)
+    assert feeds.gain(None, history) == "No cache was used."
+    assert feeds.fill_banks(cut, train, val, augment=augment, **how, epochs=0) is None
+    assert "nothing is trained" in capsys.readouterr().out
+
+
+def test_what_the_next_phase_needs_is_computed_first_and_kept(model, train, val, tmp_path):
+    cut, how = frontier.cut(model), {"views": 2, "seed": 7, "augment": transforms.make("none", "horizontal")}
+    lifted = feeds.fill_banks(cut, train, val, folder=tmp_path / "both", next_unfreeze="block3", **how)
+    assert not model.get_layer("backbone").trainable_weights, "the model is frozen as before"
+    direct = feeds.fill_banks(cut, train, val, folder=tmp_path / "one", **how)
+    np.testing.assert_allclose(lifted.train.activations, direct.train.activations, atol=2e-2)
+    assert len(list((tmp_path / "both").glob("*/bank.json"))) == 4
+    unfreezing.unfreeze(model, "block3")
+    feeds.fill_banks(frontier.cut(model), train, val, folder=tmp_path / "both", **how)
+    unfreezing.unfreeze(model, "none")
+    assert len(list((tmp_path / "both").glob("*/bank.json"))) == 4, "found again"
 
 
 @pytest.mark.parametrize("views", [0, 3])
 def test_a_feed_draws_the_same_when_it_goes_on(feed, views):
     def seen(*numbers):
-        fed = feed(views, augment=transforms.make("default"), balanced=True)
+        fed = feed(views, augment=transforms.make("none", "both"), balanced=True)
         return [
             fed.clock.on_epoch_begin(number) or [(images.numpy(), labels.numpy()) for images, labels in fed.train]
             for number in numbers
@@ -315,10 +348,10 @@ def test_training_the_suffix_trains_the_model(feed, model):
     assert any((old != new.numpy()).any() for old, new in zip(before, model.trainable_variables, strict=True))
 
 
-def test_a_thawed_model_has_nothing_to_compute_beforehand(train, val, tmp_path):
-    whole_model = classifier.build("mobilenet_v3_small", 3, image_size=SIZE, weights="none")
+def test_a_thawed_model_has_nothing_to_compute_beforehand(small_backbone, train, val, tmp_path, capsys):
+    whole_model = classifier.build("small", 3, image_size=SIZE, weights="none")
     unfreezing.unfreeze(whole_model, "all")
-    fed = feeds.feed(whole_model, train, val, cache=tmp_path, views=2, batch_size=4, seed=7)
-    assert "nothing below" in fed.summary and isinstance(fed.train, tf.data.Dataset)
+    fed = make_feed(whole_model, train, val, tmp_path, 2)
+    assert "nothing below" in capsys.readouterr().out and isinstance(fed.train, tf.data.Dataset)
     assert fed.model.input_shape == whole_model.input_shape
     assert {id(one) for one in fed.model.variables} == {id(one) for one in whole_model.variables}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from helpers.compute import bank, hardware
+from helpers.compute import bank, frontier, hardware
 from helpers.models import classifier, unfreezing
 from helpers.training import datasets, feeds, saving
 
@@ -148,7 +148,9 @@ def test_mixed_precision_trains_and_opens_in_float32_elsewhere(tmp_path, monkeyp
         class_names=["a", "b", "c"],
         image_size=32,
     )
-    feed = feeds.feed(model, images, images, cache=tmp_path / "cache", views=1, batch_size=8, seed=1)
+    cut = frontier.cut(model)
+    banks = feeds.fill_banks(cut, images, images, folder=tmp_path / "cache", views=1, seed=1)
+    feed = feeds.from_banks(cut, banks, batch_size=8, seed=1)
     feed.model.compile(optimizer="adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"])
     with hardware.batch_that_fits(feed.model, feed.train, 8):
         history = feed.model.fit(feed.train, epochs=2, callbacks=[feed.clock], shuffle=False, verbose=0)

@@ -32,7 +32,6 @@ SMALL = {
     "02_resize": {"image_size": "32"},
     "03_train_head": {"epochs": "4", "views": "2", "batch_size": "8"},
     "04_fine_tune": {"epochs": "2", "views": "2", "batch_size": "8"},
-    "05_evaluate": {"resamples": "100"},
 }
 SHOWN = {"stream", "display_data", "execute_result"}
 PLAIN = {"text/plain", "text/html", "image/png"}  # which VS Code and the classic Notebook show as Lab does

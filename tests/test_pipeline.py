@@ -31,7 +31,6 @@ split: {ratio: [0.5, 0.25, 0.25]}
 resize: {image_size: 64}
 head: {epochs: 25, views: 2, batch_size: 8, learning_rate: 1e-2}
 fine_tune: {unfreeze: block7, epochs: 2, views: 2, batch_size: 8}
-evaluate: {resamples: 200}
 """
 
 

@@ -436,3 +436,37 @@ def test_every_recipe_of_the_project_can_be_run():
     assert found
     for path in found:
         recipes.load(path)
+
+
+# Parameters that follow another one, and those of earlier versions
+
+
+def test_a_parameter_takes_the_value_of_the_one_that_it_follows(toy_notebooks, notebook, write):
+    notebook(toy_notebooks / "00_explore.ipynb", EXPLORE)
+    later = 'next_unfreeze: str = "block7"  # what comes next (as tune.unfreeze)\nout: str = "runs/demo/head"  # folder'
+    notebook(toy_notebooks / "03_head.ipynb", later)
+    notebook(
+        toy_notebooks / "04_tune.ipynb",
+        'unfreeze: str = "block7"  # what trains\nout: str = "runs/demo/tune"  # folder',
+    )
+
+    def value(text, *sets):
+        return recipes.load(write(text), list(sets)).resolved("head")["next_unfreeze"]
+
+    assert value("name: x") == "block7"
+    assert value("tune: {unfreeze: block5}") == value("name: x", "tune.unfreeze=block5") == "block5"
+    assert value("tune: {unfreeze: block5}\nhead: {next_unfreeze: none}") == "none"
+
+
+def test_phase_one_prepares_what_phase_two_thaws():
+    assert notebooks.stages()["head"].parameters["next_unfreeze"].follows == ("fine_tune", "unfreeze")
+    recipe = recipes.Recipe("x", {"fine_tune": {"unfreeze": "all"}})
+    assert recipe.resolved("head")["next_unfreeze"] == "all"
+
+
+@pytest.mark.parametrize("name", notebooks.RETIRED)
+def test_a_parameter_of_an_earlier_version_is_refused_with_what_to_do(name):
+    """A recipe that worked before is not answered with "there is no such parameter" alone."""
+    assert not [stage for stage in notebooks.stages().values() if name in stage.parameters]
+    (line,) = notebooks.problems(notebooks.find_stage("evaluate"), {name: 200})
+    assert line.startswith(f"evaluate.{name}: this parameter is gone: ") and line.endswith("Delete this line.")

@@ -133,7 +133,7 @@ def run_notebook(stage, first_cell, **parameters):
     """Run the cells of a notebook, but draw nothing."""
     from conftest import _by_hand
 
-    mocks = {"plots": mock.MagicMock(), "board": mock.MagicMock()}
+    mocks = {name: mock.MagicMock() for name in ("sheets", "curves", "charts", "tensorboard")}
     return _by_hand(stage, before={first_cell: lambda left: left.update(mocks)}, **parameters)
 
 
@@ -184,9 +184,8 @@ def main(home):
     for name in compiling.NOT_SHARED:
         spec = {"name": "adam", name: 2 if name.endswith("steps") else 1.0}
         refused[name] = message(lambda spec=spec: compiling.optimizer(spec, 0.1))
-    feed = {"cache": home / "cache", "views": 2, "seed": 1}
-    refused["batch_size"] = message(lambda: feeds.feed(model, train, val, batch_size=7, **feed))
-    refused["too large"] = message(lambda: feeds.feed(model, train, val, batch_size=32, **feed))
+    refused["batch_size"] = message(lambda: feeds.whole_model(model, train, val, batch_size=7, seed=1))
+    refused["too large"] = message(lambda: feeds.whole_model(model, train, val, batch_size=32, seed=1))
     measure = {"seconds": 1, "views": 2, "epochs": 1, "batch_size": 8}
     refused["measure"] = message(lambda: throughput.measure(model, train, **measure))
     refused["memory"] = message(lambda: full(hardware, model))

@@ -316,7 +316,6 @@ def test_a_competition_ends_in_its_submission(tmp_path, by_hand, image_folder, m
     ]
     changes += ["resize.image_size=32", "head.backbone=efficientnet_lite0", "head.epochs=1", "fine_tune.epochs=1"]
     changes += ["head.views=1", "head.weights=none", "fine_tune.unfreeze=none", "fine_tune.views=1"]
-    changes += ["evaluate.resamples=100"]
     recipe = recipes.load("recipes/s2_dogs.yaml", changes, "dogs")
     for number, name in enumerate(recipe.chain()):
         step = planning.plan(recipe)[number]

@@ -6,9 +6,11 @@ import pandas as pd
 import pytest
 
 from helpers.core import disk, notebooks, progress, project, stages
-from helpers.models import backbones, classifier, unfreezing
+from helpers.models import classifier, unfreezing
 from helpers.pipeline import planning, recipes
-from helpers.training import saving, warm_start
+from helpers.training import saving
+
+pytestmark = pytest.mark.usefixtures("small_backbone")
 
 NAMES = ["disc", "square", "cross"]
 
@@ -44,23 +46,8 @@ HEAD = {
 }
 
 
-def small_backbone(name, image_size, weights):
-    """In place of a real one, so that the notebooks take a second."""
-    inputs = value = keras.Input((image_size, image_size, 3))
-    for block in range(1, 4):
-        value = keras.layers.Conv2D(8, 3, 2, activation="relu", padding="same", name=f"block{block}_conv")(value)
-    return keras.Model(inputs, value, name="backbone")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbones, "build", small_backbone)
-        yield
-
-
 @pytest.fixture(scope="module")
-def control(resized, tmp_path_factory, by_hand):
+def control(resized, tmp_path_factory, by_hand, small_backbone):
     """The run "control": a head that is not trained, then two thaws in a row."""
     folder = tmp_path_factory.mktemp("runs") / "control"
     head = by_hand("head", images=str(resized), out=str(folder / "head"), epochs=0, **HEAD)
@@ -75,7 +62,7 @@ def control(resized, tmp_path_factory, by_hand):
 def test_the_control_leaves_the_head_as_it_was_drawn(control):
     folder, head, _ = control
     assert len(saving.read_history(folder / "head")) == 0
-    assert head["best"] == "Nothing was trained: the head is as it was drawn."
+    assert head["best"] == "Nothing was trained: the head keeps its random weights."
     keras.utils.set_random_seed(7)
     drawn = classifier.build("efficientnet_lite0", 3, image_size=32, weights="none")
     kept = keras.models.load_model(folder / "head" / "model.keras")
@@ -113,11 +100,11 @@ def test_a_head_from_another_run(control, resized, tmp_path, monkeypatch, by_han
     assert (tmp_path / "head/history.csv").read_bytes() == (folder / "head/history.csv").read_bytes()
     model = classifier.build("efficientnet_lite0", 3, image_size=32, weights="none", dense=[4])
     with pytest.raises(ValueError, match="has another model, its layer probabilities is not the head_dense_1"):
-        warm_start.take(model, "control", class_names=NAMES)
+        saving.take(model, "control", class_names=NAMES)
     with pytest.raises(ValueError, match="knows the classes disc, square, cross; here are a, b, c"):
-        warm_start.take(model, "control", class_names=["a", "b", "c"])
+        saving.take(model, "control", class_names=["a", "b", "c"])
     with pytest.raises(FileNotFoundError, match=r"'contrl' is neither a run .* Runs with one: control"):
-        warm_start.take(model, "contrl", class_names=NAMES)
+        saving.take(model, "contrl", class_names=NAMES)
 
 
 def test_a_head_that_is_made_anew_is_another_ingredient(control, monkeypatch, tmp_path):

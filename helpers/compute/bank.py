@@ -44,11 +44,13 @@ class Bank:
         activations: (views, n, *shape) float16 or float32, memory-mapped, read-only.
         labels: (n,) class indices, (n, classes) shares, or (views, n, classes) shares where augmentation mixes images.
         folder: where it lies.
+        seconds: what computing all of it takes, measured while it was computed; 0 where it was found.
     """
 
     activations: np.ndarray
     labels: np.ndarray
     folder: Path
+    seconds: float = 0.0
     _epoch: int = field(default=0, repr=False)
 
     @property
@@ -244,15 +246,18 @@ def make(
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     home = Path(folder) / name
     home.mkdir(parents=True, exist_ok=True)
+    count, seconds = len(images.keys), 0.0
     with FileLock(home / "lock"):
         mark = home / "bank.json"
         done = disk.read_json(mark)["done"] if mark.exists() else 0
-        if done < len(images.keys):
+        if done < count:
+            begin = time.monotonic()
             _Filling(prefix, images, home, views, augment, seed, dtype, label, rounded).run(done, settings)
+            seconds = (time.monotonic() - begin) * count / (count - done)
         else:
-            print(f"Cache of the {label}: {views} x {len(images.keys):,} are there already.")
+            print(f"Cache of the {label}: {views} x {count:,} are there already.")
     labels = np.load(home / "labels.npy") if mixes_images(augment, views) else np.asarray(images.labels)
-    return Bank(np.load(home / "activations.npy", mmap_mode="r"), labels, home)
+    return Bank(np.load(home / "activations.npy", mmap_mode="r"), labels, home, seconds)
 
 
 def lift(lower: Bank, middle: keras.Model, folder: str | os.PathLike, *, label: str, rounded: bool = False) -> Bank:
@@ -271,7 +276,9 @@ def lift(lower: Bank, middle: keras.Model, folder: str | os.PathLike, *, label: 
         found = make(middle, rows, folder, dtype=str(below.dtype), **form)
     except OverflowError:
         found = make(middle, rows, folder, dtype="float32", **form)
-    return Bank(found.activations.reshape(views, count, *found.activations.shape[2:]), lower.labels, found.folder)
+    lifted = found.activations.reshape(views, count, *found.activations.shape[2:])
+    seconds = lower.seconds + found.seconds if lower.seconds and found.seconds else 0.0
+    return Bank(lifted, lower.labels, found.folder, seconds)
 
 
 @dataclass(frozen=True)

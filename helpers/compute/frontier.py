@@ -33,6 +33,7 @@ class Cut:
         layer: name of the layer whose output is the frontier; "" when `prefix` is None.
         shape: shape of one image's activations, without the batch axis.
         stopped_by: name of the first layer that keeps the frontier from lying higher, and why.
+        model: the model that is cut.
     """
 
     prefix: keras.Model | None
@@ -40,6 +41,21 @@ class Cut:
     layer: str
     shape: tuple[int, ...]
     stopped_by: str
+    model: keras.Model
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether the prefix does more than scale the images."""
+        return self.prefix is not None and self.shape != self.model.input_shape[1:]
+
+    def __str__(self) -> str:
+        if self.prefix is None:
+            return f"There is no frontier: nothing lies below {self.stopped_by}."
+        below, above = self.prefix.count_params(), self.suffix.count_params()
+        return (
+            f"The frontier lies after the layer {self.layer}. {self.shape} pass through it for each image.\n"
+            f"{below:,} weights lie below it, {above:,} above. What stops it: {self.stopped_by}."
+        )
 
 
 def cut(model: keras.Model) -> Cut:
@@ -73,13 +89,13 @@ def cut(model: keras.Model) -> Cut:
     path, stopped_by = _find(graph)
     tensor = path[-1].tensor
     if all(step.is_input for step in path):
-        return Cut(None, model, "", tuple(tensor.shape[1:]), stopped_by)
+        return Cut(None, model, "", tuple(tensor.shape[1:]), stopped_by, model)
     source = graph.inputs[0]
     images = keras.Input(batch_shape=source.shape, dtype=source.dtype, name="images")
     activations = keras.Input(batch_shape=(None, *tensor.shape[1:]), dtype=tensor.dtype, name="activations")
     prefix = keras.Model(images, _below(path, images), name="prefix")
     suffix = keras.Model(activations, _above(path, activations), name="suffix")
-    return Cut(prefix, suffix, tensor._keras_history.operation.name, tuple(tensor.shape[1:]), stopped_by)
+    return Cut(prefix, suffix, tensor._keras_history.operation.name, tuple(tensor.shape[1:]), stopped_by, model)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ The parameters cell of a notebook is the only place where a parameter is declare
 
 The annotation is its type, the comment its meaning, and an interval or a set at the comment's end what it may be. (A
 `Literal` would say the same as the set, but papermill cannot read it.) A default `runs/demo/<stage>` names the folder
-that another notebook writes, which is how the order of the stages is known.
+that another notebook writes, which is how the order of the stages is known. A comment that ends in
+`(as fine_tune.unfreeze)` gives the parameter the value of another one where a recipe sets only that.
 
 A notebook with a letter after its number, such as 00b_crop, is optional: it runs when the recipe has its section, and
 the stages after it then read its folder in place of the one that it read itself.
@@ -35,7 +36,13 @@ NOTEBOOKS = project.ROOT / "notebooks"
 DEMO = "runs/demo/"
 NUMBER = r"[-+]?(?:inf|[\d.][\d.e+-]*)"
 INTERVAL = re.compile(rf"^(?P<text>.*?)\s*(?P<left>[\[(])(?P<low>{NUMBER}),\s*(?P<high>{NUMBER})(?P<right>[\])])$")
+FOLLOWS = re.compile(r"\(as (?P<stage>\w+)\.(?P<name>\w+)\)$")
 CHOICES = re.compile(r"^(?P<text>.*?)\s*\{(?P<choices>\w+(?:,\s*\w+)*)\}$")
+
+# Parameters of earlier versions: what to do with a recipe that still sets one.
+RETIRED = {
+    "resamples": "intervals come from 2,000 resamples, always. Delete this line",
+}
 
 
 class RecipeError(ValueError):
@@ -52,6 +59,12 @@ class Parameter:
     default: Any
     meaning: str
     allowed: str = ""
+
+    @property
+    def follows(self) -> tuple[str, str] | None:
+        """The stage and the parameter whose value this one takes where a recipe sets only that, or None."""
+        other = FOLLOWS.search(self.meaning)
+        return (other["stage"], other["name"]) if other else None
 
     @property
     def made_by(self) -> str:
@@ -207,6 +220,8 @@ def problems(stage: Stage, values: Mapping[str, Any], everything: bool = False) 
     for name in values:
         if name in stage.parameters and name not in allowed:
             found.append(f"{stage.name}.{name}: this folder is given by the pipeline, not by a recipe.")
+        elif name not in allowed and name in RETIRED:
+            found.append(f"{stage.name}.{name}: this parameter is gone: {RETIRED[name]}.")
         elif name not in allowed:
             found.append(f"{stage.name}.{name}: there is no such parameter.{words.did_you_mean(str(name), allowed)}")
     try:

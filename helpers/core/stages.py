@@ -48,6 +48,29 @@ def require(folder: str | os.PathLike, *files: str, made_by: str) -> Path:
     return path
 
 
+def of_run(text: str, stage: str, *files: str, parameter: str) -> Path:
+    """Return the folder of the finished `stage` that `text` names.
+
+    Args:
+        text: the name of a run, its folder, or the folder of the stage itself.
+        stage: name of the stage, e.g. "head".
+        files: names of files that must exist in it.
+        parameter: where `text` comes from, for the message.
+
+    Raises:
+        FileNotFoundError: there is none; the message names the runs that have one.
+    """
+    shelf = project.resolve(os.environ.get("THAW_RUNS", "runs"))
+    for place in (project.resolve(text), project.resolve(text) / stage, shelf / text / stage):
+        if all((place / name).is_file() for name in files) and status(place) == "done":
+            return place.resolve()
+    known = ", ".join(sorted(path.parent.name for path in shelf.glob(f"*/{stage}") if path.is_dir())) or "none yet"
+    raise FileNotFoundError(
+        f"{parameter}: {text!r} is neither a run with a finished {stage} nor such a stage's folder. Runs with one:"
+        f" {known}."
+    )
+
+
 def status(folder: Path) -> str:
     """Return "done", "open" (begun, not finished), "absent" or "foreign" (a folder that no notebook opened)."""
     if not folder.is_dir() or all(path.name.endswith(disk.TEMPORARY) for path in folder.iterdir()):

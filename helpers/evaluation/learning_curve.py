@@ -20,6 +20,8 @@ from helpers.evaluation import probe
 EXPONENTS = np.geomspace(0.05, 2.0, 40)  # that c is chosen from; Hestness et al. found 0.07 to 0.5
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 CLASS_SHARES = (1 / 8, 1 / 4, 1 / 2)
+DRAWS = 5  # random draws of the training images behind each point
+MOST_CLASSES = 12  # classes that `gains` looks at
 FEWEST = 8  # training images that a class needs for a curve of its own
 RESAMPLES = 1000
 TAIL = 0.025  # on either side of a 95 % interval
@@ -65,7 +67,7 @@ def read(item: dict[str, Any], strength: float) -> Features:
     return Features(*probe.read(item), train["target"].to_numpy(), val["target"].to_numpy(), class_names, strength)
 
 
-def measure(features: Features, seeds: Sequence[int]) -> Curve:
+def measure(features: Features, seeds: Sequence[int] = range(DRAWS)) -> Curve:
     """Return the curve of all classes together, each with the same share of its images, so that their mix stays."""
     everything = np.arange(len(features.train_labels))
     per_class = [np.flatnonzero(features.train_labels == label) for label in np.unique(features.train_labels)]
@@ -140,7 +142,13 @@ def table(curve: Curve, further: Sequence[float] = (2, 4), seed: int = 0) -> pd.
 
 
 def gains(
-    features: Features, full: np.ndarray, *, more: int, seeds: Sequence[int], most: int, seed: int = 0
+    features: Features,
+    full: np.ndarray,
+    *,
+    more: int,
+    seeds: Sequence[int] = range(DRAWS),
+    most: int = MOST_CLASSES,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Return what `more` images of one class would bring, class by class, those with the lowest recall first.
 
@@ -148,7 +156,7 @@ def gains(
         full: (validation images,) errors after all training images, the last of `measure`.
         more: images of the class beyond those there are.
         seeds: of the draws.
-        most: classes to look at. Those with too few images for a curve of their own are passed over.
+        most: classes to look at. Those with too few images for a curve of their own are left out.
 
     Returns:
         One row a class: label, images (of training), recall (measured now), gain (of the accuracy over all classes,

@@ -250,18 +250,18 @@ def _embed(task: dict[str, Any]) -> dict[str, Any]:
         task["backbone"], len(train.class_names), image_size=train.image_size, weights=task["weights"]
     )
     unfreezing.unfreeze(model, "none")
-    how = {"cache": Path(task["cache"]), "views": 1, "batch_size": BATCH, "seed": 0, "cache_gb": task["cache_gb"]}
-    before = _disk(how["cache"])
+    cut = frontier.cut(model)
+    how = {"folder": Path(task["cache"]), "views": 1, "seed": 0, "cache_gb": task["cache_gb"]}
+    before = _disk(how["folder"])
     try:
-        feed = feeds.feed(model, train, val, **how, next_unfreeze=task["next_unfreeze"])
+        banks = feeds.fill_banks(cut, train, val, **how, next_unfreeze=task["next_unfreeze"])
     except ValueError:  # this backbone has no such layer
-        feed = None
-    if feed is None or not feed.banks:
-        feed = feeds.feed(model, train, val, **how)
-    if not feed.banks:
+        banks = None
+    banks = banks or feeds.fill_banks(cut, train, val, **how)
+    if banks is None:
         raise ValueError(f"{task['cache_gb']:g} GB of cache_gb do not hold its features.")
-    prefix = frontier.cut(model).prefix
-    files = [str(folder / "activations.npy") for folder in feed.banks]
+    prefix = cut.prefix
+    files = [str(found.folder / "activations.npy") for found in (banks.train, banks.val)]
     return {
         "train": files[0],
         "val": files[1],
@@ -269,7 +269,7 @@ def _embed(task: dict[str, Any]) -> dict[str, Any]:
         "memory_mb": _peak_memory() / 1e6,
         "parameters": prefix.count_params(),
         "model_mb": sum(np.dtype(str(w.dtype)).itemsize * int(np.prod(w.shape)) for w in prefix.weights) / 1e6,
-        "cache_mb": (_disk(how["cache"]) - before) / 1e6,
+        "cache_mb": (_disk(how["folder"]) - before) / 1e6,
     }
 
 

@@ -19,7 +19,6 @@ from helpers.core import disk, notebooks, project, stages
 from helpers.data import crop, inventory, links, splits
 from helpers.models import backbones, efficientnet_lite
 from helpers.pipeline import fingerprints, recipes, store
-from helpers.training import warm_start
 
 REBUILD = "asked for with --rebuild"
 
@@ -108,7 +107,8 @@ def _named_files(parameters: dict[str, Any]) -> dict[str, str]:
     """Return the hash of each file that a parameter names, such as weights; of a stage's folder, that of its record."""
     paths = {name: project.resolve(value) for name, value in parameters.items() if isinstance(value, str) and value}
     with suppress(FileNotFoundError):  # what is missing is told by `check_choices`
-        paths |= {"from_run": warm_start.find(parameters["from_run"])} if parameters.get("from_run") else {}
+        if taken := parameters.get("from_run"):
+            paths["from_run"] = stages.of_run(taken, "head", "model.keras", parameter="head.from_run")
     files = {name: path / stages.STAGE_FILE if path.is_dir() else path for name, path in paths.items()}
     return {name: disk.sha256_of(path) for name, path in files.items() if path.is_file()}
 
@@ -309,7 +309,7 @@ def _check_from_run(recipe: recipes.Recipe) -> None:
     run = project.runs_folder() / recipe.name
     if taken == recipe.name or project.resolve(taken) in (run, run / "head"):
         raise notebooks.RecipeError(f"head.from_run: {taken} is this run itself. Take another --name, or another run.")
-    warm_start.find(taken)
+    stages.of_run(taken, "head", "model.keras", parameter="head.from_run")
 
 
 def _fetch_weights(backbone: str) -> None:

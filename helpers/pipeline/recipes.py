@@ -31,8 +31,13 @@ class Recipe:
 
     def resolved(self, stage: str) -> dict[str, Any]:
         """Return every parameter of `stage` with the value that will be in force."""
-        given = self.stages.get(stage, {})
-        return {name: given.get(name, p.default) for name, p in notebooks.stages()[stage].settings.items()}
+        return {name: self._value(stage, name) for name in notebooks.stages()[stage].settings}
+
+    def _value(self, stage: str, name: str) -> Any:
+        section, parameter = self.stages.get(stage, {}), notebooks.stages()[stage].settings[name]
+        if name in section:
+            return section[name]
+        return self._value(*parameter.follows) if parameter.follows else parameter.default
 
     def as_yaml(self) -> str:
         """Return the recipe with every parameter written out."""

@@ -30,11 +30,12 @@ def training_curves(
         ax: two Axes, one above the other.
 
     Returns:
-        The two Axes, accuracy first.
+        The two Axes, accuracy first; none, after a line that says so, where nothing was trained.
     """
     table = history if isinstance(history, pd.DataFrame) else pd.concat(list(history), ignore_index=True)
     if table.empty:
-        raise ValueError("no epoch in the history; expected at least one row")
+        print("Nothing was trained: there is no curve.")
+        return np.array([])
     table = table.reset_index(drop=True)
     # Without a dot in the middle of the chart nobody sees a single epoch: markers until the line carries itself.
     style = {"linewidth": 1.6, "marker": "o" if len(table) < 4 else None, "markersize": 4}
@@ -63,13 +64,21 @@ def training_curves(
     return axes
 
 
-def learning_rates(history: pd.DataFrame, phases: Mapping[str, str] | None = None, ax: Axes | None = None) -> Axes:
+def learning_rates(
+    history: pd.DataFrame, phases: Mapping[str, str] | None = None, ax: Axes | None = None
+) -> Axes | None:
     """The step size by epoch, across phases; a logarithmic axis where it spans more than a factor of twenty.
 
     Args:
         history: columns epoch, learning_rate and, if there are several, phase: a schedule before training or the
             history.csv after it.
+
+    Returns:
+        The Axes; None, after a line that says so, where nothing is trained.
     """
+    if history.empty:
+        print("Nothing is trained: there is no learning rate.")
+        return None
     theme.require(history, "learning_rate")
     table = history.reset_index(drop=True)
     rates, epochs = table["learning_rate"].to_numpy(float), _running_epochs(table)

@@ -1,7 +1,7 @@
-"""What no schema can tell of a recipe and only Keras knows: names and arguments of what trains, and layers to thaw.
+"""Checks of a recipe that only Keras can make: names and arguments of what trains, and layers to thaw.
 
 ``python -m helpers.training.checks CHOICES`` checks a recipe before a run. CHOICES is JSON: image_size, and for the
-stages head and fine_tune their parameters. What is wrong is printed, one line each; the exit code is then 2.
+stages head and fine_tune their parameters. Problems are printed, one a line; the exit code is then 2.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from helpers.core import words
 from helpers.models import backbones, classifier, unfreezing
-from helpers.training import compiling, fitting, profiling, thaws, transforms
+from helpers.training import compiling, fitting, profiling, thaws, throughput, transforms
 
 
 def check(stage: str, parameters: Mapping[str, Any]) -> None:
@@ -41,6 +41,7 @@ def _problems(stage: str, given: Mapping[str, Any]) -> list[str]:
         checks += [
             lambda: classifier.output_settings(given["output"]),
             lambda: classifier.check_dense(given["dense"]),
+            lambda: throughput.check(given["measure_seconds"]),
             lambda: compiling.optimizer(given["optimizer"], 1.0),
             lambda: _schedule(given, given["epochs"]),
         ]
@@ -49,9 +50,9 @@ def _problems(stage: str, given: Mapping[str, Any]) -> list[str]:
         plan = thaws.plan(given["steps"], given)
     except ValueError as error:
         return [str(error), *_raised(checks)]
-    for step in plan:
-        checks.append(lambda step=step: compiling.optimizer(step.optimizer, 1.0))
-        checks.append(lambda step=step: _schedule(vars(step) | {"monitor": given["monitor"]}, step.epochs))
+    for thaw in plan:
+        checks.append(lambda thaw=thaw: compiling.optimizer(thaw.optimizer, 1.0))
+        checks.append(lambda thaw=thaw: _schedule(vars(thaw) | {"monitor": given["monitor"]}, thaw.epochs))
     return _raised(checks)
 
 
@@ -111,12 +112,13 @@ def _main(arguments: list[str]) -> int:
     head, fine_tune = choices["head"], choices["fine_tune"]
     problems = [f"head: {problem}" for problem in _problems("head", head)]
     problems += [f"fine_tune: {problem}" for problem in _problems("fine_tune", fine_tune)]
-    thaws = {"fine_tune.unfreeze": fine_tune["unfreeze"]}
-    if head["views"] and head["epochs"] and not head["from_run"]:  # else nothing is computed for what comes next
-        thaws["head.next_unfreeze"] = head["next_unfreeze"]
+    layers = {"fine_tune.unfreeze": fine_tune["unfreeze"]}
+    computes = head["views"] and head["epochs"] and not head["from_run"]
+    if computes and head["next_unfreeze"] != fine_tune["unfreeze"]:  # else it is checked already, or never used
+        layers["head.next_unfreeze"] = head["next_unfreeze"]
     for number, step in enumerate(fine_tune["steps"], 1):
-        thaws |= {f"fine_tune.steps {number}: unfreeze": step["unfreeze"]} if "unfreeze" in step else {}
-    problems += check_unfreeze(head["backbone"], choices["image_size"], thaws)
+        layers |= {f"fine_tune.steps {number}: unfreeze": step["unfreeze"]} if "unfreeze" in step else {}
+    problems += check_unfreeze(head["backbone"], choices["image_size"], layers)
     print("\n".join(problems))
     return 2 if problems else 0
 

@@ -1,7 +1,7 @@
-"""What `compile` is given: optimiser, learning rate, loss and metrics, each a Keras object that a name stands for.
+"""What `compile` gets: optimiser, learning rate, loss and metrics, each a Keras object that a name stands for.
 
-A choice is a name, "sgd", or a dict of the name and arguments, {"name": "sgd", "momentum": 0.9}. Whatever is unknown
-is answered with the nearest that exists.
+A choice is a name, "sgd", or a dict of the name and arguments, {"name": "sgd", "momentum": 0.9}. The error
+about an unknown name suggests the nearest one.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""What `fit` is given: class weights, and the callbacks that record, resume and stop; and what it leaves."""
+"""What `fit` gets: class weights, and the callbacks that record, resume and stop."""
 
 import os
 import time
@@ -15,8 +15,15 @@ from helpers.core import disk, progress
 from helpers.training import compiling, profiling, saving
 
 
-def class_weights(labels: np.ndarray) -> dict[int, float]:
-    """Return scikit-learn's "balanced" weight of each class, n / (classes * n of the class), as `fit` takes them."""
+def class_weights(labels: np.ndarray, imbalance: str = "class_weight") -> dict[int, float] | None:
+    """Return scikit-learn's "balanced" weight of each class, n / (classes * n of the class), as `fit` takes them.
+
+    Args:
+        labels: (n,) class indices.
+        imbalance: what evens out classes of unequal size; None is returned unless it is "class_weight".
+    """
+    if imbalance != "class_weight":
+        return None
     classes = np.unique(labels)
     weights = compute_class_weight("balanced", classes=classes, y=labels)
     return dict(zip(classes.tolist(), weights.tolist(), strict=True))
@@ -56,8 +63,8 @@ def callbacks(
         begin, end: epochs before this phase, and after it: `fit`'s initial_epoch and epochs.
         monitor: the metric that decides which epoch is best, e.g. "val_loss" or "val_accuracy".
         patience: stop after so many epochs without a better `monitor`; 0 never stops early.
-        stop_smoothed: arguments of `SmoothedStopping` but for the monitor; nothing does without.
-        optimizer, schedule: as `compiling` got them; some need a callback.
+        stop_smoothed: arguments of `SmoothedStopping` except the monitor; an empty dict never stops.
+        optimizer, schedule: as in `compiling`; some need a callback.
         profile_steps: first and last step that the TensorFlow Profiler looks at.
     """
     file, mode = str(out / "backup" / "best.weights.h5"), compiling.better(monitor)

@@ -42,7 +42,7 @@ class _TensorBoard(keras.callbacks.TensorBoard):
             self._start_batch, self._stop_batch = (-(-step // together) for step in self.steps)
 
 
-def write_profile(out: Path) -> pd.DataFrame:
+def write_profile(out: Path, steps: Sequence[int] = (1, 1)) -> pd.DataFrame | None:
     """Write profile.csv of the newest profile in a stage's folder and return its first rows.
 
     Columns: op (the kind of operation on a CPU, the kernel on a GPU), calls, milliseconds (of all threads or streams
@@ -50,7 +50,10 @@ def write_profile(out: Path) -> pd.DataFrame:
 
     Args:
         out: the stage's folder.
+        steps: first and last step that were profiled; where there are none, nothing is written.
     """
+    if not steps:
+        return None
     traces = sorted((out / "logs").glob("train/plugins/profile/*/*.xplane.pb"))
     if not traces:  # no reason to lose what was trained
         print("profile_steps: no step was profiled, since the training had fewer.")

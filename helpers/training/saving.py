@@ -1,4 +1,7 @@
-"""What a training leaves: the history, the best weights, a model that was loaded again and predicts the same."""
+"""What a training leaves: the history, the best weights, a model that was loaded again and predicts the same.
+
+Also what stands for a training where there is none: the head of another run, or a head with its random weights.
+"""
 
 import os
 import shutil
@@ -12,8 +15,9 @@ import keras
 import numpy as np
 import pandas as pd
 
-from helpers.compute import hardware, ranks
-from helpers.training import compiling, thaws
+from helpers.compute import graphs, hardware, ranks
+from helpers.core import disk, project, stages
+from helpers.training import compiling
 
 HISTORY_COLUMNS = ("epoch", "phase", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
 HISTORY_TYPES = dict.fromkeys(HISTORY_COLUMNS, float) | {"epoch": int, "phase": str}
@@ -47,7 +51,7 @@ def load_best(model: keras.Model, out: Path, monitor: str = "val_loss", whole: k
     row = best_epoch(history, monitor)
     earlier = sorted(out.glob("backup/after-*.weights.h5"))
     if earlier and row["epoch"] <= int(earlier[-1].name[6:12]):
-        _bare(whole).load_weights(earlier[-1])
+        bare(whole).load_weights(earlier[-1])
     else:
         model.load_weights(out / "backup" / "best.weights.h5")
     return (
@@ -56,30 +60,17 @@ def load_best(model: keras.Model, out: Path, monitor: str = "val_loss", whole: k
     )
 
 
-def remaining(
-    plan: Sequence[thaws.Step], model: keras.Model, out: Path, monitor: str = "val_loss"
-) -> Iterator[thaws.Step]:
-    """Yield the steps of a plan that are still to be trained, each when `model` has the best weights of all before it.
+def best_after(out: Path, epoch: int) -> Path:
+    """Return the file with the best weights of all epochs up to `epoch`, kept until `save` where several thaws train.
 
     Args:
-        plan: from `thaws.plan`.
-        model: the classifier.
-        out: the stage's folder, where the weights after each of several steps are kept until `save`.
-        monitor: what decides which epoch is best.
+        out: the stage's folder.
+        epoch: the last one of a thaw.
     """
-    for step in plan:
-        before, after = (out / "backup" / f"after-{epoch:06d}.weights.h5" for epoch in (step.begin, step.end))
-        if not after.is_file():
-            yield step
-            if step is plan[-1]:
-                return
-            if best_epoch(read_history(out), monitor)["epoch"] <= step.begin:
-                _bare(model).load_weights(before)
-            save_weights(_bare(model), after)
-        _bare(model).load_weights(after)
+    return out / "backup" / f"after-{epoch:06d}.weights.h5"
 
 
-def _bare(model: keras.Model) -> keras.Model:
+def bare(model: keras.Model) -> keras.Model:
     """Return the same layers as a model that was never compiled, so that no optimiser is saved or asked for."""
     return keras.Model(model.input, model.output, name=model.name)
 
@@ -110,7 +101,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
-    """Save the whole model as out/model.keras, prove that it predicts the same when loaded, and remove the backup.
+    """Save the whole model as out/model.keras and prove that it predicts the same when loaded.
 
     It is saved without optimiser and loss, so that plain Keras loads it. Where several ranks trained it, each computes
     alone from here on.
@@ -125,18 +116,22 @@ def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
     """
     path = out / "model.keras"
     ranks.leave(model)
-    bare = _bare(model)
-    for layer in bare._flatten_layers():
+    plain = bare(model)
+    for layer in plain._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = False  # only TensorFlow could load it; `hardware.share` sets it
-    bare.save(path)
+    plain.save(path)
     images = np.asarray(images[:2])  # called as they are: to compile both graphs would take longer than all the rest
-    models = (bare, hardware.load(path))
-    expected, found = (keras.ops.convert_to_numpy(each(images, training=False)) for each in models)
-    if not np.allclose(expected, found, atol=hardware.tolerance()):
-        raise RuntimeError(f"{path} does not predict what was trained: off by {np.abs(expected - found).max():.2g}.")
-    shutil.rmtree(out / "backup", ignore_errors=True)
+    models = (plain, hardware.load(path))
+    expected, loaded = (keras.ops.convert_to_numpy(each(images, training=False)) for each in models)
+    if not np.allclose(expected, loaded, atol=hardware.tolerance()):
+        raise RuntimeError(f"{path} does not predict what was trained: off by {np.abs(expected - loaded).max():.2g}.")
     return path
+
+
+def remove_backup(out: Path) -> None:
+    """Remove what a training is resumed from, once nothing can fail any more."""
+    shutil.rmtree(out / "backup", ignore_errors=True)
 
 
 def read_history(out: Path) -> pd.DataFrame:
@@ -145,3 +140,57 @@ def read_history(out: Path) -> pd.DataFrame:
     learning_rate is that of the epoch's first step.
     """
     return pd.read_csv(out / "history.csv", float_precision="round_trip", dtype=HISTORY_TYPES)
+
+
+def take(model: keras.Model, text: str, *, class_names: Sequence[str]) -> str:
+    """Give `model` the weights of another run's head stage, and say so.
+
+    Args:
+        model: a classifier as `classifier.build` builds it.
+        text: the name of a run, its folder, or the folder of a head stage.
+        class_names: in the model's order.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+        ValueError: it has another backbone, image size or head, or other classes.
+    """
+    folder = _head_of(text)
+    names = disk.read_json(folder / "class_names.json")
+    if names != list(class_names):
+        raise ValueError(f"from_run: {text!r} knows the classes {', '.join(names)}; here are {', '.join(class_names)}.")
+    giver = keras.models.load_model(folder / "model.keras", compile=False)
+    if difference := _difference(model, giver):
+        raise ValueError(f"from_run: {text!r} has another model, {difference}. Set the parameters of that run.")
+    model.set_weights(giver.get_weights())
+    return f"The head comes from {project.display_path(folder)}; nothing is trained here."
+
+
+def _head_of(text: str) -> Path:
+    return stages.of_run(text, "head", "model.keras", parameter="from_run")
+
+
+def _difference(model: keras.Model, giver: keras.Model) -> str:
+    """Name the first layer in which two classifiers differ, here and there."""
+    if model.input_shape != giver.input_shape:
+        return f"its images are {giver.input_shape[1]} x {giver.input_shape[2]} pixels"
+    pairs = zip(model.layers, giver.layers, strict=False)
+    for one, other in pairs:
+        if one.name != other.name or graphs.structure(one) != graphs.structure(other):
+            return f"its layer {other.name} is not the {one.name} of this one"
+    counts = len(giver.layers), len(model.layers)
+    return "" if counts[0] == counts[1] else f"it has {counts[0]} layers, not {counts[1]}"
+
+
+def untrained(out: Path, text: str = "") -> str:
+    """Write the history.csv of a head that was not trained, and return the sentence that says so.
+
+    Args:
+        out: the stage's folder.
+        text: the run whose head was taken, and now its history; "" for a head with its random weights.
+    """
+    if not text:
+        disk.write_text(out / "history.csv", ",".join(HISTORY_COLUMNS) + "\n")
+        return "Nothing was trained: the head keeps its random weights."
+    folder = _head_of(text)
+    shutil.copyfile(folder / "history.csv", out / "history.csv")
+    return f"Taken from {text}: {disk.read_json(folder / stages.STAGE_FILE)['headline']}"

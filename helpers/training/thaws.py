@@ -1,26 +1,27 @@
-"""The steps of phase 2: what thaws when, and how each step trains."""
+"""The thaws of phase 2: what thaws when, how each thaw trains, and the training of several in a row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import keras
 import pandas as pd
 
-from helpers.compute import hardware
+from helpers.compute import frontier, hardware
 from helpers.core import notebooks, words
 from helpers.models import unfreezing
-from helpers.training import compiling
+from helpers.training import compiling, datasets, feeds, fitting, saving, transforms
 
 FIELDS = ("unfreeze", "epochs", "learning_rate", "optimizer", "schedule", "batch_size")
 
 
 @dataclass
-class Step:
-    """One thawing and the epochs after it; the fields are those of 04's parameters.
+class Thaw:
+    """One thaw and the epochs after it; the first six fields are those of 04's parameters.
 
     Attributes:
-        begin: epochs before this step, those of phase 1 included.
+        begin: epochs before this thaw, those of phase 1 included: `fit`'s initial_epoch.
         phase: what history.csv calls it: "fine_tune", and "fine-tune 2", "fine-tune 3" ... for those that follow.
     """
 
@@ -35,22 +36,12 @@ class Step:
 
     @property
     def end(self) -> int:
-        """Epochs when this step is done: `fit`'s epochs."""
+        """Epochs when this thaw is done: `fit`'s epochs."""
         return self.begin + self.epochs
 
-    @property
-    def span(self) -> dict[str, int]:
-        """What `fit` wants to know of this step."""
-        return {"initial_epoch": self.begin, "epochs": self.end}
 
-    @property
-    def about(self) -> dict[str, Any]:
-        """What `fitting.callbacks` wants to know of this step."""
-        return {name: getattr(self, name) for name in ("phase", "begin", "end", "optimizer", "schedule")}
-
-
-def plan(steps: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any], begin: int = 0) -> list[Step]:
-    """Return the steps of phase 2, one where `steps` is empty; what a step leaves out is the stage's own parameter.
+def plan(steps: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any], begin: int = 0) -> list[Thaw]:
+    """Return the thaws of phase 2, one where `steps` is empty; what a step leaves out is the stage's own parameter.
 
     Args:
         steps: dicts of any of FIELDS.
@@ -60,60 +51,132 @@ def plan(steps: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any], begi
     Raises:
         ValueError: an unknown key, or a value that the parameter of that name could not have.
     """
-    found: list[Step] = []
-    for number, given in enumerate(steps or [{}], 1):
-        _check(given, number)
-        values = {name: given.get(name, parameters[name]) for name in FIELDS}
+    thaws: list[Thaw] = []
+    for number, changes in enumerate(steps or [{}], 1):
+        _check(changes, number)
+        values = {name: changes.get(name, parameters[name]) for name in FIELDS}
         phase = "fine_tune" if number == 1 else f"fine-tune {number}"
-        found.append(Step(**values, begin=found[-1].end if found else begin, phase=phase))
-    return found
+        thaws.append(Thaw(**values, begin=thaws[-1].end if thaws else begin, phase=phase))
+    return thaws
 
 
-def _check(given: Mapping[str, Any], number: int) -> None:
-    unknown = [name for name in given if name not in FIELDS]
+def _check(changes: Mapping[str, Any], number: int) -> None:
+    unknown = [name for name in changes if name not in FIELDS]
     if unknown:
         raise ValueError(f"steps {number}: there is no {unknown[0]!r}.{words.did_you_mean(str(unknown[0]), FIELDS)}")
-    if problems := notebooks.problems(notebooks.find_stage("fine_tune"), dict(given)):
+    if problems := notebooks.problems(notebooks.find_stage("fine_tune"), dict(changes)):
         raise ValueError(f"steps {number}: " + "; ".join(problems))
 
 
-def table(steps: Sequence[Step]) -> pd.DataFrame:
-    """Return the steps as a table, one row each, from the first epoch to the last."""
-    table = pd.DataFrame([vars(step) | {"from epoch": step.begin + 1, "to": step.end} for step in steps])
-    return table.rename(columns={"phase": "step"}).set_index("step")[["from epoch", "to", *FIELDS]]
+def table(thaws: Sequence[Thaw]) -> pd.DataFrame:
+    """Return the thaws as a table, one row each, from the first epoch to the last."""
+    rows = pd.DataFrame([vars(thaw) | {"from epoch": thaw.begin + 1, "to": thaw.end} for thaw in thaws])
+    return rows.rename(columns={"phase": "thaw"}).set_index("thaw")[["from epoch", "to", *FIELDS]]
 
 
-def trainable(model: keras.Model, steps: Sequence[Step]) -> pd.DataFrame:
-    """Return the table of `unfreezing.unfreeze` for each step; `model` is left as the last step has it."""
-    tables = {step.phase: unfreezing.unfreeze(model, step.unfreeze) for step in steps}
-    return next(iter(tables.values())) if len(tables) == 1 else pd.concat(tables, names=["step"])
-
-
-def rates(steps: Sequence[Step], images: int) -> pd.DataFrame:
+def rates(thaws: Sequence[Thaw], images: int) -> pd.DataFrame:
     """Return the planned learning rate by epoch, as `compiling.rates`, with the column phase.
 
     Args:
-        steps: of `plan`.
+        thaws: of `plan`.
         images: training images an epoch.
     """
-    found = []
-    for step in steps:
-        batches = hardware.steps(images, step.batch_size)
-        rate = compiling.schedule(step.schedule, step.learning_rate, epochs=step.epochs, steps=batches)
-        by_epoch = compiling.rates(rate, epochs=step.epochs, steps=batches, begin=step.begin)
-        found.append(by_epoch.assign(phase=step.phase))
-    return pd.concat(found, ignore_index=True)
+    tables = []
+    for thaw in thaws:
+        batches = hardware.steps(images, thaw.batch_size)
+        rate = compiling.schedule(thaw.schedule, thaw.learning_rate, epochs=thaw.epochs, steps=batches)
+        by_epoch = compiling.rates(rate, epochs=thaw.epochs, steps=batches, begin=thaw.begin)
+        tables.append(by_epoch.assign(phase=thaw.phase))
+    return pd.concat(tables, ignore_index=True)
 
 
-def optimizer(step: Step, model: keras.Model, *, steps: int, layer_decay: float = 1.0) -> keras.optimizers.Optimizer:
-    """Return the optimiser of a step, with its schedule and each layer's share of the learning rate.
+def optimizer(thaw: Thaw, model: keras.Model, *, steps: int, layer_decay: float = 1.0) -> keras.optimizers.Optimizer:
+    """Return the optimiser of a thaw, with its schedule and each layer's share of the learning rate.
 
     Args:
-        step: of `plan`.
+        thaw: of `plan`.
         model: the classifier, thawed.
         steps: batches an epoch.
         layer_decay: rate of each thawed layer as a share of that of the layer above it, see `unfreezing.layer_shares`.
     """
-    rate = compiling.schedule(step.schedule, step.learning_rate, epochs=step.epochs, steps=steps)
+    rate = compiling.schedule(thaw.schedule, thaw.learning_rate, epochs=thaw.epochs, steps=steps)
     shares = unfreezing.layer_shares(model, layer_decay) if layer_decay < 1 else None
-    return compiling.optimizer(step.optimizer, rate, shares=shares)
+    return compiling.optimizer(thaw.optimizer, rate, shares=shares)
+
+
+def train(
+    thaws: Sequence[Thaw],
+    model: keras.Model,
+    train: datasets.Folder,
+    val: datasets.Folder,
+    *,
+    out: Path,
+    augment: transforms.Augmentation | None,
+    parameters: Mapping[str, Any],
+) -> None:
+    """Train thaws that another one follows, each from the best weights of all before it, as the cells of 04 train one.
+
+    What was finished before is not trained again. `model` is left with the best weights, and as the last one thaws it.
+
+    Args:
+        thaws: of `plan`, without the last.
+        model: the classifier.
+        train, val: the images.
+        out: the stage's folder, where the best weights after each are kept until `saving.save`.
+        augment: as `transforms.make` returns it.
+        parameters: the stage's parameters.
+    """
+    for thaw in thaws:
+        unfreezing.unfreeze(model, thaw.unfreeze)
+        best = saving.best_after(out, thaw.end)
+        if not best.is_file():
+            _fit(thaw, model, train, val, out, augment, parameters)
+            if saving.best_epoch(saving.read_history(out), parameters["monitor"])["epoch"] <= thaw.begin:
+                saving.bare(model).load_weights(saving.best_after(out, thaw.begin))
+            saving.save_weights(saving.bare(model), best)
+        saving.bare(model).load_weights(best)
+
+
+def _fit(thaw, model, train, val, out: Path, augment, parameters: Mapping[str, Any]) -> None:
+    """Do what the cells of 04 do for the last thaw."""
+    draws = {"seed": parameters["seed"], "augment": augment}
+    batches = {"batch_size": thaw.batch_size, "balanced": parameters["imbalance"] == "balanced_batches"}
+    sizes = {name: parameters[name] for name in ("views", "cache_gb")}
+    cut = frontier.cut(model)
+    banks = feeds.fill_banks(cut, train, val, folder=out.parent / "cache", **draws, **sizes)
+    feed = (
+        feeds.from_banks(cut, banks, seed=parameters["seed"], **batches)
+        if banks
+        else feeds.whole_model(model, train, val, **draws, **batches)
+    )
+    with hardware.scope():
+        feed.model.compile(
+            optimizer=optimizer(thaw, model, steps=feed.steps, layer_decay=parameters["layer_decay"]),
+            loss=compiling.loss(parameters["loss"], parameters["label_smoothing"]),
+            metrics=compiling.metrics(parameters["monitor"]),
+            steps_per_execution=feed.steps_per_execution,
+        )
+    watched = {name: parameters[name] for name in ("monitor", "patience", "stop_smoothed", "profile_steps")}
+    callbacks = fitting.callbacks(
+        out,
+        phase=thaw.phase,
+        images=len(train),
+        begin=thaw.begin,
+        end=thaw.end,
+        optimizer=thaw.optimizer,
+        schedule=thaw.schedule,
+        **watched,
+    )
+    with hardware.batch_that_fits(feed.model, feed.train, thaw.batch_size):
+        feed.model.fit(
+            feed.train,
+            validation_data=feed.val,
+            initial_epoch=thaw.begin,
+            epochs=thaw.end,
+            class_weight=fitting.class_weights(train.labels, parameters["imbalance"]),
+            callbacks=[feed.clock, *callbacks],
+            shuffle=False,
+            verbose=fitting.verbosity(),
+        )
+    if not parameters["keep_cache"]:
+        feed.remove_cache()

@@ -32,6 +32,15 @@ ADVICE = {
 }
 
 
+def check(seconds: int) -> None:
+    """Raise a ValueError where something is to be measured and the model trains on several devices at once."""
+    if seconds and hardware.replicas() > 1:
+        raise ValueError(
+            f"measure_seconds measures one device, and {hardware.replicas()} train at once. Set it to 0, or"
+            f" {hardware.ONE_DEVICE}."
+        )
+
+
 def measure(
     model: keras.Model,
     images: datasets.Folder,
@@ -46,7 +55,7 @@ def measure(
     """Measure each step of the training of `model` on `images`; the model's weights are afterwards what they were.
 
     Args:
-        model: a classifier whose trainable flags are set. Compile it afterwards, not before.
+        model: a classifier whose trainable flags are set. It must be compiled again before it trains on.
         images: the training images.
         seconds: how long to measure in all, preparations included; each step runs twice even if that takes longer.
         views, epochs, batch_size, augment, seed: as the training will get them.
@@ -59,13 +68,9 @@ def measure(
     Raises:
         ValueError: the model is to train on several devices at once; one is measured.
     """
-    if hardware.replicas() > 1:
-        raise ValueError(
-            f"measure_seconds measures one device, and {hardware.replicas()} train at once. Set it to 0, or"
-            f" {hardware.ONE_DEVICE}."
-        )
-    cut = frontier.cut(model) if views else None
-    cached = cut is not None and cut.prefix is not None and cut.shape != model.input_shape[1:]
+    check(1)
+    cut = frontier.cut(model)
+    cached = views > 0 and cut.is_worth_it
     sample, pixels = _sample(images)
     read_again = not cached and len(images) * pixels[0].nbytes > bank.SHARE_OF_RAM * bank.free_memory()
     steps = {"disk": (epochs if read_again else 1, lambda: _reading(sample.paths))}

@@ -124,7 +124,11 @@ class Augmentation:
 
 
 def make(
-    spec: str | Sequence[dict[str, dict[str, Any]]] = "default", flip: str = "none", mix: str = "none"
+    spec: str | Sequence[dict[str, dict[str, Any]]] = "default",
+    flip: str = "none",
+    mix: str = "none",
+    *,
+    before: Mapping[str, Any] | None = None,
 ) -> Augmentation | None:
     """Return the augmentation that is described, None when it would do nothing.
 
@@ -135,10 +139,14 @@ def make(
         flip: "none", "horizontal", "vertical", "both", or "dihedral", all flips and quarter turns; never part of a
             preset, since only the user knows whether such an image still belongs to its class.
         mix: "none", "mixup", "cutmix" or "both": pairs of images are blended, and their labels as much.
+        before: augmentation, flip and mix of an earlier phase, which "same" stands for.
 
     Raises:
         ValueError: an unknown preset, flip, mix or layer, or arguments that the layer refuses.
     """
+    if before is not None:
+        chosen = {"augmentation": spec, "flip": flip, "mix": mix}
+        spec, flip, mix = (before[name] if value == "same" else value for name, value in chosen.items())
     for name, value, known in (("flip", flip, FLIPS), ("mix", mix, MIXES)):
         if value not in known:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}.")
