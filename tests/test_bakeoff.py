@@ -192,7 +192,7 @@ def made(monkeypatch):
     """The steps that were asked for; each leaves only its record."""
     steps = []
 
-    def make(step, watch, say):
+    def make(step, watch, say, run=None):
         steps.append(step)
         step.folder.mkdir(parents=True)
         disk.write_json(step.folder / stages.STAGE_FILE, {"status": "done", "headline": "made", "files": {}})

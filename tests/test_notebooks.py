@@ -52,6 +52,11 @@ def test_there_are_notebooks():
     ]
 
 
+def test_only_the_crop_is_optional():
+    optional = {stage.name: stage.replaces for stage in notebooks.stages().values() if stage.optional}
+    assert optional == {"crop": "explore"}
+
+
 # The form of the file
 
 

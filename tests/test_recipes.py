@@ -128,6 +128,32 @@ def test_stages_are_found_by_name_notebook_and_number(toys):
         notebooks.find_stage("haed")
 
 
+SMOOTH = """
+# optional, in place of explore
+source: str = "runs/demo/explore"  # folder written by 00_explore
+out: str = "runs/demo/smooth"  # folder this notebook writes
+"""
+
+
+def test_a_stage_is_optional_where_its_cell_says_so(toys, toy_notebooks, notebook, write):
+    assert not any(stage.optional for stage in notebooks.stages().values())
+    notebook(toy_notebooks / "00z_smooth.ipynb", SMOOTH)
+    notebook(toy_notebooks / "07_export.ipynb", SMOOTH.replace(", in place of explore", "").replace("smooth", "export"))
+    notebooks.stages.cache_clear()
+    smooth, export = notebooks.stages()["smooth"], notebooks.stages()["export"]
+    assert (smooth.optional, smooth.replaces) == (True, "explore")
+    assert (export.optional, export.replaces) == (True, "")
+    assert recipes.load(write("name: without")).chain() == ["explore", "head"]
+    assert recipes.load(write("smooth: {}\nexport: {}")).chain() == ["explore", "smooth", "head", "export"]
+
+
+def test_a_stage_can_replace_only_what_it_reads(toys, toy_notebooks, notebook):
+    notebook(toy_notebooks / "00z_smooth.ipynb", SMOOTH.replace("place of explore", "place of head"))
+    notebooks.stages.cache_clear()
+    with pytest.raises(notebooks.RecipeError, match=r"one that it reads \(explore\), not of head"):
+        notebooks.stages()
+
+
 def test_a_notebook_without_a_parameters_cell_is_named(toy_notebooks, notebook):
     path = notebook(toy_notebooks / "00_explore.ipynb", EXPLORE)
     path.write_text(path.read_text().replace('"parameters"', '"other"'))

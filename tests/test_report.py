@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers.core import disk, words
+from helpers.core import disk, project, words
 from helpers.evaluation import metrics
 from helpers.reports import report
 
@@ -212,6 +212,15 @@ def test_pictures_that_are_gone_are_named(tmp_path):
     for path in (tmp_path / "resize").rglob("*.png"):
         path.unlink()
     assert "picture no longer there" in report.build_report(tmp_path).read_text()
+
+
+def test_a_stage_that_the_report_knows_nothing_of_is_named(tmp_path, toy_notebooks, notebook):
+    for path in (project.ROOT / "notebooks").glob("0*.ipynb"):
+        (toy_notebooks / path.name).symlink_to(path)
+    cell = 'evaluate: str = "runs/demo/evaluate"  # from 05_evaluate\nout: str = "runs/demo/ship"  # folder'
+    notebook(toy_notebooks / "07_ship.ipynb", cell)
+    stage(tmp_path, "ship")
+    assert "<b>07_ship</b>" in report.build_report(tmp_path).read_text()
 
 
 def test_an_unfinished_stage_does_not_count(tmp_path):

@@ -12,9 +12,9 @@ import pandas as pd
 from rich.console import Console
 
 from helpers.cli import terminal
-from helpers.core import disk, notebooks, project, stages, words
+from helpers.core import notebooks, project, stages, words
 from helpers.models import backbones
-from helpers.pipeline import execution, fingerprints, planning, recipes
+from helpers.pipeline import chain, fingerprints, planning, recipes
 
 LAST = "resize"
 
@@ -43,15 +43,8 @@ def run(recipe: recipes.Recipe, names: Sequence[str], console: Console, *, own_s
     data = _until_resized(recipe)
     others = [_at_size(recipe, other) for other in sorted(own - {size, None})]
     steps = [*data, *others, _step(recipe, names, [data[-1], *others])]
-    for number, step in enumerate(steps, 1):
-        place = f"{number}/{len(steps)} {step.stage.name}"
-        if step.state != "to do":
-            planning.link_stage(step)
-            continue
-        with terminal.Watcher(console, place) as watcher:
-            seconds = execution.make(step, watcher, lambda text: console.print(f"      {text}", markup=False))
-        headline = disk.read_json(step.folder / stages.STAGE_FILE)["headline"]
-        console.print(f"{place:<14} {seconds:6.1f} s  {headline}", markup=False)
+    for event in chain.make(steps, **terminal.following(console)):
+        terminal.show_made(event, console)
     return steps[-1].link
 
 

@@ -1,14 +1,13 @@
 """What `thaw run` shows: a line per stage, live progress while one is made, and the headline at the end."""
 
-import sys
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from helpers.core import disk, parallel, project, stages
-from helpers.pipeline import execution, hosts, manifest, planning, recipes
+from helpers.core import disk, project
+from helpers.pipeline import chain, recipes
 
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal to draw on
 
@@ -58,82 +57,61 @@ def run(
     dry_run: bool = False,
     address: str = "",
 ) -> None:
-    """Make the stages of `recipe` that are to do, from `first` to `last`, then the report.
+    """Run `recipe` from stage `first` to stage `last`, then write the report; show each stage as it is made.
 
     Args:
-        address: of a Dask scheduler: its hosts train together and share the bulk work of the other stages.
+        recipe: a checked recipe.
+        console: where the lines go.
+        first, last: names of stages; "" for the first and the last of the chain.
+        rebuild: as for `planning.plan`.
+        dry_run: only say which stages would run, and why.
+        address: as for `chain.run`.
 
     Raises:
-        parallel.HostError: the hosts cannot do it.
-        planning.StageError: a stage failed, or one before `first` is not done.
-        ValueError: the recipe names a backbone or layer that does not exist, or its ratios do not add up.
+        parallel.HostError, planning.StageError, ValueError: as `chain.plan` and `chain.run`.
     """
-    planned = planning.plan(recipe, rebuild)
-    steps = _between(planned, first, last)
-    todo = [step for step in steps if step.state == "to do"]
-    warning = planning.dealt_anew(planned)
+    planned = chain.plan(recipe, first, last, rebuild=rebuild)
     if dry_run:
-        for step in steps:
-            console.print(
-                f"  {step.stage.name:<10} {'would run' if step in todo else 'kept     '}  {step.why}", markup=False
-            )
-        console.print(warning, markup=False) if warning else None
+        for step in planned.steps:
+            state = "would run" if step in planned.todo else "kept     "
+            console.print(f"  {step.stage.name:<10} {state}  {step.why}", markup=False)
+    elif planned.todo:
+        count = f"{len(planned.todo)} of {len(planned.steps)}"
+        console.print(f"{recipe.name}: {count} stages to do, in {project.display_path(planned.folder)}")
+    if planned.warning and (dry_run or planned.todo):
+        console.print(planned.warning, markup=False)
+    if dry_run:
         return
-    run_folder = project.runs_folder() / recipe.name
-    if todo:
-        disk.check_writable(run_folder.parent / ".store")
-        console.print(f"{recipe.name}: {len(todo)} of {len(steps)} stages to do, in {project.display_path(run_folder)}")
-        if address:
-            with parallel.connect(address) as client:
-                hosts.check(client, run_folder.parent / ".store")
-        console.print(warning, markup=False) if warning else None
-        planning.check_choices(recipe, todo, "jax" if address else "")
-        disk.check_writable(run_folder)
+    for event in chain.run(recipe, planned, address=address, **following(console)):
+        if isinstance(event, chain.Made):
+            show_made(event, console)
+        else:
+            _finish(recipe, event, console, is_idle=not planned.todo)
 
-    def tell(text: str) -> None:
-        console.print(f"      {text}", markup=False)
 
-    for number, step in enumerate(steps, 1):
-        place = f"{number}/{len(steps)} {step.stage.name}"
-        if step not in todo:
-            planning.link_stage(step)
-            continue
-        with Watcher(console, place) as watcher:
-            run = hosts.runner(address, step.stage.name, tell) if address else None
-            seconds = execution.make(step, watcher, tell, run)
-        headline = disk.read_json(step.folder / stages.STAGE_FILE)["headline"]
-        console.print(f"{place:<14} {seconds:6.1f} s  {headline}", markup=False)
-    later = planned[len(steps) :]
-    planning.unlink_stale(later)
-    planning.unlink_left_out(recipe)
-    kept = [step for step in later if step.state != "to do"]
-    fresh = manifest.write(recipe, [*steps, *kept], command=" ".join(sys.argv))
-    report = run_folder / "report.html"
-    if fresh or todo or not report.is_file():
+def following(console: Console) -> dict[str, Any]:
+    """Return the arguments `watching` and `say` of `chain.run` and `chain.make` that show progress on `console`."""
+    return {
+        "watching": lambda place: Watcher(console, place),
+        "say": lambda text: console.print(f"      {text}", markup=False),
+    }
+
+
+def show_made(event: chain.Made, console: Console) -> None:
+    """Print the line of a stage that was made."""
+    console.print(f"{event.place:<14} {event.seconds:6.1f} s  {event.headline}", markup=False)
+
+
+def _finish(recipe: recipes.Recipe, event: chain.Finished, console: Console, is_idle: bool) -> None:
+    report = event.folder / "report.html"
+    if event.changed or not report.is_file():
         from helpers.reports import report as reports
 
-        reports.build_report(run_folder)
-    if not todo:
+        reports.build_report(event.folder)
+    if is_idle:
         console.print(f"{recipe.name}: nothing to do, every stage is done.")
-    if steps[-1].stage.name == "evaluate":
+    if event.metrics:
         from helpers.evaluation import metrics
 
-        result = disk.read_json(run_folder / "evaluate" / "metrics.json")
-        console.print(metrics.headline(result, recipe.published), markup=False)
+        console.print(metrics.headline(disk.read_json(event.metrics), recipe.published), markup=False)
     console.print(f"Report: {project.display_path(report)}", markup=False)
-
-
-def _between(steps: list[planning.Step], first: str, last: str) -> list[planning.Step]:
-    names = [step.stage.name for step in steps]
-    if left_out := [name for name in (first, last) if name and name not in names]:
-        raise ValueError(f"The recipe has no section {left_out[0]}, so it leaves that stage out: {', '.join(names)}.")
-    begin = names.index(first) if first else 0
-    end = names.index(last) + 1 if last else len(names)
-    if begin >= end:
-        raise ValueError(f"--from {first} comes after --to {last}. The order is: {', '.join(names)}.")
-    missing = [step.stage.name for step in steps[:begin] if step.state == "to do"]
-    if missing:
-        raise planning.StageError(
-            f"--from {first} needs {', '.join(missing)} to be done. Leave --from out to run them too."
-        )
-    return steps[:end]

@@ -10,8 +10,12 @@ The annotation is its type, the comment its meaning, and an interval or a set at
 that another notebook writes, which is how the order of the stages is known. A comment that ends in
 `(as fine_tune.unfreeze)` gives the parameter the value of another one where a recipe sets only that.
 
-A notebook with a letter after its number, such as 00b_crop, is optional: it runs when the recipe has its section, and
-the stages after it then read its folder in place of the one that it read itself.
+A comment line in the cell says that a stage is optional, so that it runs only for a recipe that has its section:
+
+    # optional
+    # optional, in place of explore
+
+With the second, the stages after it read its folder in place of the one named, which must be one that it reads itself.
 """
 
 import ast
@@ -37,6 +41,8 @@ DEMO = "runs/demo/"
 NUMBER = r"[-+]?(?:inf|[\d.][\d.e+-]*)"
 INTERVAL = re.compile(rf"^(?P<text>.*?)\s*(?P<left>[\[(])(?P<low>{NUMBER}),\s*(?P<high>{NUMBER})(?P<right>[\])])$")
 FOLLOWS = re.compile(r"\(as (?P<stage>\w+)\.(?P<name>\w+)\)$")
+OPTIONAL = re.compile(r"^# optional(?:, in place of (?P<replaces>\w+))?$", re.MULTILINE)
+TITLE = re.compile(r"# (?:\w+ · )?(?P<title>.+)")
 CHOICES = re.compile(r"^(?P<text>.*?)\s*\{(?P<choices>\w+(?:,\s*\w+)*)\}$")
 
 # Parameters of earlier versions: what to do with a recipe that still sets one.
@@ -96,23 +102,31 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Stage:
-    """A notebook seen as a function: its parameters, the stages it reads and the stage it makes."""
+    """A notebook seen as a function: its parameters, the stages it reads and the stage it makes.
+
+    Attributes:
+        name: of the stage, which is that of its folder.
+        parameters: by name, in the order of the cell.
+        inputs: the stage that makes the folder which a parameter names, by parameter.
+        model: checks values of the parameters.
+        title: of the notebook's first cell, without its number.
+        optional: whether it runs only for a recipe that has its section.
+        replaces: the stage whose place it takes for all that come after it, "" for none.
+    """
 
     name: str
     notebook: Path
     parameters: dict[str, Parameter]
     inputs: dict[str, str]
     model: type[pydantic.BaseModel]
+    title: str = ""
+    optional: bool = False
+    replaces: str = ""
 
     @property
     def number(self) -> str:
-        """The number of the notebook: "03", or "00b" for an optional one."""
+        """The number of the notebook, such as "03" or "00b"."""
         return self.notebook.name.split("_")[0]
-
-    @property
-    def optional(self) -> bool:
-        """Whether it runs only for a recipe that has its section."""
-        return self.number[-1].isalpha()
 
     @property
     def settings(self) -> dict[str, Parameter]:
@@ -240,14 +254,32 @@ def _read_stage(notebook: Path) -> Stage:
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
         raise RecipeError(f"{notebook.name} needs exactly one cell tagged `parameters`, it has {len(tagged)}.")
-    parameters = read_parameters("".join(tagged[0]["source"]))
+    source = "".join(tagged[0]["source"])
+    parameters = read_parameters(source)
     if "out" not in parameters or not parameters["out"].made_by:
         raise RecipeError(f'{notebook.name}: the parameters cell needs out: str = "{DEMO}<stage>".')
     inputs = {name: p.made_by for name, p in parameters.items() if p.made_by and name != "out"}
     fields = {name: (p.constrained(), p.default) for name, p in parameters.items()}
     config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
     name = parameters["out"].made_by
-    return Stage(name, notebook, parameters, inputs, pydantic.create_model(name, __config__=config, **fields))
+    optional = OPTIONAL.search(source)
+    replaces = (optional["replaces"] or "") if optional else ""
+    if replaces and replaces not in inputs.values():
+        raise RecipeError(
+            f"{notebook.name}: a stage can take the place only of one that it reads"
+            f" ({', '.join(inputs.values()) or 'none'}), not of {replaces}."
+        )
+    title = TITLE.match("".join(cells[0]["source"]))
+    return Stage(
+        name,
+        notebook,
+        parameters,
+        inputs,
+        pydantic.create_model(name, __config__=config, **fields),
+        title=title["title"] if title else name,
+        optional=optional is not None,
+        replaces=replaces,
+    )
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

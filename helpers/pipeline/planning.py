@@ -74,8 +74,8 @@ def plan(recipe: recipes.Recipe, rebuild: str = "") -> list[Step]:
         step = _step(recipe, name, readable, again)
         steps.append(step)
         readable[name] = step
-        if step.stage.optional:  # it takes the place of what it reads
-            readable |= dict.fromkeys(step.stage.inputs.values(), step)
+        if step.stage.replaces:
+            readable[step.stage.replaces] = step
     return steps
 
 

@@ -27,17 +27,6 @@ from helpers.data import fixes
 from helpers.evaluation import metrics
 from helpers.reports import charts, curves, sheets
 
-STAGES = {
-    "explore": ("Explore", "00_explore"),
-    "crop": ("Crop", "00b_crop"),
-    "split": ("Split", "01_split"),
-    "resize": ("Resize", "02_resize"),
-    "head": ("Train the head", "03_train_head"),
-    "fine_tune": ("Fine-tune", "04_fine_tune"),
-    "evaluate": ("Evaluate", "05_evaluate"),
-}
-
-
 PHASES = {"head": "Phase 1, the head", "fine_tune": "Phase 2, the thawed backbone"}
 PARTS, UNUSED = ("train", "val", "test"), "unused"
 GROUPS, PER_GROUP = 3, 2  # groups of look-alikes shown, and pictures of each
@@ -63,7 +52,7 @@ def build_report(run_folder: str | os.PathLike) -> Path:
         FileNotFoundError: there is no such folder, or no stage in it is done.
     """
     run = project.resolve(run_folder)
-    stages = {name: read_stage(run / name) for name in STAGES}
+    stages = {name: read_stage(run / name) for name in notebooks.stages()}
     if not any(stages.values()):
         raise FileNotFoundError(
             f"{project.display_path(run)} has no finished stage to report on. `thaw run` with its recipe makes them."
@@ -111,9 +100,9 @@ def _recipe(run: Path) -> dict:
 
 def _steps(stages: dict[str, dict | None]) -> list[dict]:
     return [
-        {"title": title, "notebook": notebook, "done": bool(stages[name]), "record": stages[name] or {}, "name": name}
-        for name, (title, notebook) in STAGES.items()
-        if stages[name] or not notebooks.stages()[name].optional
+        {"title": stage.title, "done": bool(stages[name]), "record": stages[name] or {}, "name": name}
+        for name, stage in notebooks.stages().items()
+        if stages[name] or not stage.optional
     ]
 
 
@@ -267,11 +256,11 @@ def _honest_gap(file: Path) -> dict | None:
 def _settings(stages: dict) -> list[dict]:
     """The parameters of each stage, less the folders that `thaw run` chose itself."""
     settings = []
-    for name, (title, _) in STAGES.items():
+    for name, stage in notebooks.stages().items():
         parameters = (stages[name] or {}).get("parameters") or {}
         kept = {key: value for key, value in parameters.items() if key != "out" and ".store" not in str(value)}
         if kept:
-            settings.append({"name": name, "title": title, "parameters": kept})
+            settings.append({"name": name, "title": stage.title, "parameters": kept})
     return settings
 
 
@@ -287,14 +276,15 @@ def _versions(stages: dict) -> dict[str, str]:
 
 def _notebooks(run: Path, stages: dict) -> list[dict]:
     exporter = _exporter()
-    notebooks = []
-    for name, (title, notebook) in STAGES.items():
-        places = (run / name / "notebook.ipynb", run / f"{notebook}.ipynb")
+    executed = []
+    for name, stage in notebooks.stages().items():
+        places = (run / name / "notebook.ipynb", run / stage.notebook.name)
         path = next((place for place in places if place.is_file()), None)
         if path:
             body, _ = exporter.from_filename(str(path.resolve()))
-            notebooks.append({"name": notebook, "title": title, "html": Markup(body)})  # cleaned by the exporter
-    return notebooks
+            html = Markup(body)  # cleaned by the exporter
+            executed.append({"name": stage.notebook.stem, "title": stage.title, "html": html})
+    return executed
 
 
 def _exporter():

@@ -1,0 +1,138 @@
+"""The run of a recipe: the stages that are to do, one after the other, told as events.
+
+Nothing is shown here. Who shows a run iterates over the events, and gives what watches the progress of one stage.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.core import disk, parallel, project, stages
+from helpers.pipeline import execution, hosts, manifest, planning, recipes
+
+Watching = Callable[[str], AbstractContextManager[execution.Watch]]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run is going to do; nothing is made yet.
+
+    Attributes:
+        folder: of the run.
+        steps: from the first stage to the last one that was asked for.
+        later: the steps after these, which the run leaves as they are.
+        warning: what the user should know before anything starts, "" for nothing.
+    """
+
+    folder: Path
+    steps: list[planning.Step]
+    later: list[planning.Step]
+    warning: str
+
+    @property
+    def todo(self) -> list[planning.Step]:
+        """The steps that will be made."""
+        return [step for step in self.steps if step.state == "to do"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A stage was made: its place in the chain, such as "4/6 head", the seconds that it took and its headline."""
+
+    place: str
+    seconds: float
+    headline: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is complete.
+
+    Attributes:
+        folder: of the run.
+        changed: whether it differs from what it was, so that its report has to be written again.
+        metrics: metrics.json of the last stage, None where that stage measures nothing.
+    """
+
+    folder: Path
+    changed: bool
+    metrics: Path | None
+
+
+def plan(recipe: recipes.Recipe, first: str = "", last: str = "", *, rebuild: str = "") -> Planned:
+    """Work out what a run would do, from stage `first` to stage `last`.
+
+    Raises:
+        planning.StageError: a stage before `first` is not done.
+        ValueError: the recipe leaves one of the two out, or they stand in the wrong order.
+    """
+    planned = planning.plan(recipe, rebuild)
+    steps = _between(planned, first, last)
+    folder = project.runs_folder() / recipe.name
+    return Planned(folder, steps, planned[len(steps) :], planning.dealt_anew(planned))
+
+
+def run(
+    recipe: recipes.Recipe, planned: Planned, *, watching: Watching, say: Say, address: str = ""
+) -> Iterator[Made | Finished]:
+    """Check the recipe, then make the stages that are to do and yield each when it is made, and the end of the run.
+
+    Args:
+        recipe: the recipe.
+        planned: as `plan` returns it.
+        watching: takes the place of a stage and returns what is called with each line of its progress, as a context.
+        say: called with a sentence when there is something to tell.
+        address: of a Dask scheduler: its hosts train together and share the bulk work of the other stages.
+
+    Raises:
+        parallel.HostError: the hosts cannot do it.
+        planning.StageError: a stage failed.
+        ValueError: the recipe names a backbone or layer that does not exist, or its ratios do not add up.
+    """
+    todo = planned.todo
+    if todo:
+        store = planned.folder.parent / ".store"
+        disk.check_writable(store)
+        if address:
+            with parallel.connect(address) as client:
+                hosts.check(client, store)
+        planning.check_choices(recipe, todo, "jax" if address else "")
+        disk.check_writable(planned.folder)
+    yield from make(planned.steps, watching=watching, say=say, address=address)
+    planning.unlink_stale(planned.later)
+    planning.unlink_left_out(recipe)
+    kept = [step for step in planned.later if step.state != "to do"]
+    is_new = manifest.write(recipe, [*planned.steps, *kept], command=" ".join(sys.argv))
+    metrics = planned.steps[-1].link / "metrics.json"
+    yield Finished(planned.folder, is_new or bool(todo), metrics if metrics.is_file() else None)
+
+
+def make(steps: list[planning.Step], *, watching: Watching, say: Say, address: str = "") -> Iterator[Made]:
+    """Make the steps that are to do, link to all of them, and yield each that was made. Arguments as for `run`."""
+    for number, step in enumerate(steps, 1):
+        if step.state != "to do":
+            planning.link_stage(step)
+            continue
+        place = f"{number}/{len(steps)} {step.stage.name}"
+        runner = hosts.runner(address, step.stage.name, say) if address else None
+        with watching(place) as watch:
+            seconds = execution.make(step, watch, say, runner)
+        yield Made(place, seconds, disk.read_json(step.folder / stages.STAGE_FILE)["headline"])
+
+
+def _between(steps: list[planning.Step], first: str, last: str) -> list[planning.Step]:
+    names = [step.stage.name for step in steps]
+    if left_out := [name for name in (first, last) if name and name not in names]:
+        raise ValueError(f"The recipe has no section {left_out[0]}, so it leaves that stage out: {', '.join(names)}.")
+    begin = names.index(first) if first else 0
+    end = names.index(last) + 1 if last else len(names)
+    if begin >= end:
+        raise ValueError(f"--from {first} comes after --to {last}. The order is: {', '.join(names)}.")
+    if missing := [step.stage.name for step in steps[:begin] if step.state == "to do"]:
+        raise planning.StageError(
+            f"--from {first} needs {', '.join(missing)} to be done. Leave --from out to run them too."
+        )
+    return steps[:end]
