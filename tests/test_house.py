@@ -83,6 +83,12 @@ def test_an_import_that_goes_sideways_is_refused(house):
     assert "helpers.reports is not allowed to import helpers.pipeline" in floors()
 
 
+def test_the_chain_does_without_what_trains(house):
+    helpers, floors = house
+    (helpers / "pipeline/trains.py").write_text("def late():\n    from helpers.training import compiling\n")
+    assert "helpers.pipeline.trains -> helpers.training.compiling" in floors()
+
+
 def test_a_folder_without_a_floor_is_refused(house):
     helpers, floors = house
     (helpers / "attic").mkdir()
