@@ -42,9 +42,7 @@ resize: {image_size: 32}
 head: {epochs: 8, views: 2, batch_size: 8}
 fine_tune: {unfreeze: block7, epochs: 3, views: 2, batch_size: 8}
 """
-ALMOST_FULL = (
-    "from helpers.cli import main; from helpers.pipeline import store; store.LEAST_FREE_BYTES = 0; main.entry()"
-)
+ALMOST_FULL = "from helpers.cli import main; from helpers.core import disk; disk.LEAST_FREE_BYTES = 0; main.entry()"
 SECRET = "s3cr3t-of-the-environment"
 
 

@@ -219,8 +219,15 @@ def test_a_stage_that_the_report_knows_nothing_of_is_named(tmp_path, toy_noteboo
         (toy_notebooks / path.name).symlink_to(path)
     cell = 'evaluate: str = "runs/demo/evaluate"  # from 05_evaluate\nout: str = "runs/demo/ship"  # folder'
     notebook(toy_notebooks / "07_ship.ipynb", cell)
-    stage(tmp_path, "ship")
-    assert "<b>07_ship</b>" in report.build_report(tmp_path).read_text()
+    stage(tmp_path, "ship", headline="a bundle of 13.5 MB")
+    text = report.build_report(tmp_path).read_text()
+    assert "<b>07_ship</b>" in text and "a bundle of 13.5 MB" in text
+
+
+def test_a_chain_without_the_stages_that_the_report_shows(tmp_path, toy_notebooks, notebook):
+    notebook(toy_notebooks / "00_explore.ipynb", 'out: str = "runs/demo/look"  # folder')
+    stage(tmp_path, "look")
+    assert "<b>00_explore</b>" in report.build_report(tmp_path).read_text()
 
 
 def test_an_unfinished_stage_does_not_count(tmp_path):

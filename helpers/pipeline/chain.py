@@ -54,7 +54,7 @@ class Finished:
     Attributes:
         folder: of the run.
         changed: whether it differs from what it was, so that its report has to be written again.
-        metrics: metrics.json of the last stage, None where that stage measures nothing.
+        metrics: metrics.json of the last stage that has one, None where none has.
     """
 
     folder: Path
@@ -106,8 +106,8 @@ def run(
     planning.unlink_left_out(recipe)
     kept = [step for step in planned.later if step.state != "to do"]
     is_new = manifest.write(recipe, [*planned.steps, *kept], command=" ".join(sys.argv))
-    metrics = planned.steps[-1].link / "metrics.json"
-    yield Finished(planned.folder, is_new or bool(todo), metrics if metrics.is_file() else None)
+    measured = (step.link / "metrics.json" for step in reversed(planned.steps))
+    yield Finished(planned.folder, is_new or bool(todo), next(filter(Path.is_file, measured), None))
 
 
 def make(steps: list[planning.Step], *, watching: Watching, say: Say, address: str = "") -> Iterator[Made]:
@@ -117,8 +117,8 @@ def make(steps: list[planning.Step], *, watching: Watching, say: Say, address: s
             planning.link_stage(step)
             continue
         place = f"{number}/{len(steps)} {step.stage.name}"
-        runner = hosts.runner(address, step.stage.name, say) if address else None
         with watching(place) as watch:
+            runner = hosts.runner(address, step.stage.name, say) if address else None
             seconds = execution.make(step, watch, say, runner)
         yield Made(place, seconds, disk.read_json(step.folder / stages.STAGE_FILE)["headline"])
 

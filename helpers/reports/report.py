@@ -9,6 +9,7 @@ import base64
 import io
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -52,7 +53,7 @@ def build_report(run_folder: str | os.PathLike) -> Path:
         FileNotFoundError: there is no such folder, or no stage in it is done.
     """
     run = project.resolve(run_folder)
-    stages = {name: read_stage(run / name) for name in notebooks.stages()}
+    stages = defaultdict(lambda: None, {name: read_stage(run / name) for name in notebooks.stages()})
     if not any(stages.values()):
         raise FileNotFoundError(
             f"{project.display_path(run)} has no finished stage to report on. `thaw run` with its recipe makes them."
