@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from helpers.cli import bakeoff, main
-from helpers.core import disk, progress, stages
+from helpers.core import child, disk, progress, stages
 from helpers.evaluation import learning_curve, probe
 from helpers.pipeline import execution, planning, recipes
 from helpers.reports import charts, curves
@@ -113,13 +113,14 @@ def test_names_are_checked_and_sizes_given_before_anything_is_computed(resized, 
 
 
 def test_a_process_that_dies_is_a_reason(resized, tmp_path, monkeypatch):
-    crash = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    run = probe.subprocess.run
-    command = [probe.sys.executable, "-c"]
-    monkeypatch.setattr(probe.subprocess, "run", lambda _, **settings: run([*command, crash], **settings))
+    def ask(*_):
+        raise error
+
+    monkeypatch.setattr(child, "ask", ask)
+    error = child.ChildError("its process was ended by SIGKILL", "SIGKILL", "")
     assert "SIGKILL, most often because memory ran out" in probe.embed("vgg16", resized, cache=tmp_path)["problem"]
-    crash = "raise RuntimeError('a defect')"
-    assert "a defect" in probe.embed("vgg16", resized, cache=tmp_path)["problem"]
+    error = child.ChildError("a defect", "", "")
+    assert probe.embed("vgg16", resized, cache=tmp_path)["problem"] == "a defect"
 
 
 # The learning curve

@@ -13,7 +13,7 @@ from typer.main import get_command
 from helpers.cli import main
 from helpers.core import notebooks, project
 from helpers.evaluation import prediction
-from helpers.pipeline import planning, recipes
+from helpers.pipeline import checks, planning, recipes
 
 ROOT = project.ROOT
 COMMANDS = get_command(main.app).commands
@@ -173,7 +173,7 @@ def test_a_backbone_is_checked_whatever_is_unfrozen(thaw, recipe, runs_folder):
 def test_no_space(thaw, recipe, runs_folder, monkeypatch):
     import shutil
 
-    monkeypatch.setattr(planning, "check_choices", lambda *_: None)
+    monkeypatch.setattr(checks, "check", lambda *_: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
     assert "Only 0 MB are free where" in mistake(thaw, runs_folder, "run", recipe)
 

@@ -1,6 +1,5 @@
 """`thaw doctor`: true on this machine, and for made-up machines the fix that fits; `thaw prefetch` beside it."""
 
-import json
 import os
 import re
 import subprocess
@@ -11,8 +10,8 @@ from test_manifest import thaw  # noqa: F401
 
 from helpers.cli import doctor, prefetch
 from helpers.cli.doctor import GpuFacts
-from helpers.core import machine, notebooks, project
-from helpers.pipeline import planning, recipes
+from helpers.core import child, machine, notebooks, project
+from helpers.pipeline import checks, recipes
 
 
 def test_every_line_is_true_on_this_machine(runs_folder):
@@ -62,9 +61,13 @@ def test_the_facts_are_gathered_without_a_gpu_too():
     assert all(re.fullmatch(r"lib\w+\.so\.\d+", name) for name in facts.missing)
 
 
-def fake_tensorflow(monkeypatch, told, code=0, stderr=""):
-    finished = subprocess.CompletedProcess([], code, json.dumps(told) if told else "", stderr)
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: finished)
+def fake_tensorflow(monkeypatch, told, error=None):
+    def ask(*_, **__):
+        if error:
+            raise error
+        return child.Answer(told, "")
+
+    monkeypatch.setattr(child, "ask", ask)
     return list(doctor._tensorflow())
 
 
@@ -87,9 +90,10 @@ def test_a_convolution_that_fails_or_is_wrong_is_told(monkeypatch):
 
 
 def test_a_tensorflow_that_cannot_be_loaded_is_told(monkeypatch):
-    found, _ = fake_tensorflow(monkeypatch, None, -4)
+    found, _ = fake_tensorflow(monkeypatch, None, child.ChildError("its process was ended by SIGILL", "SIGILL", ""))
     assert "cannot be loaded" in found.text and "AVX" in found.fix
-    found, _ = fake_tensorflow(monkeypatch, None, 1, "Traceback ...\nImportError: libfoo.so is not there\n")
+    error = child.ChildError("Traceback ...\nImportError: libfoo.so is not there", "", "")
+    found, _ = fake_tensorflow(monkeypatch, None, error)
     assert "ImportError: libfoo.so is not there" in found.text
 
 
@@ -179,7 +183,7 @@ def test_weights_that_cannot_be_had_stop_a_run_before_it_begins(monkeypatch, run
     recipe = recipes.load(tmp_path / "r.yaml")
     head = type("Step", (), {"stage": notebooks.find_stage("head")})
     with pytest.raises(FileNotFoundError, match=r"head\.weights: The ImageNet weights of mobilenet are not") as caught:
-        planning.check_choices(recipe, [head])
+        checks.check(recipe, [head])
     assert str(tmp_path / "keras" / "models") in str(caught.value) and "connect to the network" in str(caught.value)
     assert not (runs_folder / ".store").exists()
 
@@ -188,13 +192,9 @@ def test_fetched_weights_are_asked_for_once(monkeypatch, runs_folder):
     (runs_folder / ".store").mkdir(parents=True)
     asked = []
 
-    def run(command, **_):
-        asked.append(command[-1])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(planning.subprocess, "run", run)
+    monkeypatch.setattr(child, "ask", lambda module, request, **_: asked.append(request["name"]))
     for _ in range(2):
-        planning._fetch_weights("resnet50")
+        checks._fetch_weights("resnet50")
     monkeypatch.setenv("KERAS_HOME", os.devnull)
-    planning._fetch_weights("resnet50")
+    checks._fetch_weights("resnet50")
     assert asked == ["resnet50", "resnet50"], "another home of Keras may lack them"

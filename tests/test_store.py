@@ -24,7 +24,7 @@ from rich.console import Console
 from helpers.cli import terminal
 from helpers.core import disk, notebooks, project
 from helpers.data import inventory
-from helpers.pipeline import execution, fingerprints, planning, recipes
+from helpers.pipeline import checks, execution, fingerprints, planning, recipes
 from helpers.reports import report
 
 EXPLORE = """
@@ -66,11 +66,11 @@ from pathlib import Path
 from helpers.cli import main
 from helpers.core import disk, notebooks, project
 from helpers.data import inventory
-from helpers.pipeline import planning
+from helpers.pipeline import checks
 
 notebooks.NOTEBOOKS = Path(sys.argv.pop(1))
 inventory.source_fingerprint = lambda parameters, cache_file: Path(parameters["source"], "photos.txt").read_text()
-planning.check_choices = lambda recipe, steps, backend="": None  # asks Keras about stages that toys do not have
+checks.check = lambda recipe, steps, backend="": None  # asks Keras about stages that toys do not have
 class report:
     build_report = staticmethod(lambda folder: disk.write_text(folder / "report.html", "report"))
 sys.modules["helpers.reports.report"] = report
@@ -135,7 +135,7 @@ def toys(tmp_path, toy_notebooks, notebook, runs_folder, monkeypatch):
     monkeypatch.setattr(
         inventory, "source_fingerprint", lambda p, cache_file: Path(p["source"], "photos.txt").read_text()
     )
-    monkeypatch.setattr(planning, "check_choices", lambda recipe, steps, backend="": None)
+    monkeypatch.setattr(checks, "check", lambda recipe, steps, backend="": None)
     monkeypatch.setattr(report, "build_report", lambda folder: disk.write_text(folder / "report.html", "report"))
     return made
 
@@ -230,13 +230,13 @@ def test_a_split_that_is_dealt_anew_is_told_with_the_way_to_keep_it(quick_toys, 
 def test_a_run_cannot_remember_its_own_split(runs_folder, place):
     recipe = recipes.load("recipes/elpv.yaml", [f"split.previous={runs_folder / place}"])
     with pytest.raises(notebooks.RecipeError, match=r"this run's own split.*cp .*/split\.csv data/elpv_split\.csv"):
-        planning.check_choices(recipe, [])
+        checks.check(recipe, [])
 
 
 def test_an_earlier_split_that_is_missing_is_told_before_the_run(runs_folder):
     recipe = recipes.load("recipes/elpv.yaml", [f"split.previous={runs_folder / 'nowhere.csv'}"])
     with pytest.raises(FileNotFoundError, match=r"previous: there is no file .*nowhere\.csv"):
-        planning.check_choices(recipe, [])
+        checks.check(recipe, [])
 
 
 def test_the_content_of_a_file_that_a_parameter_names_counts(quick_toys, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from helpers.core import disk, notebooks, progress
-from helpers.pipeline import recipes
+from helpers.pipeline import checks, recipes
 from helpers.training import compiling, thaws
 
 NAMES = ("s1_campus", "s2_dogs", "s3_butterflies", "s4_cars", "s5_kenyan_food")
@@ -342,7 +342,6 @@ def test_a_competition_ends_in_its_submission(tmp_path, by_hand, image_folder, m
 
 
 def test_a_part_that_would_be_empty_is_told_before_the_run(runs_folder, image_folder, tmp_path):
-    from helpers.pipeline import planning
 
     source = image_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
     changes = [f"explore.source={source}", "explore.labels=", "evaluate.part=test"]
@@ -350,7 +349,7 @@ def test_a_part_that_would_be_empty_is_told_before_the_run(runs_folder, image_fo
     with pytest.raises(
         notebooks.RecipeError, match=r"evaluate\.part: test would be empty, by split: \[0\.8, 0\.2, 0\]"
     ):
-        planning.check_choices(recipe, [])
+        checks.check(recipe, [])
 
 
 def test_the_table_names_only_what_exists():

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.core import disk, notebooks, progress, project, stages
 from helpers.models import classifier, unfreezing
-from helpers.pipeline import planning, recipes
+from helpers.pipeline import checks, planning, recipes
 from helpers.training import saving
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
@@ -121,4 +121,4 @@ def test_a_head_that_is_made_anew_is_another_ingredient(control, monkeypatch, tm
     assert planning._named_files({"from_run": "control"}) != before != {}
     assert planning._named_files({"from_run": "none such"}) == {}
     with pytest.raises(notebooks.RecipeError, match="control is this run itself"):
-        planning._check_from_run(recipes.Recipe("control", {"head": {"from_run": "control"}}))
+        checks._check_from_run(recipes.Recipe("control", {"head": {"from_run": "control"}}))

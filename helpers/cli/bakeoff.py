@@ -16,8 +16,6 @@ from helpers.core import notebooks, project, stages, words
 from helpers.models import backbones
 from helpers.pipeline import chain, fingerprints, planning, recipes
 
-LAST = "resize"
-
 
 def run(recipe: recipes.Recipe, names: Sequence[str], console: Console, *, own_size: bool = False) -> Path:
     """Compare backbones on the validation images of `recipe`; the result is runs/<name>/bakeoff.
@@ -38,7 +36,7 @@ def run(recipe: recipes.Recipe, names: Sequence[str], console: Console, *, own_s
     """
     if not names or len(set(names)) < len(names):
         raise ValueError(f"--backbones: name at least one, and each once; got {', '.join(names) or 'none'}.")
-    size, sizes = recipe.resolved(LAST)["image_size"], [backbones.spec(name).size for name in names]
+    size, sizes = recipe.resolved(_images())["image_size"], [backbones.spec(name).size for name in names]
     own = set(sizes) if own_size else set()
     data = _until_resized(recipe)
     others = [_at_size(recipe, other) for other in sorted(own - {size, None})]
@@ -63,18 +61,23 @@ def as_text(folder: Path) -> str:
     return "\n".join([*lines, *(f"{row.backbone:<24} {row.problem.splitlines()[0]}" for row in failed.itertuples())])
 
 
+def _images() -> str:
+    """Return the stage whose images the notebook reads: those of one size."""
+    return notebooks.studies()["bakeoff"].inputs["images"]
+
+
 def _until_resized(recipe: recipes.Recipe) -> list[planning.Step]:
     steps = planning.plan(recipe)
     names = [step.stage.name for step in steps]
-    return steps[: names.index(LAST) + 1]
+    return steps[: names.index(_images()) + 1]
 
 
 def _at_size(recipe: recipes.Recipe, size: int) -> planning.Step:
     """Return the step that resizes the recipe's images to another size, linked to beside the recipe's own run."""
-    section = recipe.stages.get(LAST, {}) | {"image_size": size}
-    step = _until_resized(replace(recipe, stages=recipe.stages | {LAST: section}))[-1]
+    section = recipe.stages.get(_images(), {}) | {"image_size": size}
+    step = _until_resized(replace(recipe, stages=recipe.stages | {_images(): section}))[-1]
     # A stage made by hand lies in the run itself and has its own size; this one comes from the store.
-    return replace(step, link=step.link.parent / "sizes" / str(size) / LAST)
+    return replace(step, link=step.link.parent / "sizes" / str(size) / step.link.name)
 
 
 def _step(recipe: recipes.Recipe, names: Sequence[str], resized: list[planning.Step]) -> planning.Step:
@@ -84,7 +87,7 @@ def _step(recipe: recipes.Recipe, names: Sequence[str], resized: list[planning.S
     parameters |= {name: head[name] for name in ("next_unfreeze", "cache_gb", "seed")}
     parameters |= {"backbones": list(names), "weights": "none" if head["weights"] == "none" else "imagenet"}
     ingredients = {"parameters": parameters, "code": fingerprints.code_of(study.notebook)}
-    ingredients["inputs"] = {f"{LAST} {number}": step.fingerprint for number, step in enumerate(resized)}
+    ingredients["inputs"] = {f"{_images()} {number}": step.fingerprint for number, step in enumerate(resized)}
     fingerprint = fingerprints.fingerprint(ingredients)
     folder = project.runs_folder() / ".store" / f"{study.name}-{fingerprint}"
     made = (folder / stages.STAGE_FILE).is_file()

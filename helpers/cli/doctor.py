@@ -1,12 +1,10 @@
 """`thaw doctor`: looks at everything that a run needs on this machine, and names the fix of what is missing.
 
-TensorFlow is asked in a process of its own, `python -m helpers.cli.doctor`, since it may crash where the processor or a
-driver does not fit.
+TensorFlow is asked in a process of its own, since it may crash where the processor or a driver does not fit.
 """
 
 import ctypes
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -24,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from helpers.cli import prefetch
-from helpers.core import disk, machine, notebooks, project, stages
+from helpers.core import child, disk, machine, notebooks, project, stages
 from helpers.models import backbones
 from helpers.pipeline import housekeeping, store
 
@@ -128,17 +126,16 @@ def _requirements() -> list[Requirement]:
 
 
 def _tensorflow() -> Iterator[Finding]:
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "0"}
-    command = [sys.executable, "-m", "helpers.cli.doctor"]
-    asked = subprocess.run(command, capture_output=True, text=True, cwd=project.ROOT, env=environment, check=False)
-    lines = asked.stdout.strip().splitlines()
-    if asked.returncode or not lines:
-        last = (asked.stderr.strip().splitlines() or ["no message"])[-1]
-        fix = "it ended with SIGILL: the processor has no AVX, which TensorFlow needs" if asked.returncode == -4 else ""
-        yield Finding("tensorflow", f"cannot be loaded: {last[:300]}", fix or "install the packages of the lock anew")
+    try:
+        asked = child.ask("helpers.cli.doctor", {}, environment={"TF_CPP_MIN_LOG_LEVEL": "0"})
+    except child.ChildError as error:
+        last = (str(error).splitlines() or ["no message"])[-1]
+        no_avx = "it ended with SIGILL: the processor has no AVX, which TensorFlow needs"
+        fix = no_avx if error.signal == "SIGILL" else "install the packages of the lock again"
+        yield Finding("tensorflow", f"cannot be loaded: {last[:300]}", fix)
         yield _gpu_not_seen(gpu_facts())
         return
-    told = json.loads(lines[-1])
+    told = asked.value
     yield Finding("tensorflow", f"{told['tensorflow']} with Keras {told['keras']} on {told['backend']}")
     for device in told["devices"]:
         name, error = device["name"], device["error"]
@@ -151,7 +148,7 @@ def _tensorflow() -> Iterator[Finding]:
     if gpus > 1:
         yield Finding("gpus", f"03 and 04 train on all {gpus} at once with devices: auto, on one with devices: gpu")
     if not gpus:
-        yield _gpu_not_seen(gpu_facts(told), asked.stderr)
+        yield _gpu_not_seen(gpu_facts(told), asked.log)
 
 
 def _gpu_not_seen(facts: GpuFacts, log: str = "") -> Finding:
@@ -380,4 +377,4 @@ def _store() -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_probe()))
+    child.answer(_probe)

@@ -1,14 +1,10 @@
-"""ImageNet weights on this machine: which are here, and fetching the others while there is a network.
+"""ImageNet weights on this machine: which are here, and fetching the others while there is a network."""
 
-`python -m helpers.cli.prefetch BACKBONE` fetches in a process of its own; a failure is one line on standard output.
-"""
-
-import contextlib
 import importlib.util
 import os
 import socket
-import sys
 
+from helpers.core import child
 from helpers.models import backbones, efficientnet_lite
 from helpers.pipeline import recipes
 
@@ -48,16 +44,5 @@ def here() -> list[str]:
     return lite + sorted(path.name for path in (backbones.keras_home() / "models").glob("*.h5"))
 
 
-def main(name: str) -> int:
-    """Fetch one backbone's weights; say on standard output why that failed, if it did."""
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # the bar of the download
-            fetch(name)
-    except (ValueError, OSError, ImportError) as error:
-        print(error)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    child.answer(fetch)

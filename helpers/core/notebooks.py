@@ -129,6 +129,11 @@ class Stage:
         return self.notebook.name.split("_")[0]
 
     @property
+    def trains(self) -> bool:
+        """Whether it trains a network: its notebook has a parameter `epochs`."""
+        return "epochs" in self.parameters
+
+    @property
     def settings(self) -> dict[str, Parameter]:
         """The parameters that a recipe may set: all but the folders, which the pipeline gives."""
         return {name: p for name, p in self.parameters.items() if not p.made_by}

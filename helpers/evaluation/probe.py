@@ -1,17 +1,12 @@
 """A probe: how well a linear classifier tells the classes apart from what a frozen backbone makes of the images.
 
 The features are those that phase 1 trains on, computed once and kept where the training stages look for them. They are
-computed in a process of its own, `python -m helpers.evaluation.probe`, so that the memory measured is this backbone's
+computed in a process of its own (`core.child`), so that the memory measured is this backbone's
 and a backbone that cannot be had, or does not fit into memory, is a row with a reason. Only train and val are read.
 """
 
-import json
-import os
 import re
 import resource
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.core import disk, progress, project, words
+from helpers.core import child, disk, progress, words
 from helpers.evaluation import comparison, metrics
 from helpers.models import backbones
 
@@ -63,16 +58,11 @@ def embed(
     if about["image_size"] < (least := backbones.spec(backbone).min_size):
         return about | {"problem": f"it needs images of at least {least} pixels (resize.image_size)"}
     settings = {"source": str(source), "cache": str(cache), "weights": weights, "next_unfreeze": next_unfreeze}
-    task = json.dumps(about | settings | {"cache_gb": cache_gb})
-    command = [sys.executable, "-m", "helpers.evaluation.probe", task]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=project.ROOT, env=environment, check=False)
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        return about | {"problem": f"its process was ended by {name}, most often because memory ran out"}
-    if done.returncode:
-        return about | {"problem": done.stderr.strip()[-2000:] or f"its process ended with {done.returncode}"}
-    return about | json.loads(done.stdout.splitlines()[-1])
+    try:
+        return about | child.ask("helpers.evaluation.probe", about | settings | {"cache_gb": cache_gb}).value
+    except child.ChildError as error:
+        hint = ", most often because memory ran out" if error.signal else ""
+        return about | {"problem": f"{error}{hint}"}
 
 
 def embed_all(names: Sequence[str], sources: Sequence[Path], **settings: Any) -> list[dict[str, Any]]:
@@ -239,7 +229,7 @@ def judge(item: dict[str, Any], seed: int = 0) -> tuple[float, pd.DataFrame]:
     return strength, metrics.predictions_table(list(val["path"]), list(val["label"]), said, class_names)
 
 
-def _embed(task: dict[str, Any]) -> dict[str, Any]:
+def _embed(**task: Any) -> dict[str, Any]:
     """Do the work of `embed` in this process."""
     from helpers.compute import frontier
     from helpers.models import classifier, unfreezing
@@ -298,13 +288,5 @@ def _disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.npy")) if folder.is_dir() else 0
 
 
-def _main(task: str) -> None:
-    try:
-        found = _embed(json.loads(task))
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        found = {"problem": str(error) or type(error).__name__}
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    child.answer(_embed)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.core import disk, parallel, project, stages
-from helpers.pipeline import execution, hosts, manifest, planning, recipes
+from helpers.pipeline import checks, execution, hosts, manifest, planning, recipes
 
 Watching = Callable[[str], AbstractContextManager[execution.Watch]]
 Say = Callable[[str], None]
@@ -72,7 +72,7 @@ def plan(recipe: recipes.Recipe, first: str = "", last: str = "", *, rebuild: st
     planned = planning.plan(recipe, rebuild)
     steps = _between(planned, first, last)
     folder = project.runs_folder() / recipe.name
-    return Planned(folder, steps, planned[len(steps) :], planning.dealt_anew(planned))
+    return Planned(folder, steps, planned[len(steps) :], checks.warning(planned))
 
 
 def run(
@@ -99,7 +99,7 @@ def run(
         if address:
             with parallel.connect(address) as client:
                 hosts.check(client, store)
-        planning.check_choices(recipe, todo, "jax" if address else "")
+        checks.check(recipe, todo, "jax" if address else "")
         disk.check_writable(planned.folder)
     yield from make(planned.steps, watching=watching, say=say, address=address)
     planning.unlink_stale(planned.later)

@@ -16,7 +16,8 @@ from typing import Any
 from helpers.core import project
 
 # They show, count or spread work and decide no result, so no stage is made again when they change.
-SHOWS = ("helpers.reports", "helpers.core.notebooks", "helpers.core.parallel", "helpers.core.progress")
+SHOWS = ("helpers.reports", "helpers.core.child", "helpers.core.notebooks", "helpers.core.parallel")
+SHOWS += ("helpers.core.progress",)
 
 
 def fingerprint(content: Any) -> str:

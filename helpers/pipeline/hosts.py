@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlparse
 
-from helpers.core import disk, project
+from helpers.core import disk, notebooks, project
 from helpers.core.parallel import START, HostError, connect
 from helpers.pipeline import execution, fingerprints, planning
 from helpers.pipeline.planning import StageError, Step
@@ -27,7 +27,6 @@ from helpers.pipeline.planning import StageError, Step
 if TYPE_CHECKING:
     from distributed import Client
 
-TRAINED = ("head", "fine_tune")  # the stages that ranks make; the others are made where `thaw run` runs
 PACKAGES = ("tensorflow", "keras", "jax", "numpy", "opencv-python", "pillow", "distributed")
 ALIVE = ".alive"
 PATIENCE = 90.0  # seconds without a touch after which ranks end
@@ -40,7 +39,7 @@ def runner(address: str, stage: str, say: Callable[[str], None]) -> Callable[...
 
     A stage that trains runs on all of them; of the others, `thaw run` runs the notebook, which spreads its bulk work.
     """
-    if stage in TRAINED:
+    if notebooks.find_stage(stage).trains:
         return partial(execute, address, say)
     return partial(execution.execute, variables={project.HOSTS_VARIABLE: address})
 

@@ -1,16 +1,12 @@
 """Checks of a recipe that only Keras can make: names and arguments of what trains, and layers to thaw.
 
-``python -m helpers.training.checks CHOICES`` checks a recipe before a run. CHOICES is JSON: image_size, and for the
-stages head and fine_tune their parameters. Problems are printed, one a line; the exit code is then 2.
+`child.ask` calls `problems` in a process of its own before a run.
 """
 
-import json
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from helpers.core import words
+from helpers.core import child, words
 from helpers.models import backbones, classifier, unfreezing
 from helpers.training import compiling, fitting, profiling, thaws, throughput, transforms
 
@@ -25,9 +21,8 @@ def check(stage: str, parameters: Mapping[str, Any]) -> None:
     Raises:
         ValueError: something is unknown or out of range; the message lists all of it.
     """
-    problems = _problems(stage, parameters)
-    if problems:
-        raise ValueError("\n".join(problems))
+    if found := _problems(stage, parameters):
+        raise ValueError("\n".join(found))
 
 
 def _problems(stage: str, given: Mapping[str, Any]) -> list[str]:
@@ -77,13 +72,13 @@ def _schedule(given: Mapping[str, Any], epochs: int) -> None:
 
 
 def _raised(checks: list[Callable[[], Any]]) -> list[str]:
-    problems = []
+    found = []
     for one in checks:
         try:
             one()
         except (ValueError, TypeError) as error:
-            problems.append(str(error))
-    return list(dict.fromkeys(problems))
+            found.append(str(error))
+    return list(dict.fromkeys(found))
 
 
 def check_unfreeze(backbone: str, image_size: int, choices: Mapping[str, Any]) -> list[str]:
@@ -94,7 +89,7 @@ def check_unfreeze(backbone: str, image_size: int, choices: Mapping[str, Any]) -
         image_size: pixels.
         choices: the name of a parameter -> its value, see `unfreezing.unfreeze`.
     """
-    problems = []
+    found = []
     try:
         body = backbones.build(backbone, image_size, "none")
     except (ValueError, ImportError) as error:
@@ -103,27 +98,28 @@ def check_unfreeze(backbone: str, image_size: int, choices: Mapping[str, Any]) -
         try:
             unfreezing.unfreeze(body, what)
         except ValueError as error:
-            problems.append(f"{name}: {error}")
-    return problems
+            found.append(f"{name}: {error}")
+    return found
 
 
-def _main(arguments: list[str]) -> int:
-    choices = json.loads(arguments[0])
-    head, fine_tune = choices["head"], choices["fine_tune"]
-    problems = [f"head: {problem}" for problem in _problems("head", head)]
-    problems += [f"fine_tune: {problem}" for problem in _problems("fine_tune", fine_tune)]
+def problems(image_size: int, head: Mapping[str, Any], fine_tune: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the parameters of both phases together.
+
+    Args:
+        image_size: pixels.
+        head: parameters of the stage head.
+        fine_tune: parameters of the stage fine_tune.
+    """
+    found = [f"head: {problem}" for problem in _problems("head", head)]
+    found += [f"fine_tune: {problem}" for problem in _problems("fine_tune", fine_tune)]
     layers = {"fine_tune.unfreeze": fine_tune["unfreeze"]}
     computes = head["views"] and head["epochs"] and not head["from_run"]
     if computes and head["next_unfreeze"] != fine_tune["unfreeze"]:  # else it is checked already, or never used
         layers["head.next_unfreeze"] = head["next_unfreeze"]
     for number, step in enumerate(fine_tune["steps"], 1):
         layers |= {f"fine_tune.steps {number}: unfreeze": step["unfreeze"]} if "unfreeze" in step else {}
-    problems += check_unfreeze(head["backbone"], choices["image_size"], layers)
-    print("\n".join(problems))
-    return 2 if problems else 0
+    return found + check_unfreeze(head["backbone"], image_size, layers)
 
 
 if __name__ == "__main__":
-    code = _main(sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(code)  # TensorFlow would take a second to take leave
+    child.answer(problems)

@@ -1,0 +1,104 @@
+"""A function that answers in a process of its own: JSON in, JSON or an error out.
+
+For what needs TensorFlow where it is not loaded, what would leave memory behind, and what may end its process. The
+module that answers ends with ``if __name__ == "__main__": child.answer(function)``; who asks names the module.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from helpers.core import project
+
+REFUSED = 2  # the exit code after an error that has a message for the user
+LAST_WORDS = 2000  # characters of an unexpected error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a module answered.
+
+    Attributes:
+        value: of JSON, as its function returned it.
+        log: what it wrote on standard error, "" where that was let through.
+    """
+
+    value: Any
+    log: str
+
+
+class ChildError(RuntimeError):
+    """The process gave no answer. The message is that of the function's error, or the last words of the process.
+
+    Attributes:
+        signal: the name of the signal that ended it, such as "SIGKILL", or "".
+        log: what it wrote on standard error.
+    """
+
+    def __init__(self, message: str, signal: str, log: str) -> None:
+        super().__init__(message)
+        self.signal, self.log = signal, log
+
+
+def ask(
+    module: str,
+    request: Mapping[str, Any],
+    *,
+    environment: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+    shows: bool = False,
+) -> Answer:
+    """Run `module` in a process of its own and return what its function answers to `request`.
+
+    Args:
+        module: a dotted name.
+        request: the arguments of its function, which JSON can hold.
+        environment: variables to set, such as KERAS_BACKEND.
+        meanwhile: called once while the process works.
+        shows: let its standard error through to the terminal, such as the bar of a download.
+
+    Raises:
+        ChildError: it gave no answer.
+    """
+    command = [sys.executable, "-m", module, json.dumps(dict(request))]
+    given = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | dict(environment or {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": None if shows else subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, cwd=project.ROOT, env=given) as process:
+        meanwhile()
+        output, log = process.communicate()
+    lines, log = output.strip().splitlines(), log or ""
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        raise ChildError(f"its process was ended by {name}", name, log)
+    if process.returncode == REFUSED and lines:
+        raise ChildError(json.loads(lines[-1]), "", log)
+    if process.returncode or not lines:
+        raise ChildError(log.strip()[-LAST_WORDS:] or f"its process ended with {process.returncode}", "", log)
+    return Answer(json.loads(lines[-1]), log)
+
+
+def answer(function: Callable[..., Any]) -> None:
+    """Answer the request of the command line by `function`, and end this process.
+
+    A ValueError, OSError, ImportError or MemoryError becomes a ChildError with the same message where it was asked.
+    """
+    code, said = 0, None
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            said = function(**json.loads(sys.argv[1]))
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        code, said = REFUSED, str(error) or type(error).__name__
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    print(json.dumps(said))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # TensorFlow would take a second to take leave

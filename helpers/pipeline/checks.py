@@ -1,0 +1,185 @@
+"""What no schema can check of a recipe, and what a user should know before its first stage starts.
+
+This is the only module of the pipeline that names stages: each check belongs to one, or to what several must agree on.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+
+from helpers.core import child, disk, notebooks, project, stages
+from helpers.data import crop, links, splits
+from helpers.models import backbones, efficientnet_lite
+from helpers.pipeline import fingerprints, planning, recipes
+
+TRAINED = ("head", "fine_tune")  # the stages that Keras is asked about
+# Parameters that are checked with Keras; those of the head and of fine_tune together.
+CHECKED = ("augmentation", "backbone", "dense", "epochs", "flip", "from_run", "imbalance", "label_smoothing", "loss")
+CHECKED += ("mix", "monitor", "next_unfreeze", "optimizer", "output", "profile_steps", "schedule", "steps")
+CHECKED += ("stop_smoothed", "unfreeze", "views")
+
+
+def check(recipe: recipes.Recipe, steps: list[planning.Step], backend: str = "") -> None:
+    """Check what no schema can: ratios that add up, boxes that exist, a backbone that has the layer to unfreeze.
+
+    Layers, optimisers, schedules and losses are asked of Keras, in a process of its own; what was found good is
+    remembered.
+
+    Args:
+        recipe: the recipe.
+        steps: what is to be made.
+        backend: what Keras will run on, if not what it runs on here.
+
+    Raises:
+        ValueError: something is wrong; the message says what.
+    """
+    stages_of_run, todo = recipe.chain(), {step.stage.name for step in steps}
+    for stage, one in CHECKS.items():
+        if stage in stages_of_run:
+            one(recipe)
+    if "head" in todo and recipe.resolved("head")["weights"] == "imagenet":
+        _fetch_weights(recipe.resolved("head")["backbone"])
+    if todo & set(TRAINED):
+        _check_training(recipe, backend)
+
+
+def _check_split(recipe: recipes.Recipe) -> None:
+    splits.check_ratio(recipe.resolved("split")["ratio"])
+    given, own = recipe.resolved("split")["previous"], project.runs_folder() / recipe.name / "split"
+    if given and project.resolve(given) in (own.parent, own, own / "split.csv"):
+        kept = f"data/{recipe.name}_split.csv"
+        raise notebooks.RecipeError(
+            f"split.previous: {given} is this run's own split, which the new one replaces. Keep a copy and name that:"
+            f" cp {project.display_path(own)}/split.csv {kept}, then split.previous={kept}"
+        )
+    links.read_earlier(given)
+
+
+def _check_crop(recipe: recipes.Recipe) -> None:
+    crop.check(recipe.resolved("crop"))
+
+
+def _check_head(recipe: recipes.Recipe) -> None:
+    head = recipe.resolved("head")
+    backbones.spec(head["backbone"])
+    if head["weights"] not in ("imagenet", "none") and not project.resolve(head["weights"]).is_file():
+        raise notebooks.RecipeError(
+            f"head.weights: there is no file {head['weights']}. Give imagenet, none, or a file."
+        )
+
+
+def _check_evaluate(recipe: recipes.Recipe) -> None:
+    split, part = recipe.resolved("split"), recipe.resolved("evaluate")["part"]
+    shares = {"ratio": split["ratio"], "hash": split["ratio"], "fixed": split["counts"]}.get(split["method"])
+    if shares and not shares[splits.PARTS.index(part)]:
+        raise notebooks.RecipeError(
+            f"evaluate.part: {part} would be empty, by split: {list(shares)} for train, val and test. Give it a share,"
+            " or measure on validation: evaluate.part=val."
+        )
+    monitor = recipe.resolved("evaluate")["monitor"]
+    for stage in TRAINED:
+        given = recipe.resolved(stage)
+        trains = given["epochs"] and not given.get("from_run")
+        if trains and monitor not in ("val_loss", "val_accuracy", given["monitor"]):
+            raise notebooks.RecipeError(
+                f"evaluate.monitor: {monitor} is to decide between the phases, but {stage} does not measure it. Set"
+                f" {stage}.monitor to {monitor} too, or evaluate.monitor to val_loss or val_accuracy."
+            )
+
+
+def _check_from_run(recipe: recipes.Recipe) -> None:
+    taken = recipe.resolved("head")["from_run"]
+    if not taken:
+        return
+    run = project.runs_folder() / recipe.name
+    if taken == recipe.name or project.resolve(taken) in (run, run / "head"):
+        raise notebooks.RecipeError(f"head.from_run: {taken} is this run itself. Take another --name, or another run.")
+    stages.of_run(taken, "head", "model.keras", parameter="head.from_run")
+
+
+def _check_training(recipe: recipes.Recipe, backend: str) -> None:
+    """Ask Keras about everything that trains, unless the same was found good before."""
+    _check_from_run(recipe)
+    image_size = recipe.resolved("resize")["image_size"]
+    phases = {stage: recipe.resolved(stage) for stage in TRAINED}
+    decisive = [{name: phase.get(name) for name in CHECKED} for phase in phases.values()]
+    code = fingerprints.code_of_modules(["helpers.training.checks"])
+    backend = backend or os.environ.get("KERAS_BACKEND", "")
+    key = fingerprints.fingerprint([decisive, image_size, code, backend])
+    checked = project.runs_folder() / ".store" / "checked-choices.json"
+    good = disk.read_json(checked) if checked.is_file() else []
+    if key in good:
+        return
+    environment = {"KERAS_BACKEND": backend} if backend else {}
+    request = phases | {"image_size": image_size}
+    try:
+        problems = child.ask(
+            "helpers.training.checks", request, environment=environment, meanwhile=_import_what_comes_next
+        ).value
+    except child.ChildError as error:
+        raise notebooks.RecipeError(str(error)) from None
+    if problems:
+        raise notebooks.RecipeError("\n".join(problems))
+    disk.write_json(checked, [*good, key])
+
+
+def _import_what_comes_next() -> None:
+    for package in ("papermill", "nbconvert"):  # of the stages and of the report
+        importlib.import_module(package)
+
+
+def _fetch_weights(backbone: str) -> None:
+    """Fetch ImageNet weights, or say why they cannot be had, in a process of its own and once for each folder of runs.
+
+    Raises:
+        FileNotFoundError: they are not on this machine, and there is no network.
+    """
+    if backbone in efficientnet_lite.SCALES:
+        efficientnet_lite.weights_file(backbone)
+        return
+    known = project.runs_folder() / ".store" / "fetched-weights.json"
+    fetched = disk.read_json(known) if known.is_file() else []
+    if [backbone, str(backbones.keras_home())] in fetched:
+        return
+    try:
+        child.ask("helpers.cli.prefetch", {"name": backbone}, shows=True)
+    except child.ChildError as error:
+        raise FileNotFoundError(f"head.weights: {error}") from None
+    disk.write_json(known, [*fetched, [backbone, str(backbones.keras_home())]])
+
+
+def warning(steps: list[planning.Step]) -> str:
+    """Tell that old images will change parts, and how to keep them, when the split of changed data has no memory.
+
+    Args:
+        steps: as `planning.plan` returns them.
+
+    Returns:
+        A sentence or two, or "" when every image keeps its part.
+    """
+    split = next((step for step in steps if step.stage.name == "split" and step.state == "to do"), None)
+    if split is None or split.parameters.get("method") != "ratio" or split.parameters.get("previous"):
+        return ""
+    explore = steps[0]
+    try:
+        before = disk.read_json(explore.link / stages.STAGE_FILE)["ingredients"]["source"]
+        earlier = (split.link / "split.csv").resolve(strict=True)
+    except (OSError, ValueError, KeyError):
+        return ""
+    if before == explore.ingredients.get("source"):
+        return ""
+    kept = f"data/{split.link.parent.name}_split.csv"
+    return (
+        "The images or labels have changed since this run was split. The split is dealt anew to keep its shares, so"
+        " images move from one part to another, from test to train too. To keep every image where it was:"
+        f" cp {project.display_path(earlier)} {kept}, and add --set split.previous={kept}"
+    )
+
+
+# What is checked for the sake of a stage, where the recipe has it.
+CHECKS: dict[str, Callable[[recipes.Recipe], None]] = {
+    "split": _check_split,
+    "crop": _check_crop,
+    "head": _check_head,
+    "evaluate": _check_evaluate,
+}
