@@ -50,6 +50,21 @@ def test_no_department_is_imported_as_a_name():
                 assert not {alias.name for alias in node.names} & {"helpers", *(f"helpers.{d}" for d in DEPARTMENTS)}
 
 
+NAMED_BY = ("pipeline/checks.py", "cli/starter.py", "cli/bakeoff.py", "cli/prefetch.py")  # they are about single stages
+
+
+def test_the_chain_knows_no_stage_by_name():
+    """What a stage is stands in its notebook; what is checked for its sake, in pipeline/checks."""
+    allowed = [ROOT / "helpers" / name for name in NAMED_BY]
+    floors = ("core", "pipeline", "cli")
+    generic = [path for path in CODE if path.parent.name in floors and path not in allowed]
+    assert len(generic) > 20
+    for path in generic:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not texts & set(notebooks.stages()), path
+
+
 # The floors
 
 

@@ -110,15 +110,15 @@ def test_a_head_from_another_run(control, resized, tmp_path, monkeypatch, by_han
 def test_a_head_that_is_made_anew_is_another_ingredient(control, monkeypatch, tmp_path):
     folder, _, _ = control
     monkeypatch.setenv("THAW_RUNS", str(folder.parent))
-    before = planning._named_files({"from_run": "control"})
+    before = planning._named_files("head", {"from_run": "control"})
     assert (
         before
-        == planning._named_files({"from_run": str(folder)})
-        == planning._named_files({"from_run": str(folder / "head")})
+        == planning._named_files("head", {"from_run": str(folder)})
+        == planning._named_files("head", {"from_run": str(folder / "head")})
     )
     record = folder / "head" / stages.STAGE_FILE
     disk.write_json(record, disk.read_json(record) | {"created": "later"})
-    assert planning._named_files({"from_run": "control"}) != before != {}
-    assert planning._named_files({"from_run": "none such"}) == {}
+    assert planning._named_files("head", {"from_run": "control"}) != before != {}
+    assert planning._named_files("head", {"from_run": "none such"}) == {}
     with pytest.raises(notebooks.RecipeError, match="control is this run itself"):
         checks._check_from_run(recipes.Recipe("control", {"head": {"from_run": "control"}}))

@@ -336,7 +336,8 @@ def _disk() -> Iterator[Finding]:
 
 def _weights() -> Finding:
     found = prefetch.here()
-    default = notebooks.find_stage("head").parameters["backbone"].default
+    stages_with_one = (stage for stage in notebooks.stages().values() if "backbone" in stage.settings)
+    default = next(stages_with_one).settings["backbone"].default
     text = f"ImageNet weights here: {', '.join(found) or 'none'}; Keras keeps downloads in {backbones.keras_home()}"
     return Finding("weights", text, "" if default in found else f"`thaw prefetch {default}` fetches or explains")
 

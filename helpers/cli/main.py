@@ -234,7 +234,7 @@ def verify(run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")]) -
     from helpers.pipeline import manifest
 
     wrong = 0
-    for name, problems in manifest.verify(manifest.find(run)).items():
+    for name, problems in manifest.verify(project.run_folder(run)).items():
         wrong += len(problems)
         console.print(f"{name:<12}{'; '.join(problems) or 'as it was made'}", markup=False)
     if wrong:
@@ -256,7 +256,7 @@ def reproduce(
     from helpers.core import project
     from helpers.pipeline import manifest
 
-    first = manifest.find(run)
+    first = project.run_folder(run)
     before = manifest.read(first)
     place = project.resolve(elsewhere) if elsewhere else project.runs_folder() / manifest.AGAIN
     second = place / before["name"]

@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from helpers.core import project
-
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS_VARIABLE = "THAW_HOSTS"  # the scheduler of `thaw run --hosts`, for the notebooks
 RANK_VARIABLE = "THAW_RANK"  # see `ranks`
@@ -28,4 +26,13 @@ def relative(path: str | os.PathLike, folder: Path) -> str:
 
 def runs_folder() -> Path:
     """Return the folder of all runs: `runs/` of the project, or $THAW_RUNS."""
-    return project.resolve(os.environ.get("THAW_RUNS", "runs"))
+    return resolve(os.environ.get("THAW_RUNS", "runs"))
+
+
+def run_folder(text: str | os.PathLike) -> Path:
+    """Return the folder of a run that is given as a path or, below the folder of all runs, by its name.
+
+    What names no folder is returned as a path below the project, for a message.
+    """
+    places = (Path(text), resolve(text), runs_folder() / text)
+    return next((place.absolute() for place in places if place.is_dir()), resolve(text))

@@ -60,7 +60,7 @@ def of_run(text: str, stage: str, *files: str, parameter: str) -> Path:
     Raises:
         FileNotFoundError: there is none; the message names the runs that have one.
     """
-    shelf = project.resolve(os.environ.get("THAW_RUNS", "runs"))
+    shelf = project.runs_folder()
     for place in (project.resolve(text), project.resolve(text) / stage, shelf / text / stage):
         if all((place / name).is_file() for name in files) and status(place) == "done":
             return place.resolve()

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from helpers.core import disk, parallel, progress, project
+from helpers.core import disk, notebooks, parallel, progress, project
 from helpers.data import crop, images, sources
 
 BATCH = 32
@@ -22,8 +22,8 @@ def model_folder(run: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is no such run, or it has no trained model yet.
     """
-    folder = Path(run) if Path(run).is_dir() else project.resolve(run)
-    for candidate in (folder, *(folder / stage for stage in ("evaluate", "fine_tune", "head"))):
+    folder = project.run_folder(run)
+    for candidate in (folder, *(folder / stage for stage in reversed(notebooks.stages()))):
         if (candidate / "model.keras").is_file():
             return candidate
     raise FileNotFoundError(

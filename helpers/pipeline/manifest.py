@@ -70,12 +70,6 @@ def read(run: Path) -> dict[str, Any]:
     return content
 
 
-def find(run: str) -> Path:
-    """Return the folder of a run that is given as a path or, below the folder of all runs, by its name."""
-    places = (Path(run), project.resolve(run), project.runs_folder() / run)
-    return next((place.absolute() for place in places if place.is_dir()), project.resolve(run))
-
-
 def verify(run: Path) -> dict[str, list[str]]:
     """Read every recorded file of a run again and return what is wrong, stage by stage, in words.
 
@@ -91,11 +85,16 @@ def verify(run: Path) -> dict[str, list[str]]:
     except (OSError, ValueError):
         found["run"] = ["recipe.yaml is missing or damaged"]
     try:
-        now = inventory.source_fingerprint(manifest["recipe"]["explore"])
+        now = inventory.source_fingerprint(manifest["recipe"][_first()])
         found["source"] = [] if now == manifest["source"] else ["the images, their labels or the fixes were changed"]
     except (OSError, ValueError) as error:
         found["source"] = [str(error)]
     return found
+
+
+def _first() -> str:
+    """Return the stage that reads the raw images: the one without an input."""
+    return next(name for name, stage in notebooks.stages().items() if not stage.inputs)
 
 
 def _verify_stage(link: Path, fingerprint: str) -> list[str]:
@@ -119,9 +118,9 @@ def recipe_of(content: dict[str, Any], file: Path, overrides: list[str] | None =
 
 def results(run: Path, again: Path) -> tuple[bool, list[str]]:
     """Compare what two runs gave: whether every test image got the same class, and a sentence for each comparison."""
-    files = [folder / "evaluate" / "predictions.csv" for folder in (run, again)]
-    if missing := [project.display_path(file) for file in files if not file.is_file()]:
-        return False, [f"There is nothing to compare: {', '.join(missing)} is missing."]
+    files = [next(folder.glob("*/predictions.csv"), folder) for folder in (run, again)]
+    if missing := [project.display_path(file) for file in files if file.is_dir()]:
+        return False, [f"There is nothing to compare: {' and '.join(missing)} holds no predictions.csv."]
     if files[0].read_bytes() == files[1].read_bytes():
         return True, ["The predictions are equal, byte for byte."]
     first, second = (pd.read_csv(file, dtype={"path": str}).set_index("path") for file in files)

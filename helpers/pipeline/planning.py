@@ -78,7 +78,7 @@ def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: boo
         "code": fingerprints.code_of(stage.notebook),
         "inputs": {step.stage.name: step.fingerprint for step in inputs.values()},
     }
-    if files := _named_files(parameters):
+    if files := _named_files(name, parameters):
         ingredients["files"] = files
     if not inputs:
         remembered = shelf / "hashes.json" if disk.is_writable(shelf) else None
@@ -93,12 +93,15 @@ def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: boo
     return Step(stage, parameters, ingredients, fingerprint, folder, link, state, why, folders)
 
 
-def _named_files(parameters: dict[str, Any]) -> dict[str, str]:
-    """Return the hash of each file that a parameter names, such as weights; of a stage's folder, that of its record."""
+def _named_files(stage: str, parameters: dict[str, Any]) -> dict[str, str]:
+    """Return the hash of each file that a parameter names, such as weights; of a stage's folder, that of its record.
+
+    `from_run` names a run whose result of the same stage is taken over.
+    """
     paths = {name: project.resolve(value) for name, value in parameters.items() if isinstance(value, str) and value}
-    with suppress(FileNotFoundError):  # what is missing is told by `check_choices`
+    with suppress(FileNotFoundError):  # what is missing is told by `checks.check`
         if taken := parameters.get("from_run"):
-            paths["from_run"] = stages.of_run(taken, "head", "model.keras", parameter="head.from_run")
+            paths["from_run"] = stages.of_run(taken, stage, "model.keras", parameter=f"{stage}.from_run")
     files = {name: path / stages.STAGE_FILE if path.is_dir() else path for name, path in paths.items()}
     return {name: disk.sha256_of(path) for name, path in files.items() if path.is_file()}
 

@@ -28,7 +28,6 @@ from helpers.data import fixes
 from helpers.evaluation import metrics
 from helpers.reports import charts, curves, sheets
 
-PHASES = {"head": "Phase 1, the head", "fine_tune": "Phase 2, the thawed backbone"}
 PARTS, UNUSED = ("train", "val", "test"), "unused"
 GROUPS, PER_GROUP = 3, 2  # groups of look-alikes shown, and pictures of each
 MISTAKES = 18  # pictures in the gallery: three rows of six
@@ -64,7 +63,6 @@ def build_report(run_folder: str | os.PathLike) -> Path:
 def render(run: Path, stages: dict[str, dict | None]) -> str:
     """The report as a string of HTML."""
     recipe = _recipe(run)
-    results = _results(run, stages, recipe)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -79,13 +77,8 @@ def render(run: Path, stages: dict[str, dict | None]) -> str:
         now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         steps=_steps(stages),
         seconds=sum(stage.get("seconds", 0) for stage in stages.values() if stage),
-        results=results,
-        training=_training(run, stages),
-        data=_data(run, stages),
-        settings=_settings(stages),
-        versions=_versions(stages),
-        notebooks=_notebooks(run, stages),
         code_style=_code_style(),
+        **{section: make(run, stages) for section, make in SECTIONS.items()},
     )
 
 
@@ -107,7 +100,7 @@ def _steps(stages: dict[str, dict | None]) -> list[dict]:
     ]
 
 
-def _results(run: Path, stages: dict, recipe: dict) -> dict | None:
+def _results(run: Path, stages: dict) -> dict | None:
     """Headline, confusions and mistakes on the test part, or on what was measured in its place."""
     if not stages["evaluate"]:
         return None
@@ -121,7 +114,7 @@ def _results(run: Path, stages: dict, recipe: dict) -> dict | None:
         "metrics": result,
         "kind": "validation" if result.get("part") == "val" else "test",
         "cards": [(key, metrics.NAMES[key], result[key]) for key in metrics.NAMES if key in result],
-        "published": _published(result["accuracy"], recipe.get("published") or {}),
+        "published": _published(result["accuracy"], _recipe(run).get("published") or {}),
         "confusion": _svg(charts.confusion_matrix, result["confusion_matrix"], names),
         "per_class_figure": _svg(charts.per_class, frame) if len(names) > 2 else None,
         "per_class": frame.astype(object).where(frame.notna(), None).to_dict("records"),
@@ -149,19 +142,21 @@ def _published(accuracy: dict, published: dict[str, float]) -> dict | None:
 
 def _training(run: Path, stages: dict) -> dict | None:
     """The curves of the phases that are done, as one chart."""
-    histories = [pd.read_csv(run / name / "history.csv") for name in ("head", "fine_tune") if stages[name]]
+    trained = [stage for name, stage in notebooks.stages().items() if stage.trains and stages[name]]
+    histories = [pd.read_csv(run / stage.name / "history.csv") for stage in trained]
     histories = [history for history in histories if len(history)]
     if not histories:
         return None
     history = pd.concat(histories, ignore_index=True)
-    monitors = [stages[name]["parameters"].get("monitor") for name in ("head", "fine_tune") if stages[name]]
+    monitor = stages[trained[-1].name]["parameters"].get("monitor") or "val_loss"
+    titles = {stage.name: stage.title for stage in trained}
     return {
-        "curves": _svg(curves.training_curves, history, monitor=monitors[-1] or "val_loss"),
+        "curves": _svg(curves.training_curves, history, monitor=monitor),
         "rates": _svg(curves.learning_rates, history)
         if history.get("learning_rate", pd.Series()).notna().any()
         else None,
         "phases": [
-            (PHASES.get(name, name), len(table), table["seconds"].sum())
+            (titles.get(name, name), len(table), table["seconds"].sum())
             for name, table in history.groupby("phase", sort=False)
         ],
     }
@@ -169,45 +164,49 @@ def _training(run: Path, stages: dict) -> dict | None:
 
 def _data(run: Path, stages: dict) -> dict | None:
     """What went in: pictures per class and part, what was set aside and why, and whether the parts are apart."""
-    if not stages["explore"] and not stages["split"]:
+    data = _NO_DATA.copy()
+    for name, add in DATA.items():
+        if stages[name]:
+            data |= add(run, stages)
+    if data["counts"] is None:
         return None
-    data: dict[str, Any] = {
-        "counts": None,
-        "quarantine": None,
-        "ignored": {},
-        "leaks": None,
-        "sizes": None,
-        "groups": {},
-        "alike": [],
-        "gap": None,
-    }
-    changes = run / "explore" / "fixes.csv"
-    data["fixes"] = fixes.sentence(_table(changes)) if changes.is_file() else ""
-    data["crop"] = stages["crop"]["headline"] if stages["crop"] else ""
-    if stages["explore"]:
-        listed = run / ("crop" if stages["crop"] else "explore")
-        inventory = _table(listed / "inventory.csv")
-        sizes = inventory[["width", "height"]].astype(float).astype(int)
-        data["pictures"], data["sizes"] = len(inventory), _svg(charts.image_sizes, sizes["width"], sizes["height"])
-        data["counts"] = inventory[["label"]]
-        data["quarantine"] = _quarantine(run)
-        data["groups"], data["alike"] = _alike(run, listed / "groups.json", inventory)
-        ignored = run / "explore" / "ignored.json"
-        data["ignored"] = disk.read_json(ignored) if ignored.is_file() else {}
-    if stages["split"]:
-        split = _table(run / "split" / "split.csv")
-        data["counts"], data["leaks"], data["pictures"] = split, _leaks(split), split["path"].nunique()
-        data["gap"] = _honest_gap(run / "split" / "leakage.json")
-    counts = data["counts"]
+    counts, names = data["counts"], data.pop("names")
     data["figure"] = _svg(charts.class_counts, counts)
     data["parts"] = [part for part in (*PARTS, UNUSED) if part in set(counts.get("part", ()))]
     table = pd.crosstab(counts["label"], counts["part"]) if data["parts"] else counts.groupby("label").size().to_frame()
     table["total"] = table.sum(axis=1)
-    names = run / ("explore" if stages["explore"] else "split") / "class_names.json"
     if names.is_file():  # natural order: 9 before 10
         table = table.reindex([name for name in disk.read_json(names) if name in table.index])
-    data["counts"] = table.reset_index().to_dict("records")
-    return data
+    return data | {"counts": table.reset_index().to_dict("records")}
+
+
+def _explored(run: Path, stages: dict) -> dict:
+    listed = run / ("crop" if stages["crop"] else "explore")
+    inventory, folder = _table(listed / "inventory.csv"), run / "explore"
+    sizes = inventory[["width", "height"]].astype(float).astype(int)
+    groups, alike = _alike(run, listed / "groups.json", inventory)
+    return {
+        "pictures": len(inventory),
+        "sizes": _svg(charts.image_sizes, sizes["width"], sizes["height"]),
+        "counts": inventory[["label"]],
+        "names": folder / "class_names.json",
+        "fixes": fixes.sentence(_table(folder / "fixes.csv")) if (folder / "fixes.csv").is_file() else "",
+        "quarantine": _quarantine(run),
+        "groups": groups,
+        "alike": alike,
+        "ignored": disk.read_json(folder / "ignored.json") if (folder / "ignored.json").is_file() else {},
+    }
+
+
+def _cropped(run: Path, stages: dict) -> dict:
+    return {"crop": stages["crop"]["headline"]}
+
+
+def _divided(run: Path, stages: dict) -> dict:
+    split = _table(run / "split" / "split.csv")
+    names = {} if stages["explore"] else {"names": run / "split" / "class_names.json"}
+    gap = _honest_gap(run / "split" / "leakage.json")
+    return names | {"counts": split, "leaks": _leaks(split), "pictures": split["path"].nunique(), "gap": gap}
 
 
 def _alike(run: Path, figures: Path, inventory: pd.DataFrame) -> tuple[dict, list[dict]]:
@@ -254,7 +253,7 @@ def _honest_gap(file: Path) -> dict | None:
     return scores.mean().to_dict() | spread | {"splits": len(scores.get_group("honest"))}
 
 
-def _settings(stages: dict) -> list[dict]:
+def _settings(run: Path, stages: dict) -> list[dict]:
     """The parameters of each stage, less the folders that `thaw run` chose itself."""
     settings = []
     for name, stage in notebooks.stages().items():
@@ -265,7 +264,7 @@ def _settings(stages: dict) -> list[dict]:
     return settings
 
 
-def _versions(stages: dict) -> dict[str, str]:
+def _versions(run: Path, stages: dict) -> dict[str, str]:
     """Package -> version; several if stages were made in different environments."""
     found: dict[str, list[str]] = {}
     for stage in filter(None, stages.values()):
@@ -376,3 +375,18 @@ def _moment(iso: str) -> str:
 
 
 _table = partial(pd.read_csv, dtype=str, keep_default_na=False)
+
+# What each stage adds to the section on data, over what stands there without it.
+DATA = {"explore": _explored, "crop": _cropped, "split": _divided}
+_NO_DATA: dict[str, Any] = {"counts": None, "quarantine": None, "ignored": {}, "leaks": None, "sizes": None}
+_NO_DATA |= {"groups": {}, "alike": [], "gap": None, "fixes": "", "crop": ""}
+
+# What the template shows, by the name that it has there; each is given the run's folder and the records of its stages.
+SECTIONS: dict[str, Callable[[Path, dict], Any]] = {
+    "results": _results,
+    "training": _training,
+    "data": _data,
+    "settings": _settings,
+    "versions": _versions,
+    "notebooks": _notebooks,
+}

@@ -59,7 +59,7 @@ def build(run: str | Path, out: str | Path | None = None, *, folds: int = 5) -> 
         ValueError: there are too few images for so many folds.
     """
     label_errors.cleanlab()  # what is missing is said before the work begins
-    run = Path(run).absolute() if Path(run).is_dir() else project.resolve(run)
+    run = project.run_folder(run)
     head = stages.require(run / "head", "model.keras", "model.json", made_by="03_train_head")
     resized = stages.require(run / "resize", "images.csv", "class_names.json", made_by="02_resize")
     explore = stages.require(run / "explore", "inventory.csv", "groups.json", "source", made_by="00_explore")
