@@ -26,7 +26,7 @@ def test_every_line_is_true_on_this_machine(runs_folder):
     if not machine.gpus() and not doctor.Path("/dev/nvidia0").exists():
         assert lines["gpu"].startswith("ok    gpu         no NVIDIA GPU is in this machine, or none is shown to it")
     wrong = [line for line in lines.values() if line.startswith("WRONG")]
-    assert asked.returncode == bool(wrong) and asked.stdout.count("mend it: ") == len(wrong)
+    assert asked.returncode == bool(wrong) and asked.stdout.count("fix: ") == len(wrong)
 
 
 @pytest.mark.parametrize(

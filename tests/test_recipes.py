@@ -284,9 +284,23 @@ def test_what_is_not_a_recipe(refuse, text):
     assert "job.yaml" in refuse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("head:\n  epochs: 5\n epochs: 6\n", "line 3, column 2: expected <block end>"),
+        ("head:\n\t- b\n", "line 2, column 1: found character '\\t' that cannot start any token"),
+        ("head: {epochs: 5, epochs: 6}", 'line 1, column 19: found duplicate key "epochs"'),
+        ("name: @x", "line 1, column 7: found character '@'"),
+    ],
+)
+def test_a_mistake_in_yaml_is_told_in_one_line_with_its_place(refuse, text, where):
+    message = refuse(text)
+    assert f"job.yaml is not valid YAML: {where}" in message and "\n" not in message
+
+
 def test_bytes_that_are_not_text(toys, tmp_path):
     (tmp_path / "job.yaml").write_bytes(b"\xff\xfe\x00head")
-    with pytest.raises(notebooks.RecipeError, match=r"job\.yaml is not valid YAML"):
+    with pytest.raises(notebooks.RecipeError, match=r"job\.yaml is not UTF-8 text: invalid start byte at byte 0"):
         recipes.load(tmp_path / "job.yaml")
 
 

@@ -145,12 +145,14 @@ def predict(
     hosts: Hosts = "",
 ) -> None:
     """Classify IMAGES with the model of RUN."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from helpers.evaluation import prediction
+    from helpers.cli import quiet
 
     if columns and not csv:
         raise ValueError("--columns says how the CSV is to be written: give --csv FILE too.")
-    table, unreadable = prediction.predict(run, images, hosts)
+    with quiet.native_log():
+        from helpers.evaluation import prediction
+
+        table, unreadable = prediction.predict(run, images, hosts)
     if caution := table.attrs.get("caution"):
         console.print(caution, style="yellow", markup=False)
     for path, predicted, confidence in zip(table["path"], table["predicted"], table["confidence"], strict=True):
@@ -171,11 +173,13 @@ def review(
     out: Annotated[Path | None, typer.Option(help="The file to write; review.html of the run by default.")] = None,
     folds: Annotated[int, typer.Option(help="Of the cross-validation that judges the labels.")] = 5,
 ) -> None:
-    """Write a page that shows the labels of RUN that look wrong, on which to put them right."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from helpers.reports import review as pages
+    """Write a page that shows the labels of RUN that look wrong, on which to correct them."""
+    from helpers.cli import quiet
 
-    path, found = pages.build(run, out, folds=folds)
+    with quiet.native_log():
+        from helpers.reports import review as pages
+
+        path, found = pages.build(run, out, folds=folds)
     console.print(f"Written: {project.display_path(path)}: {found}", markup=False)
     console.print("Open it in a browser; its button saves fixes.csv, which explore.fixes lays over the source.")
 
@@ -194,7 +198,7 @@ def board(port: Annotated[int, typer.Option(help="Port on this machine.")] = 600
 
 @app.command()
 def doctor() -> None:
-    """Look at everything that a run needs on this machine, compute on each device, and name what to mend."""
+    """Look at everything that a run needs on this machine, compute on each device, and name what to fix."""
     from helpers.cli import doctor as doctors
 
     wrong = 0
@@ -202,8 +206,8 @@ def doctor() -> None:
         wrong += bool(finding.fix)
         console.print(f"{'WRONG' if finding.fix else 'ok':<6}{finding.topic:<12}{finding.text}", markup=False)
         if finding.fix:
-            console.print(f"{'':<18}mend it: {finding.fix}", style="yellow", markup=False)
-    console.print(f"{wrong} to mend." if wrong else "Nothing to mend.", style="bold")
+            console.print(f"{'':<18}fix: {finding.fix}", style="yellow", markup=False)
+    console.print(f"{wrong} to fix." if wrong else "No problems found.", style="bold")
     if wrong:
         raise typer.Exit(1)
 
@@ -214,12 +218,14 @@ def prefetch(
 ) -> None:
     """Fetch ImageNet weights now, so that runs need no network."""
     from helpers.cli import prefetch as weights
+    from helpers.cli import quiet
 
     names = list(dict.fromkeys(name for argument in wanted for name in weights.names_in(argument)))
     failed = 0
     for name in names:
         try:
-            weights.fetch(name)
+            with quiet.native_log():
+                weights.fetch(name)
             console.print(f"{name}: its ImageNet weights are on this machine", markup=False)
         except (OSError, ImportError) as error:
             failed += 1
@@ -331,7 +337,8 @@ def _advised(error: Exception) -> str:
     from helpers.core import disk, project
 
     full = isinstance(error, OSError) and disk.is_full(error)
-    return f"{error}\nStopped: {disk.full(project.runs_folder())}" if full else str(error)
+    stopped = [f"Stopped: {disk.full(project.runs_folder())}"] if full else []
+    return "\n".join([str(error), *stopped, *getattr(error, "__notes__", [])])
 
 
 if __name__ == "__main__":

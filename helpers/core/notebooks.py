@@ -295,14 +295,26 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """
     try:
         content = yaml().load(file.read_text(encoding="utf-8-sig"))
-    except (YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines() if "suppress" not in line)
-        raise RecipeError(f"{project.display_path(file)} is not valid YAML: {reason[:400]}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{project.display_path(file)} is not UTF-8 text: {error.reason} at byte {error.start}."
+        ) from None
+    except YAMLError as error:
+        raise RecipeError(f"{project.display_path(file)} is not valid YAML: {_where_and_why(error)}") from None
     if not isinstance(content, dict):
         raise RecipeError(
             f"{project.display_path(file)} should hold `stage: {{parameter: value}}` lines, got {content!r}."
         )
     return content
+
+
+def _where_and_why(error: YAMLError) -> str:
+    """Return line, column and reason of an error of YAML, in one line."""
+    mark, context = getattr(error, "problem_mark", None), getattr(error, "context", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    reason = " ".join((getattr(error, "problem", None) or str(error)).split())[:300]
+    hint = ". Indent with spaces, not with a tab" if r"\t" in reason else ""
+    return f"{where}{reason}{f' {context}' if context else ''}{hint}."
 
 
 def yaml() -> YAML:
