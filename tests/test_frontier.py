@@ -343,7 +343,7 @@ def test_a_cut_under_jax():
         "import test_frontier as t, keras, numpy as np\n"
         "assert keras.backend.backend() == 'jax'\n"
         "backbone = t.small(); model = t.classify(backbone); t.freeze_all_but(backbone, {'c_conv'})\n"
-        "cut = t.frontier.cut(model); images = t.pictures(model); values = t.folding.fast(cut.prefix)(images)\n"
+        "cut = t.frontier.cut(model); images = t.pictures(model); values = t.inference.fast(cut.prefix)(images)\n"
         "np.testing.assert_allclose(t.run(cut.suffix, values), t.run(model, images), atol=1e-5)\n"
     )
     environment = os.environ | {"KERAS_BACKEND": "jax"}
