@@ -23,7 +23,7 @@ import recipe_speed
 import setting
 
 from helpers.core import project
-from helpers.models import efficientnet_lite
+from helpers.models.families import efficientnet_lite
 
 PACKAGES = ("torch==2.13.*", "efficientnet-lite-pytorch", "numpy", "pillow")
 PLACE = project.ROOT / "runs" / ".torch"

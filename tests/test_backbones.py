@@ -10,10 +10,11 @@ import keras
 import numpy as np
 import pytest
 
-from helpers.models import backbones, efficientnet_lite, torch_weights
+from helpers.models import backbones, torch_weights
+from helpers.models.families import applications, efficientnet_lite, family
 
 ROOT = Path(__file__).parents[1]
-KERAS_NAMES = [name for name, found in backbones.SPECS.items() if found.module]
+NETWORKS = applications.FAMILY.specs
 # Only built, not run, to spare memory and minutes: the networks of more than 50 million weights whose family has
 # smaller members that are run.
 BUILT_ONLY = {
@@ -61,7 +62,7 @@ def _relative_gap(got, expected):
 
 def test_every_network_of_keras_applications_has_a_name():
     published = {name for name in dir(keras.applications) if name[0].isupper()}
-    assert {found.class_name for found in backbones.SPECS.values() if found.module} == published
+    assert {found.class_name for found in NETWORKS.values()} == published
 
 
 def test_names_need_neither_keras_nor_tensorflow():
@@ -81,14 +82,14 @@ def test_unknown_names_get_a_close_one(wrong, meant):
 
 
 def test_names_far_from_all_get_the_list():
-    with pytest.raises(ValueError, match=r"Known: convnext_tiny, .*hub:<preset>"):
+    with pytest.raises(ValueError, match=r"There are: convnext_base, .*hub:<preset>"):
         backbones.spec("zzz")
 
 
 # Input contracts
 
 
-@pytest.mark.parametrize("name", [name for name in KERAS_NAMES if name not in BUILT_ONLY])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in BUILT_ONLY])
 def test_contract_equals_the_familys_own_preprocessing(name):
     found = backbones.spec(name)
     ours, bare = backbones.build(name, found.min_size, "none"), _bare(found, found.min_size)
@@ -181,7 +182,7 @@ def test_download_failure_says_which_file_and_what_to_do(monkeypatch, tmp_path, 
 def test_it_names_the_place_where_keras_looks_when_home_is_read_only(monkeypatch, no_network):
     """As in a container whose user has no home folder; see keras/src/backend/config.py."""
     monkeypatch.delenv("KERAS_HOME", raising=False)
-    monkeypatch.setattr(backbones.os, "access", lambda *_: False)
+    monkeypatch.setattr(family.os, "access", lambda *_: False)
     with pytest.raises(FileNotFoundError, match=r"expected: /tmp/\.keras/models/resnet50_"):
         backbones.build("resnet50", 32)
 
@@ -202,8 +203,8 @@ def test_downloaded_weights_give_the_same_function_as_keras(name, monkeypatch, t
     giver = _bare(found, 64)
     for layer in giver.layers:
         if isinstance(layer, keras.layers.Normalization):  # as in the published EfficientNet files
-            layer.adapt_mean.assign(backbones.IMAGENET_MEAN)
-            layer.adapt_variance.assign(backbones.IMAGENET_STD)
+            layer.adapt_mean.assign(applications.IMAGENET_MEAN)
+            layer.adapt_variance.assign(applications.IMAGENET_STD)
     file = _legacy_h5(giver, tmp_path / "weights.h5")
     monkeypatch.setattr(f"keras.src.applications.{found.module}.file_utils.get_file", lambda *_, **__: str(file))
     network = getattr(keras.applications, found.class_name)
@@ -328,7 +329,7 @@ def test_lite_without_its_package(monkeypatch):
 
 
 def test_classifier_only_for_lite():
-    with pytest.raises(ValueError, match="expected efficientnet_lite0/1/2, got 'resnet50'"):
+    with pytest.raises(ValueError, match="resnet50 comes without its ImageNet classifier here"):
         backbones.imagenet_classifier("resnet50")
 
 

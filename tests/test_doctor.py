@@ -8,9 +8,11 @@ import sys
 import pytest
 from test_manifest import thaw  # noqa: F401
 
-from helpers.cli import doctor, prefetch
+from helpers.cli import doctor, main
 from helpers.cli.doctor import GpuFacts
 from helpers.core import child, machine, notebooks, project
+from helpers.models import backbones
+from helpers.models.families import efficientnet_lite
 from helpers.pipeline import checks, recipes
 
 
@@ -133,14 +135,14 @@ def test_memory_and_cores_of_a_container_count(monkeypatch, tmp_path):
 
 
 def test_prefetch_knows_backbones_and_recipes(tmp_path):
-    assert prefetch.names_in("resnet50") == ["resnet50"]
+    assert main._backbones_in("resnet50") == ["resnet50"]
     recipe = tmp_path / "r.yaml"
     recipe.write_text("head: {backbone: efficientnet_b5}\n")
-    assert prefetch.names_in(str(recipe)) == ["efficientnet_b5"]
+    assert main._backbones_in(str(recipe)) == ["efficientnet_b5"]
     recipe.write_text("head: {backbone: efficientnet_b5, weights: none}\n")
-    assert prefetch.names_in(str(recipe)) == []
+    assert main._backbones_in(str(recipe)) == []
     with pytest.raises(ValueError, match="Did you mean resnet50"):
-        prefetch.names_in("resnet5")
+        main._backbones_in("resnet5")
 
 
 @pytest.fixture
@@ -153,12 +155,12 @@ def built(monkeypatch):
         if name == "resnet101":
             raise FileNotFoundError("The ImageNet weights of resnet101 are not on this machine")
 
-    monkeypatch.setattr(prefetch.backbones, "build", build)
+    monkeypatch.setattr(backbones, "build", build)
     return asked
 
 
 def test_prefetch_goes_on_after_a_failure_and_says_so(thaw, built, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(prefetch.efficientnet_lite, "weights_file", lambda name: None)
+    monkeypatch.setattr(efficientnet_lite, "weights_file", lambda name: None)
     code, shown = thaw("prefetch", "resnet101", "resnet50", "efficientnet_lite1", "resnet50")
     assert code == 1 and built == [
         ("resnet101", 224, "imagenet"),

@@ -21,9 +21,9 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from helpers.cli import prefetch
 from helpers.core import child, disk, machine, notebooks, project, stages
 from helpers.models import backbones
+from helpers.models.families import family
 from helpers.pipeline import housekeeping, store
 
 CUDA_WHEELS = "install requirements-gpu.lock (`make env LOCK=requirements-gpu.lock`), which brings CUDA and cuDNN"
@@ -335,10 +335,10 @@ def _disk() -> Iterator[Finding]:
 
 
 def _weights() -> Finding:
-    found = prefetch.here()
+    found = backbones.weights_here()
     stages_with_one = (stage for stage in notebooks.stages().values() if "backbone" in stage.settings)
     default = next(stages_with_one).settings["backbone"].default
-    text = f"ImageNet weights here: {', '.join(found) or 'none'}; Keras keeps downloads in {backbones.keras_home()}"
+    text = f"ImageNet weights here: {', '.join(found) or 'none'}; Keras keeps downloads in {family.keras_home()}"
     return Finding("weights", text, "" if default in found else f"`thaw prefetch {default}` fetches or explains")
 
 

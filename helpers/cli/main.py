@@ -217,15 +217,15 @@ def prefetch(
     wanted: Annotated[list[str], typer.Argument(metavar="BACKBONE|RECIPE...", help="Backbones, or recipes' files.")],
 ) -> None:
     """Fetch ImageNet weights now, so that runs need no network."""
-    from helpers.cli import prefetch as weights
     from helpers.cli import quiet
+    from helpers.models import fetching
 
-    names = list(dict.fromkeys(name for argument in wanted for name in weights.names_in(argument)))
+    names = list(dict.fromkeys(name for argument in wanted for name in _backbones_in(argument)))
     failed = 0
     for name in names:
         try:
             with quiet.native_log():
-                weights.fetch(name)
+                fetching.fetch(name)
             console.print(f"{name}: its ImageNet weights are on this machine", markup=False)
         except (OSError, ImportError) as error:
             failed += 1
@@ -310,6 +310,17 @@ def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove it without ask
         console.print("Every file belongs to a run.")
     elif yes or typer.confirm(f"Remove {len(found)} things, {sum(one.size for one in found) / 1e6:,.1f} MB?"):
         console.print(f"{housekeeping.remove(folder, found) / 1e6:,.1f} MB removed.")
+
+
+def _backbones_in(argument: str) -> list[str]:
+    """Return the backbones whose ImageNet weights are meant: `argument` itself, or those that a recipe needs."""
+    from helpers.models import backbones
+
+    if not argument.endswith((".yaml", ".yml")):
+        return [backbones.spec(argument).name]
+    loaded = recipes.load(argument)
+    sections = [loaded.resolved(stage) for stage in loaded.chain()]
+    return [backbones.spec(s["backbone"]).name for s in sections if s.get("backbone") and s["weights"] == "imagenet"]
 
 
 def _text(value: object) -> str:

@@ -18,6 +18,18 @@ def read_json(path: str | os.PathLike) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_table(path: str | os.PathLike, **options: Any) -> Any:
+    """Return a CSV as a pandas.DataFrame with every text as it was written: "NA" and "01" stay what they are.
+
+    Args:
+        path: the file.
+        options: more of pandas.read_csv.
+    """
+    import pandas as pd
+
+    return pd.read_csv(path, dtype=str, keep_default_na=False, **options)
+
+
 def write_json(path: str | os.PathLike, content: Any) -> Path:
     """Write `content` as JSON; the file appears whole or not at all."""
     return write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -8,8 +8,13 @@ from collections.abc import Iterable
 def did_you_mean(text: str, known: Iterable[str]) -> str:
     """Return " Did you mean x?", or " There are: ..." with all of `known` where nothing is near."""
     known = list(known)
-    close = difflib.get_close_matches(text, known, n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(close)}?" if close else f" There are: {', '.join(known)}."
+    return near(text, known) or f" There are: {', '.join(known)}."
+
+
+def near(text: str, known: Iterable[str]) -> str:
+    """Return " Did you mean x or y?", or "" where nothing is near."""
+    close = difflib.get_close_matches(text, list(known), n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def natural_order(names) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from helpers.core import parallel, project
+from helpers.core import disk, parallel, project
 from helpers.data import detectors, images, inventory
 from helpers.data.detectors import HUB, Detection
 
@@ -57,7 +57,7 @@ def read_boxes(file: Path, paths: Sequence[str]) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing, a value is not a number, a box has no size, or no row fits an image.
     """
-    table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+    table = disk.read_table(file, encoding="utf-8-sig", skipinitialspace=True)
     given = CORNERS if set(CORNERS) <= set(table) else ["x", "y", "width", "height"]
     if missing := [name for name in ("path", *given) if name not in table]:
         raise ValueError(
@@ -140,7 +140,7 @@ def _done(file: Path) -> pd.DataFrame:
     """Return the boxes that an interrupted run has written, without those of the last image, which may be cut off."""
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     whole = text[: text.rfind("\n") + 1] or ",".join(COLUMNS)
-    table = pd.read_csv(io.StringIO(whole), dtype=str, keep_default_na=False, names=COLUMNS, header=0)
+    table = disk.read_table(io.StringIO(whole), names=COLUMNS, header=0)
     return table[table["path"] != table["path"].iloc[-1]] if len(table) else table
 
 

@@ -26,7 +26,7 @@ def read(file: Path) -> pd.DataFrame:
     if not file.is_file():
         raise FileNotFoundError(f"fixes: there is no file {project.display_path(file)}.")
     try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        table = disk.read_table(file, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"fixes: {file.name} cannot be read as a table: {error}") from None
     if missing := [column for column in COLUMNS if column not in table]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.core import project
+from helpers.core import disk, project
 
 ROLES = ("path", "label", "split", "group")
 FACTS = (
@@ -65,7 +65,7 @@ def _load(file: Path) -> pd.DataFrame:
     try:
         if file.suffix.lower() in (".parquet", ".pq"):
             return pd.read_parquet(file).map(lambda value: "" if pd.isna(value) else str(value))
-        return pd.read_csv(file, sep=_separator(file), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        return disk.read_table(file, sep=_separator(file), encoding="utf-8-sig")
     except ImportError:
         raise ValueError(f"labels: {file.name} needs a reader of Parquet: pip install -e '.[parquet]'") from None
     except UnicodeDecodeError:

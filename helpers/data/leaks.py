@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from helpers.core import parallel
+from helpers.core import linear, parallel
 from helpers.data import grouping, images, splits
 
 PROBE_SIZE = 64  # pixels
@@ -67,10 +67,7 @@ def honest_gap(table: pd.DataFrame, root: Path, ratio: Sequence[float], *, seed:
     Returns:
         One row for each split: split ("honest" or "naive"), seed, balanced_accuracy.
     """
-    from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     paths = [root / path for path in table["path"]]
     features = np.stack(list(parallel.for_each(_describe, paths, label="probe")))
@@ -79,8 +76,8 @@ def honest_gap(table: pd.DataFrame, root: Path, ratio: Sequence[float], *, seed:
     for number in range(seed, seed + PROBE_SEEDS):
         for name, grouped in (("honest", table), ("naive", alone)):
             parts = splits.by_ratio(grouped, ratio, seed=number).to_numpy()
-            probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
-            probe.fit(features[parts == "train"], table["label"][parts == "train"])
+            learned = parts == "train"
+            probe = linear.fit(linear.classifier(0.01), features[learned], table["label"][learned])
             said = probe.predict(features[parts == "test"])
             score = balanced_accuracy_score(table["label"][parts == "test"], said)
             rows.append({"split": name, "seed": number, "balanced_accuracy": score})

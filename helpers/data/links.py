@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pandas as pd
 import splitfolders.split
 
-from helpers.core import project
+from helpers.core import disk, project
 from helpers.data import resizing
 from helpers.data.splits import PARTS
 
@@ -48,7 +48,7 @@ def write_split(out: Path, table: pd.DataFrame, root: Path) -> pd.DataFrame:
 
 def read_split(folder: Path) -> pd.DataFrame:
     """Return a folder's split.csv with every text as it was written."""
-    return pd.read_csv(folder / "split.csv", dtype=str, keep_default_na=False)
+    return disk.read_table(folder / "split.csv")
 
 
 def read_earlier(previous: str) -> pd.DataFrame | None:
@@ -71,7 +71,7 @@ def read_earlier(previous: str) -> pd.DataFrame | None:
             " `previous` empty to deal all images anew."
         )
     try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        table = disk.read_table(file)
     except ValueError as error:  # pandas' own errors and those of decoding are of this kind
         raise ValueError(f"previous: {project.display_path(file)} cannot be read as a table: {error}") from None
     if missing := [column for column in ("sha256", "part") if column not in table]:

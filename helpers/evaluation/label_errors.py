@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.core import disk, progress
+from helpers.core import disk, linear, progress
 from helpers.data import grouping
 
 STRENGTHS = (1e-3, 1e-2, 1e-1)  # of the logistic regression's weights (its C), on standardised features
@@ -31,7 +31,7 @@ def embed(head: Path, resized: Path) -> tuple[pd.DataFrame, np.ndarray]:
     model = hardware.load(head / "model.keras")
     unfreezing.unfreeze(model, "none")
     run = inference.fast(frontier.cut(model).prefix)
-    listed = pd.read_csv(resized / "images.csv", dtype=str, keep_default_na=False)
+    listed = disk.read_table(resized / "images.csv")
     listed = listed.drop(columns="path").rename(columns={"source": "path"})
     tables, features = [], []
     for part in [name for name in ("train", "val", "test") if (listed["part"] == name).any()]:
@@ -77,12 +77,12 @@ def out_of_sample(
         warnings.simplefilter("ignore", UserWarning)  # rare classes are dealt with below; slow convergence is harmless
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
         rounds = [(known[a], known[b]) for a, b in splitter.split(known, labels[known], groups[known])]
-        strength = _best_strength(features, labels, *rounds[0])
+        strength = linear.best_strength(features, labels, rounds[:1], STRENGTHS)  # cleanlab needs true probabilities
         probabilities = np.full((len(labels), classes), np.nan)
         for learned, asked in progress.track([*rounds, (known, test)], total=folds + 1, unit="fold", label="judging"):
             asked = asked[np.isin(labels[asked], labels[learned])]
             if len(asked) and len(np.unique(labels[learned])) > 1:
-                model = _classifier(strength).fit(features[learned], labels[learned])
+                model = linear.fit(linear.classifier(strength), features[learned], labels[learned])
                 probabilities[asked] = 0
                 probabilities[np.ix_(asked, model.classes_)] = model.predict_proba(features[asked])
     return probabilities
@@ -128,7 +128,7 @@ def look_alikes(listed: pd.DataFrame, distance: int) -> list[pd.DataFrame]:
 
 def identical(explore: Path) -> list[pd.DataFrame]:
     """Return the groups of identical files that 00_explore set aside because their labels differ."""
-    quarantine = pd.read_csv(explore / "quarantine.csv", dtype=str, keep_default_na=False)
+    quarantine = disk.read_table(explore / "quarantine.csv")
     table = quarantine[quarantine["reason"] == "two labels"]
     table = table[~table.duplicated("path", keep=False)]  # listed twice in a labels file: that file is to be mended
     table = table[table["path"].map(lambda path: (explore / "source" / path).is_file()).astype(bool)]
@@ -144,24 +144,3 @@ def cleanlab() -> tuple[Any, Any]:
     except ImportError:
         raise ImportError("The label review needs cleanlab: pip install -e '.[review]'") from None
     return filter, rank
-
-
-def _classifier(strength: float) -> Any:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300))
-
-
-def _best_strength(features: np.ndarray, labels: np.ndarray, learned: np.ndarray, asked: np.ndarray) -> float:
-    """Return the strength whose probabilities fit one held-out fold best: cleanlab lives on honest probabilities."""
-    asked = asked[np.isin(labels[asked], labels[learned])]
-    if not len(asked) or len(np.unique(labels[learned])) < 2:
-        return STRENGTHS[0]
-    losses = []
-    for strength in STRENGTHS:
-        model = _classifier(strength).fit(features[learned], labels[learned])
-        said, column = model.predict_proba(features[asked]), np.searchsorted(model.classes_, labels[asked])
-        losses.append(-np.log(np.clip(said[np.arange(len(asked)), column], 1e-9, None)).mean())
-    return STRENGTHS[int(np.argmin(losses))]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.core import progress
+from helpers.core import linear, progress
 from helpers.evaluation import probe
 
 EXPONENTS = np.geomspace(0.05, 2.0, 40)  # that c is chosen from; Hestness et al. found 0.07 to 0.5
@@ -185,7 +185,8 @@ def _errors(features: Features, rows: np.ndarray) -> np.ndarray:
     labels = features.train_labels[rows]
     had, has = (np.bincount(part, minlength=len(features.class_names)) for part in (features.train_labels, labels))
     weights = (had / had.sum())[labels] / (has / has.sum())[labels]
-    model = probe.fit(probe.classifier(features.strength), features.train[rows], labels, weights)
+    model = linear.classifier(features.strength, probe.TOLERANCE)
+    linear.fit(model, features.train[rows], labels, weights)
     return (model.predict(features.val) != features.val_labels).astype(float)
 
 

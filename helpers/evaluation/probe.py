@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.core import child, disk, progress, words
+from helpers.core import child, disk, linear, progress, words
 from helpers.evaluation import comparison, metrics
 from helpers.models import backbones
 
@@ -148,30 +148,11 @@ def write_predictions(folder: Path, predictions: dict[str, pd.DataFrame]) -> lis
 
 def parts(source: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Return the rows of images.csv of train and of val, with class indices in `target`, and the class names."""
-    table = pd.read_csv(source / "images.csv", dtype=str, keep_default_na=False)
+    table = disk.read_table(source / "images.csv")
     class_names = disk.read_json(source / "class_names.json")
     table["target"] = pd.Index(class_names).get_indexer(table["label"])
     train, val = (table[table["part"] == part].reset_index(drop=True) for part in ("train", "val"))
     return train, val, class_names
-
-
-def classifier(strength: float) -> Any:
-    """Return the probe: standardised features, then logistic regression with scikit-learn's C = `strength`."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=TOLERANCE, max_iter=300))
-
-
-def fit(model: Any, features: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> Any:
-    """Fit a probe; `weights` (images,) say how much each image counts.
-
-    That the solver stops at its last step is no reason to warn: more steps hardly change a class.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return model.fit(features, labels, logisticregression__sample_weight=weights)
 
 
 def best_strength(features: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int = 0) -> float:
@@ -182,25 +163,15 @@ def best_strength(features: np.ndarray, labels: np.ndarray, groups: np.ndarray, 
         labels: class indices (images,).
         groups: images with the same value, such as copies, stay in one fold.
     """
-    from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedGroupKFold
 
     folds = min(FOLDS, len(np.unique(groups)))
     if folds < 2:
         return STRENGTHS[len(STRENGTHS) // 2]
-    losses = np.zeros(len(STRENGTHS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with fewer images than folds
-        splits = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(features, labels, groups))
-    for learned, asked in splits:
-        asked = asked[np.isin(labels[asked], labels[learned])]
-        if not len(asked) or len(np.unique(labels[learned])) < 2:
-            continue
-        for index, strength in enumerate(STRENGTHS):
-            model = fit(classifier(strength), features[learned], labels[learned])
-            said = model.predict_proba(features[asked])
-            losses[index] += len(asked) * log_loss(labels[asked], said, labels=model.classes_)
-    return STRENGTHS[int(np.argmin(losses))]
+        rounds = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(features, labels, groups))
+    return linear.best_strength(features, labels, rounds, STRENGTHS, TOLERANCE)
 
 
 def read(found: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -223,7 +194,7 @@ def judge(item: dict[str, Any], seed: int = 0) -> tuple[float, pd.DataFrame]:
     features, asked = read(item)
     labels = train["target"].to_numpy()
     strength = best_strength(features, labels, train["sha256"].to_numpy(), seed)
-    model = fit(classifier(strength), features, labels)
+    model = linear.fit(linear.classifier(strength, TOLERANCE), features, labels)
     said = np.zeros((len(asked), len(class_names)))
     said[:, model.classes_] = model.predict_proba(asked)  # a class that it has never seen keeps 0
     return strength, metrics.predictions_table(list(val["path"]), list(val["label"]), said, class_names)

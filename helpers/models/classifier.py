@@ -4,12 +4,12 @@ A classifier is input -> sub-model "backbone" (called with training=False) -> he
 optional dense layers, ``probabilities``. `unfreeze` says what of the backbone trains; the head always does.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 
+from helpers.core import words
 from helpers.models import backbones, unfreezing
 
 DENSE_DEFAULTS = {"activation": "relu", "dropout": 0.0, "batch_norm": False, "l1": 0.0, "l2": 0.0}
@@ -107,8 +107,7 @@ def output_settings(output: Mapping[str, Any]) -> dict:
     """
     unknown = [key for key in output if key not in OUTPUT_DEFAULTS]
     if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), OUTPUT_DEFAULTS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = words.near(str(unknown[0]), OUTPUT_DEFAULTS)
         raise ValueError(f"output has no {unknown[0]!r}.{hint} It takes {', '.join(OUTPUT_DEFAULTS)}.")
     return _check_head(OUTPUT_DEFAULTS | dict(output), "output")
 

@@ -1,13 +1,14 @@
 """Which weights of a model train."""
 
-import difflib
 import re
 from collections.abc import Sequence
 
 import keras
 import pandas as pd
 
+from helpers.core import words
 from helpers.models import backbones
+from helpers.models.families import family
 
 SHOWN_BLOCKS = 20  # of those, a message lists the last: NASNet has some seventy
 
@@ -124,7 +125,7 @@ def first_trainable(backbone: keras.Model, what: str | int | float | dict) -> in
         ValueError: see `unfreeze`.
     """
     layers = backbone.layers
-    own = [i for i, layer in enumerate(layers) if not layer.name.startswith(backbones.PREPROCESS)]
+    own = [i for i, layer in enumerate(layers) if not layer.name.startswith(family.PREPROCESS)]
     if what == "none":
         return len(layers)
     if what == "all":
@@ -171,8 +172,7 @@ def _index_of_name(layers: list, name: str) -> int:
             return index
     blocks = block_names(layers)
     known = dict.fromkeys([*blocks, *(layer.name for layer in layers)])
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    hint = words.near(name, known)
     shown = f"Its last {SHOWN_BLOCKS} blocks" if len(blocks) > SHOWN_BLOCKS else "Its blocks"
     raise ValueError(
         f"The backbone has no block or layer {name!r}.{hint} {shown}: {', '.join(blocks[-SHOWN_BLOCKS:])}."

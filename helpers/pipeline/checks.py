@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from helpers.core import child, disk, notebooks, project, stages
 from helpers.data import crop, links, splits
-from helpers.models import backbones, efficientnet_lite
+from helpers.models import backbones
+from helpers.models.families import family
 from helpers.pipeline import fingerprints, planning, recipes
 
 TRAINED = ("head", "fine_tune")  # the stages that Keras is asked about
@@ -134,18 +135,17 @@ def _fetch_weights(backbone: str) -> None:
     Raises:
         FileNotFoundError: they are not on this machine, and there is no network.
     """
-    if backbone in efficientnet_lite.SCALES:
-        efficientnet_lite.weights_file(backbone)
+    if backbones.weights_installed(backbone):
         return
     known = project.runs_folder() / ".store" / "fetched-weights.json"
     fetched = disk.read_json(known) if known.is_file() else []
-    if [backbone, str(backbones.keras_home())] in fetched:
+    if [backbone, str(family.keras_home())] in fetched:
         return
     try:
-        child.ask("helpers.cli.prefetch", {"name": backbone}, shows=True)
+        child.ask("helpers.models.fetching", {"name": backbone}, shows=True)
     except child.ChildError as error:
         raise FileNotFoundError(f"head.weights: {error}") from None
-    disk.write_json(known, [*fetched, [backbone, str(backbones.keras_home())]])
+    disk.write_json(known, [*fetched, [backbone, str(family.keras_home())]])
 
 
 def warning(steps: list[planning.Step]) -> str:

@@ -12,7 +12,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,7 @@ def _data(run: Path, stages: dict) -> dict | None:
 
 def _explored(run: Path, stages: dict) -> dict:
     listed = run / ("crop" if stages["crop"] else "explore")
-    inventory, folder = _table(listed / "inventory.csv"), run / "explore"
+    inventory, folder = disk.read_table(listed / "inventory.csv"), run / "explore"
     sizes = inventory[["width", "height"]].astype(float).astype(int)
     groups, alike = _alike(run, listed / "groups.json", inventory)
     return {
@@ -190,7 +189,7 @@ def _explored(run: Path, stages: dict) -> dict:
         "sizes": _svg(charts.image_sizes, sizes["width"], sizes["height"]),
         "counts": inventory[["label"]],
         "names": folder / "class_names.json",
-        "fixes": fixes.sentence(_table(folder / "fixes.csv")) if (folder / "fixes.csv").is_file() else "",
+        "fixes": fixes.sentence(disk.read_table(folder / "fixes.csv")) if (folder / "fixes.csv").is_file() else "",
         "quarantine": _quarantine(run),
         "groups": groups,
         "alike": alike,
@@ -203,7 +202,7 @@ def _cropped(run: Path, stages: dict) -> dict:
 
 
 def _divided(run: Path, stages: dict) -> dict:
-    split = _table(run / "split" / "split.csv")
+    split = disk.read_table(run / "split" / "split.csv")
     names = {} if stages["explore"] else {"names": run / "split" / "class_names.json"}
     gap = _honest_gap(run / "split" / "leakage.json")
     return names | {"counts": split, "leaks": _leaks(split), "pictures": split["path"].nunique(), "gap": gap}
@@ -224,7 +223,7 @@ def _alike(run: Path, figures: Path, inventory: pd.DataFrame) -> tuple[dict, lis
 def _quarantine(run: Path) -> dict:
     """Files set aside by any stage: how many for each reason, and the first of them."""
     files = [run / stage / "quarantine.csv" for stage in ("explore", "resize")]
-    tables = [_table(path) for path in files if path.is_file()]
+    tables = [disk.read_table(path) for path in files if path.is_file()]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["path", "reason"])
     return {
         "n": len(table),
@@ -374,7 +373,6 @@ def _moment(iso: str) -> str:
     return datetime.fromisoformat(iso).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-_table = partial(pd.read_csv, dtype=str, keep_default_na=False)
 
 # What each stage adds to the section on data, over what stands there without it.
 DATA = {"explore": _explored, "crop": _cropped, "split": _divided}

@@ -173,7 +173,7 @@ def _earlier(explore: Path) -> list[list[str]]:
     """Return the fixes that are in force already as rows of a fixes file, so that the next one keeps them."""
     if not (explore / "fixes.csv").is_file():
         return []
-    changes = pd.read_csv(explore / "fixes.csv", dtype=str, keep_default_na=False)
+    changes = disk.read_table(explore / "fixes.csv")
     return changes[["path", "to", "sha256"]].to_numpy().tolist()
 
 

@@ -47,7 +47,7 @@ def read(folder: str | Path, part: str) -> Folder:
         ValueError: the part is empty, or an image has a label that is not among the class names.
     """
     folder = Path(folder)
-    table = pd.read_csv(folder / "images.csv", dtype=str, keep_default_na=False)
+    table = disk.read_table(folder / "images.csv")
     class_names = disk.read_json(folder / "class_names.json")
     rows = table[table["part"] == part]
     if rows.empty:

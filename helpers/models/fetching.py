@@ -1,0 +1,26 @@
+"""Fetches ImageNet weights while there is a network; `child.ask` calls `fetch` in a process of its own."""
+
+import os
+import socket
+
+from helpers.core import child
+from helpers.models import backbones
+
+SECONDS_WITHOUT_AN_ANSWER = 60  # Keras itself would wait for ever
+
+
+def fetch(name: str) -> None:
+    """Make sure that the ImageNet weights of a backbone are on this machine and fit it, by building it with them.
+
+    Raises:
+        FileNotFoundError: they are not here and not available; the message says where they are expected.
+        ImportError: a preset of KerasHub without KerasHub.
+    """
+    backbones.weights_installed(name)  # says which package to install, without loading Keras
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    socket.setdefaulttimeout(SECONDS_WITHOUT_AN_ANSWER)
+    backbones.build(name, backbones.spec(name).size or 224, "imagenet")
+
+
+if __name__ == "__main__":
+    child.answer(fetch)
