@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -15,19 +16,12 @@ from helpers.models.families import applications, efficientnet_lite, family
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = applications.FAMILY.specs
-# Only built, not run, to spare memory and minutes: the networks of more than 50 million weights whose family has
-# smaller members that are run.
-BUILT_ONLY = {
-    "convnext_base",
-    "convnext_large",
-    "convnext_xlarge",
-    "efficientnet_b7",
-    "efficientnet_v2_l",
-    "efficientnet_v2_m",
-    "nasnet_large",
-    "resnet152",
-    "resnet152_v2",
-}
+# Built and run: the smallest network for each module of keras.applications and what it does to RGB 0-255 first.
+SMALLEST = {
+    "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_b0", "inception_resnet_v2", "inception_v3",
+    "mobilenet", "mobilenet_v2", "mobilenet_v3_small", "nasnet_mobile", "resnet50", "resnet50_v2", "vgg16", "vgg19",
+    "xception",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +83,12 @@ def test_names_far_from_all_get_the_list():
 # Input contracts
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in BUILT_ONLY])
+def test_every_kind_of_contract_is_run():
+    kinds = {name: (found.module, found.contract) for name, found in NETWORKS.items()}
+    assert {kinds[name] for name in SMALLEST} == set(kinds.values()) and len(SMALLEST) == len(set(kinds.values()))
+
+
+@pytest.mark.parametrize("name", sorted(SMALLEST))
 def test_contract_equals_the_familys_own_preprocessing(name):
     found = backbones.spec(name)
     ours, bare = backbones.build(name, found.min_size, "none"), _bare(found, found.min_size)
@@ -102,12 +101,22 @@ def test_contract_equals_the_familys_own_preprocessing(name):
     assert ours.name == "backbone"
 
 
-@pytest.mark.parametrize("name", sorted(BUILT_ONLY))
-def test_largest_networks_are_built(name):
-    found = backbones.spec(name)
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - SMALLEST))
+def test_the_other_networks_are_asked_of_keras_as_these_are(name, monkeypatch):
+    """Built by the same lines as the smallest of their kind, so only what Keras is asked for is looked at."""
+    found, asked = backbones.spec(name), []
+
+    def network(input_tensor, **asks):
+        asked.append(asks)
+        return SimpleNamespace(output=keras.layers.Conv2D(4, 3, name="block1_conv")(input_tensor))
+
+    assert callable(getattr(keras.applications, found.class_name))
+    monkeypatch.setattr(keras.applications, found.class_name, network)
+    monkeypatch.setattr(applications, "_set_normalization", lambda model: None)
     model = backbones.build(name, found.min_size, "none")
-    assert model.input_shape == (None, found.min_size, found.min_size, 3)
-    assert len(model.output_shape) == 4
+    size = (found.min_size, found.min_size, 3)
+    assert asked == [{"include_top": False, "weights": None, "input_shape": size}]
+    assert model.input_shape == (None, *size) and len(model.output_shape) == 4
 
 
 @pytest.mark.parametrize("name", ["vgg16", "mobilenet", "densenet121"])

@@ -34,6 +34,9 @@ FAMILIES = {
 }
 
 
+FROZEN = {"efficientnet_lite0", "mobilenet_v3_small", "resnet50"}  # tracing is dear
+
+
 def classify(backbone: keras.Model, dropout: float = 0.0) -> keras.Model:
     """A classifier of the form that `classifier.build` makes, on any backbone."""
     images = keras.Input(backbone.input_shape[1:])
@@ -90,10 +93,12 @@ def test_prefix_then_suffix_is_the_model_in_every_family(name):
 
     head = frontier.cut(model)
     assert head.layer == "pool"
-    activations = inference.fast(head.prefix)(images)
+    activations = run(inference.fold(head.prefix), images)
     np.testing.assert_allclose(run(head.suffix, activations), expected, atol=1e-3)
-    rounded = inference.fast(head.prefix, rounded=True)(images)
-    assert rounded.dtype == np.float32 and np.corrcoef(rounded.ravel(), activations.ravel())[0, 1] > 0.98
+    if name in FROZEN:
+        np.testing.assert_allclose(inference.fast(head.prefix)(images), activations, atol=1e-3)
+        rounded = inference.fast(head.prefix, rounded=True)(images)
+        assert rounded.dtype == np.float32 and np.corrcoef(rounded.ravel(), activations.ravel())[0, 1] > 0.98
 
     backbone.trainable = True
     with_weights = [layer for layer in backbone.layers if layer.weights]

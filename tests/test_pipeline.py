@@ -6,6 +6,7 @@ A process with TensorFlow takes seconds to start, so the runs are few and each i
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,9 +78,13 @@ def done(tmp_path_factory, recipe):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, recipe):
-    """A fresh place where `thaw run` and its kernel were killed within phase 1, and `thaw run` was called again."""
+def killed(tmp_path_factory, recipe, done):
+    """A place with the images of `done` where `thaw run` was killed within phase 1, and was called again."""
     place = Workplace(tmp_path_factory.mktemp("killed"), recipe)
+    (place.folder / ".store").mkdir()
+    for made in [path for name in ("explore", "split", "resize") for path in done.folder.glob(f".store/{name}-*")]:
+        if made.is_dir():
+            shutil.copytree(made, place.folder / ".store" / made.name, symlinks=True)
     process = place.start("run", recipe)
     history = _wait_for_epochs(place.folder, 5, process)
     for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -220,20 +225,17 @@ def test_show_says_that_all_is_done(done):
     assert shown.count("done") == 6 and "discs" not in shown
 
 
-def test_a_change_of_phase_two_runs_phase_two_and_evaluation(done):
-    stamps = {name: (done.run / name).resolve() for name in STAGES}
-    change = ("--set", "fine_tune.learning_rate=5e-5", "--name", "slower")
-    dry = done.thaw("run", done.recipe, *change, "--dry-run")
+def test_a_change_of_phase_two_would_run_phase_two_and_evaluation(done):
+    dry = done.thaw("run", done.recipe, "--set", "fine_tune.learning_rate=5e-5", "--dry-run")
     assert [line.split()[0] for line in dry.splitlines() if "would run" in line] == ["fine_tune", "evaluate"]
-    shown = done.thaw("run", done.recipe, *change)
-    assert re.findall(r"^\d/6 (\w+) ", shown, re.M) == ["fine_tune", "evaluate"]
-    other = done.folder / "slower"
-    assert [name for name in STAGES if (other / name).resolve() == stamps[name]] == [
-        "explore",
-        "split",
-        "resize",
-        "head",
-    ]
+
+
+def test_a_run_that_evaluates_otherwise_shares_all_before(done):
+    stamps = {name: (done.run / name).resolve() for name in STAGES}
+    shown = done.thaw("run", done.recipe, "--set", "evaluate.mirror=horizontal", "--name", "mirrored")
+    assert re.findall(r"^\d/6 (\w+) ", shown, re.M) == ["evaluate"]
+    other = done.folder / "mirrored"
+    assert [name for name in STAGES if (other / name).resolve() == stamps[name]] == STAGES[:-1]
     assert {name: (done.run / name).resolve() for name in STAGES} == stamps
 
 

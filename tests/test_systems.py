@@ -293,7 +293,9 @@ def test_the_other_settings_are_the_systems():
 # A competition: labels in a CSV, no labelled test part, unlabelled images to be predicted
 
 
-def test_a_competition_ends_in_its_submission(tmp_path, by_hand, image_folder, monkeypatch, runs_folder):
+def test_a_competition_ends_in_its_submission(
+    tmp_path, by_hand, image_folder, monkeypatch, runs_folder, small_backbone
+):
     from typer.testing import CliRunner
 
     from helpers.cli import main

@@ -13,7 +13,7 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
 
 def near(text: str, known: Iterable[str]) -> str:
     """Return " Did you mean x or y?", or "" where nothing is near."""
-    close = difflib.get_close_matches(text, list(known), n=2, cutoff=0.6)
+    close = difflib.get_close_matches(text, list(known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -102,30 +102,39 @@ def confusion_matrix(
     Raises:
         ValueError: the matrix is not square or does not fit the names.
     """
+    import seaborn  # half a second that only few figures need
+
     matrix = np.asarray(matrix)
     count = len(class_names)
     if matrix.shape != (count, count):
         raise ValueError(f"expected a ({count}, {count}) matrix for {count} class names; got {matrix.shape}")
     totals = matrix.sum(axis=1, keepdims=True)
     shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
-    side = float(np.clip(2.0 + 0.55 * count, 3.6, 6.2)) if count <= 12 else min(5.0 + 0.13 * count, 20.0)
+    few = count <= 12
+    side = float(np.clip(2.0 + 0.55 * count, 3.6, 6.2)) if few else min(5.0 + 0.13 * count, 20.0)
     ax = theme.new(ax, (side + 1.0, side))
-    shade = shares if normalised else matrix
-    image = ax.imshow(shade, cmap=theme.SHADES, vmin=0, vmax=1 if normalised else max(1, matrix.max()), aspect="equal")
-    theme.name_axis(ax, "x", list(class_names), limit=18)
-    theme.name_axis(ax, "y", list(class_names), limit=24)
+    seaborn.heatmap(
+        shares if normalised else matrix,
+        vmin=0,
+        vmax=1 if normalised else max(1, matrix.max()),
+        cmap=theme.SHADES,
+        annot=_cells(matrix, shares) if few else None,
+        fmt="",
+        annot_kws={"fontsize": 10 if count <= 6 else 8},
+        square=True,
+        linewidths=1.5 if few else 0.3 if count <= 60 else 0,
+        linecolor="white" if few else theme.PALE,
+        cbar_kws={"shrink": 0.6, "aspect": 28, "pad": 0.02},
+        rasterized=not few,  # tens of thousands of cells would make a report of many megabytes
+        xticklabels=False,
+        yticklabels=False,
+        ax=ax,
+    )
+    theme.name_axis(ax, "x", list(class_names), limit=18, first=0.5)
+    theme.name_axis(ax, "y", list(class_names), limit=24, first=0.5)
     ax.set(xlabel="predicted class", ylabel="true class")
     ax.tick_params(length=0)
-    if count <= 12:
-        _annotate_cells(ax, matrix, shares, shade)
-    ax.set_xticks(np.arange(-0.5, count), minor=True)
-    ax.set_yticks(np.arange(-0.5, count), minor=True)
-    ax.grid(which="minor", color="white" if count <= 12 else theme.PALE, linewidth=1.5 if count <= 12 else 0.3)
-    ax.tick_params(which="minor", length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.6, aspect=28, pad=0.02)
-    bar.outline.set_visible(False)
+    bar = ax.collections[0].colorbar
     bar.ax.tick_params(labelsize=8, colors=theme.GREY, length=0)
     if normalised:
         bar.ax.yaxis.set_major_formatter(theme.PERCENT)
@@ -254,11 +263,8 @@ def accuracy_and_speed(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _annotate_cells(ax: Axes, matrix: np.ndarray, shares: np.ndarray, shade: np.ndarray) -> None:
-    dark = 0.55 * (1 if shade is shares else max(1, matrix.max()))
-    for row, column in np.ndindex(*matrix.shape):
-        colour = "white" if shade[row, column] > dark else theme.INK if matrix[row, column] else "#B9C2C9"
-        text = f"{matrix[row, column]:,}"
-        if len(matrix) <= 6 and matrix[row, column]:
-            text += f"\n{100 * shares[row, column]:.0f} %"
-        ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=10 if len(matrix) <= 6 else 8)
+def _cells(matrix: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Return what stands in each cell: the count, and below it the share of the row where there is room."""
+    if len(matrix) > 6:
+        return np.vectorize(lambda count: f"{count:,}")(matrix)
+    return np.vectorize(lambda n, share: f"{n:,}\n{100 * share:.0f} %" if n else "0")(matrix, shares)

@@ -88,17 +88,20 @@ def fit(ax: Axes, rows: int, axis: str = "y") -> float:
     return float(np.clip(0.78 * size * 72 / ax.figure.dpi / max(1, rows), 4.0, 9.0))
 
 
-def name_axis(ax: Axes, axis: str, names: list[str], limit: int = 30) -> None:
-    """Put class names on an axis; when even small type would overlap, every second (third, ...) name is left out."""
+def name_axis(ax: Axes, axis: str, names: list[str], limit: int = 30, first: float = 0.0) -> None:
+    """Put class names on an axis; when even small type would overlap, every second (third, ...) name is left out.
+
+    `first` is where the first name stands; each stands 1 after the one before.
+    """
     extent = ax.get_window_extent()
     points = (extent.height if axis == "y" else extent.width) * 72 / ax.figure.dpi
     step = max(1, int(np.ceil(5.0 * len(names) / points)))
     style = {"fontsize": fit(ax, int(np.ceil(len(names) / step)), axis), "color": INK, "parse_math": False}
     shown = [words.shorten(name, limit) for name in names[::step]]
     if axis == "y":
-        ax.set_yticks(range(0, len(names), step), shown, **style)
+        ax.set_yticks(first + np.arange(0, len(names), step), shown, rotation=0, **style)
     else:
         room = points / len(names) / (0.6 * style["fontsize"])  # characters that fit side by side
         turn = {} if max(map(len, shown)) < room else {"rotation": 90} if len(names) > 12 else {
             "rotation": 35, "ha": "right", "rotation_mode": "anchor"}  # fmt: skip
-        ax.set_xticks(range(0, len(names), step), shown, **style, **turn)
+        ax.set_xticks(first + np.arange(0, len(names), step), shown, **style, **turn)
