@@ -1,8 +1,9 @@
 """From an image file to pixels: the one implementation, used by 02_resize, by prediction and by export.
 
 A file becomes RGB in the same steps everywhere: its header is checked before anything is decoded, JPEGs are decoded
-at the smallest scale that still covers the wanted size, the EXIF orientation is obeyed, transparency is laid over
-white, 16-bit and CMYK become 8-bit RGB, and the picture is fitted to a square: area averaging down, cubic up.
+at the smallest scale that still covers the wanted size, the EXIF orientation is obeyed, transparent pixels become
+white, deep values (`formats.deep`) and CMYK become 8-bit RGB, and the image is fitted to a square: area averaging down,
+cubic up.
 
 Anything that stops a file from becoming the right pixels raises `ImageError`; nothing is ever filled in.
 """
@@ -15,6 +16,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -22,29 +24,20 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from helpers.data.formats import deep, jpeg, png
+from helpers.data.formats.deep import Levels
+
 Fit = Literal["crop", "pad", "squash"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels of the upright image, right and bottom outside
 FITS = ("crop", "pad", "squash")
 SMALLEST = 32  # pixels: below this no backbone of the suite has anything left to see
 MAX_PIXELS = 200_000_000  # the largest phone photos have 200 megapixels; a decompression bomb has billions
-MAX_16_BIT = 65_535
+BEYOND = "values beyond the levels"  # a note that `_from_deep` leaves in an image's info
+EXTRA_SAMPLES = 338  # tag of TIFF
 FORMATS = ["JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"]
 SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .avif .heic .heif".split())
 SUFFIXES |= set(".jp2 .j2k .ppm .pgm .pbm .pnm .ico .tga .pcx".split())
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"heif")
-
-# `open_image` applies its own limit to the size in the header; Pillow's would only warn, and at another number.
-Image.MAX_IMAGE_PIXELS = None
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd metadata; damage raises
-
-
-try:
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener()
-    FORMATS.append("HEIF")
-except ImportError:  # HEIC files are then quarantined with the name of the extra that reads them
-    pass
 
 
 class ImageError(ValueError):
@@ -68,6 +61,7 @@ def load(
     fit: Fit = "crop",
     *,
     box: Box | None = None,
+    levels: Levels | None = None,
     max_pixels: int | None = MAX_PIXELS,
 ) -> np.ndarray:
     """Read an image file as the model sees it.
@@ -77,6 +71,7 @@ def load(
         image_size: side of the square that is returned, in pixels.
         fit: "crop" cuts the middle square out, "pad" adds black borders, "squash" ignores the proportions.
         box: the part of the image to take in place of all of it.
+        levels: black and white of deep images; None: as the file says, or the depth that holds its largest value.
         max_pixels: refuse a file whose header promises more; None for files that were checked before.
 
     Returns:
@@ -86,13 +81,26 @@ def load(
         ImageError: the file cannot be read, is cut off, is no image, or is too large.
         ValueError: `image_size` or `fit` is not possible.
     """
+    return load_noted(path, image_size, fit, box=box, levels=levels, max_pixels=max_pixels)[0]
+
+
+def load_noted(
+    path: str | os.PathLike,
+    image_size: int,
+    fit: Fit = "crop",
+    *,
+    box: Box | None = None,
+    levels: Levels | None = None,
+    max_pixels: int | None = MAX_PIXELS,
+) -> tuple[np.ndarray, int]:
+    """Return what `load` returns, and how many values were beyond `levels` and are cut off."""
     check_size(image_size, fit)
     image = open_image(read_bytes(path), max_pixels=max_pixels)
     if box is None:
-        pixels = decode(image, at_least=_inner_size(image.size, image_size, fit))
+        pixels = decode(image, at_least=_inner_size(image.size, image_size, fit), levels=levels)
     else:
-        pixels = decode_part(image, box, _inner_size((box[2] - box[0], box[3] - box[1]), image_size, fit))
-    return resize(pixels, image_size, fit)
+        pixels = decode_part(image, box, _inner_size((box[2] - box[0], box[3] - box[1]), image_size, fit), levels)
+    return resize(pixels, image_size, fit), image.info.get(BEYOND, 0)
 
 
 def check_size(image_size: int, fit: str) -> None:
@@ -123,6 +131,11 @@ def open_image(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> Image.Ima
     Raises:
         ImageError: it is no image, or its header promises more than `max_pixels`.
     """
+    _prepare_pillow()
+    if data.startswith(png.SIGNATURE):
+        data = png.without_long_text(data)
+    if data.startswith(b"\xff\xd8") and (kind := jpeg.why_not_read(data)):
+        raise ImageError("format", kind)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -132,10 +145,13 @@ def open_image(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> Image.Ima
     if max_pixels and image.width * image.height > max_pixels:
         detail = f"{image.width} x {image.height} pixels are more than max_pixels = {max_pixels:,}"
         raise ImageError("too many pixels", detail)
+    image.encoded = data  # Pillow keeps no more than 8 bits of an RGB image
     return image
 
 
-def decode(image: Image.Image, at_least: tuple[int, int] | None = None, mode: str = "RGB") -> np.ndarray:
+def decode(
+    image: Image.Image, at_least: tuple[int, int] | None = None, mode: str = "RGB", levels: Levels | None = None
+) -> np.ndarray:
     """Decode an opened image, upright.
 
     Args:
@@ -143,6 +159,7 @@ def decode(image: Image.Image, at_least: tuple[int, int] | None = None, mode: st
         at_least: (width, height) as stored that is enough: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size when
             that still covers it.
         mode: "RGB", or "L" for grey, which is quicker.
+        levels: as for `load`.
 
     Returns:
         uint8 array of shape (height, width, 3), or (height, width) for "L".
@@ -151,16 +168,17 @@ def decode(image: Image.Image, at_least: tuple[int, int] | None = None, mode: st
         ImageError: the file is cut off or damaged.
     """
     read_pixels(image, at_least, mode)
-    return upright(image, mode)
+    return upright(image, mode, levels)
 
 
-def decode_part(image: Image.Image, box: Box, at_least: tuple[int, int]) -> np.ndarray:
+def decode_part(image: Image.Image, box: Box, at_least: tuple[int, int], levels: Levels | None = None) -> np.ndarray:
     """Decode the part of an opened image within `box`, upright.
 
     Args:
         image: as `open_image` returns it.
         box: the part.
         at_least: (width, height) of the part that is enough, as for `decode`.
+        levels: as for `load`.
 
     Returns:
         uint8 RGB array of shape (height, width, 3), at full size or at 1/2, 1/4 or 1/8 of it.
@@ -171,7 +189,7 @@ def decode_part(image: Image.Image, box: Box, at_least: tuple[int, int]) -> np.n
     left, top, right, bottom = box
     scale = max(at_least[0] / (right - left), at_least[1] / (bottom - top))
     stored = max(image.size)
-    pixels = decode(image, at_least=tuple(math.ceil(side * scale) for side in image.size))
+    pixels = decode(image, at_least=tuple(math.ceil(side * scale) for side in image.size), levels=levels)
     reduced = round(stored / max(pixels.shape[:2]))
     part = pixels[top // reduced : -(-bottom // reduced), left // reduced : -(-right // reduced)]
     if not part.size:
@@ -192,12 +210,30 @@ def read_pixels(image: Image.Image, at_least: tuple[int, int] | None = None, mod
         image.load()
 
 
-def upright(image: Image.Image, mode: str = "RGB") -> np.ndarray:
+def upright(image: Image.Image, mode: str = "RGB", levels: Levels | None = None) -> np.ndarray:
     """Return the pixels of a read image, upright, without transparency, in 8 bits: the second half of `decode`."""
     with _damage_told(image):
-        _turn(image)
-        plain = _plain(image)
+        if deep.is_deep(image, image.encoded):
+            plain = _from_deep(image, levels)
+        else:
+            _turn(image)
+            plain = _plain(image)
+        if plain.mode in ("LAB", "HSV"):  # Pillow makes no grey of these
+            plain = plain.convert("RGB")
         return np.asarray(plain if plain.mode == mode else plain.convert(mode))
+
+
+def extremes(image: Image.Image) -> tuple[float, float, Levels | None] | None:
+    """Return the smallest and largest value of a read deep image and what its file says of them; None for others.
+
+    Raises:
+        ImageError: its values cannot be read.
+    """
+    if not deep.is_deep(image, image.encoded):
+        return None
+    with _damage_told(image):
+        values = _colours(deep.read(image, image.encoded))[0]
+        return float(values.min()), float(values.max()), deep.declared(image, image.encoded)
 
 
 def resize(pixels: np.ndarray, image_size: int, fit: Fit = "crop") -> np.ndarray:
@@ -255,13 +291,42 @@ def _turn(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
+def _from_deep(image: Image.Image, levels: Levels | None) -> Image.Image:
+    """Return a deep image in 8 bits, upright, without transparency; `info` says how many values are beyond `levels`."""
+    values, alpha = _colours(deep.read(image, image.encoded))
+    levels = levels or deep.own(image, image.encoded, values)
+    if levels is None:
+        detail = "32 bits, fractions or negative values have no known black and white: give explore.bits"
+        raise ImageError("format", f"{detail}, such as [0, {values.max():g}], or save it with 8 or 16 bits")
+    image.info[BEYOND] = levels.beyond(values)
+    pixels = levels.in_8_bits(values)
+    if deep.is_inverted(image):
+        pixels = 255 - pixels
+    if alpha is not None and not _alpha_is_none(image):
+        opaque = deep.FULL if alpha.max() > levels.white else levels.white
+        share = np.clip(alpha / opaque, 0, 1)[..., None]
+        pixels = np.rint(pixels.reshape(*alpha.shape, -1) * share + 255 * (1 - share)).astype(np.uint8)
+    return deep.turned(Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels), image, image.encoded)
+
+
+def _colours(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the colour channels and the alpha channel of deep values."""
+    if values.ndim == 2 or values.shape[2] == 3:
+        return values, None
+    return values[..., :-1], values[..., -1]
+
+
+def _alpha_is_none(image: Image.Image) -> bool:
+    """Return whether the file says that its fourth channel is not alpha, though Pillow takes it for that."""
+    if image.format == "TGA":
+        return not image.encoded[17] & 15
+    return image.format == "TIFF" and image.tag_v2.get(EXTRA_SAMPLES, (0,))[0] == 0
+
+
 def _plain(image: Image.Image) -> Image.Image:
-    """Return the image without transparency and in 8 bits a channel."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image, dtype=np.float32)
-        if image.mode == "F" or values.min() < 0 or values.max() > MAX_16_BIT:  # black and white could be anything
-            raise ImageError("format", "pixels of 32 bits have no known black and white: save it with 8 or 16 bits")
-        return Image.fromarray(np.clip(values / 257 + 0.5, 0, 255).astype(np.uint8))
+    """Return the image without transparency."""
+    if image.mode == "RGBA" and _alpha_is_none(image):
+        return image.convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -285,6 +350,18 @@ def _scale(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
+@cache
+def _prepare_pillow() -> None:
+    """Let Pillow read what Thaw reads: `max_pixels` takes the place of its own limit, and HEIC joins if it can."""
+    Image.MAX_IMAGE_PIXELS = None
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd metadata; damage raises
+    with contextlib.suppress(ImportError):  # HEIC files are then quarantined with the name of the extra that reads them
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+        FORMATS.append("HEIF")
+
+
 def _reason(error: Exception) -> str:
     ended = isinstance(error, EOFError) or re.search("truncated|unexpected end of file", str(error), re.IGNORECASE)
     return "truncated" if ended else "unreadable"
@@ -294,6 +371,8 @@ def _unidentified(data: bytes) -> tuple[str, str]:
     is_heic = data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS
     if is_heic and "HEIF" not in FORMATS:
         return "format", "HEIC needs an extra: pip install -e '.[heic]'"
+    if data.startswith(png.SIGNATURE) and (damage := png.damage(data)):
+        return "unreadable", damage
     if is_heic or data.startswith((b"\xff\xd8", b"\x89PNG")):
         return "truncated", "the file ends within its header"
     return "not an image", f"the content begins with {data[:12]!r}"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from PIL import Image
 
 from helpers.core import disk, parallel, words
 from helpers.data import grouping, images, sources
+from helpers.data.formats import deep
 from helpers.data.images import ImageError
 
 HASH_SIDE = 16  # a perceptual hash has 16 x 16 bits: 64 bits cannot tell apart images that are all alike by nature
@@ -52,6 +53,7 @@ def take(
     min_size: int = 16,
     max_aspect: float = 20.0,
     max_pixels: int = images.MAX_PIXELS,
+    bits: int | Sequence[float] | None = None,
     workers: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Open and check every image of a source once.
@@ -61,16 +63,19 @@ def take(
         min_size: the shorter side must have this many pixels.
         max_aspect: the longer side may be this many times the shorter one.
         max_pixels: width times height may not be more.
+        bits: the depth of deep images, or their black and white, where the files do not say it; see `levels`.
         workers: processes; 0 means one for each core.
 
     Returns:
         The inventory (a row per sound image: the source's columns and format, width, height, mode, orientation,
-        bytes, sha256, phash, taken) and the quarantine (path, label, reason, detail).
+        bytes, sha256, phash, taken, note; where an image is deep also lowest, highest and says, its smallest and
+        largest value and the black and white that the file declares) and the quarantine (path, label, reason, detail).
 
     Raises:
         ValueError: a class has no sound image left; the message names it and the reasons.
     """
-    check = partial(examine, min_size=min_size, max_aspect=max_aspect, max_pixels=max_pixels)
+    by_hand = deep.given(bits)
+    check = partial(examine, min_size=min_size, max_aspect=max_aspect, max_pixels=max_pixels, levels=by_hand)
     paths = [os.path.join(source.root, path) for path in source.table["path"]]
     seen = [source.root, *paths[:1]]
     facts = list(parallel.for_each(check, paths, workers=workers, label="inventory", reads=seen))
@@ -87,10 +92,14 @@ def take(
     _check_not_emptied(source.table["label"], sound["label"], quarantine)
     for column in ("width", "height", "orientation", "bytes"):
         sound[column] = sound[column].astype(int)
+    if "says" in sound:
+        sound["says"] = sound["says"].fillna("")
     return sound, quarantine.sort_values(["reason", "path"], kind="stable").reset_index(drop=True)
 
 
-def examine(path: str | os.PathLike, *, min_size: int, max_aspect: float, max_pixels: int) -> dict[str, Any]:
+def examine(
+    path: str | os.PathLike, *, min_size: int, max_aspect: float, max_pixels: int, levels: deep.Levels | None = None
+) -> dict[str, Any]:
     """Return the facts about one image file, or a `reason` and `detail` why it cannot be used."""
     try:
         data = images.read_bytes(path)
@@ -104,21 +113,64 @@ def examine(path: str | os.PathLike, *, min_size: int, max_aspect: float, max_pi
             raise ImageError("odd shape", f"{image.width} x {image.height} pixels; max_aspect = {max_aspect:g}")
         images.read_pixels(image, at_least=(4 * HASH_SIDE, 4 * HASH_SIDE), mode="L")
         facts |= _exif(image)
-        looks = imagehash.phash(Image.fromarray(images.upright(image, mode="L")), hash_size=HASH_SIDE)
-        return facts | {"phash": str(looks)}
+        extremes = images.extremes(image)
+        pixels = images.upright(image, mode="L", levels=levels)
+        if extremes:
+            lowest, highest, declared = extremes
+            says = f"{declared.black:g} {declared.white:g}" if declared else ""
+            facts |= {"lowest": lowest, "highest": highest, "says": says}
+        flat = pixels.min() == pixels.max()
+        facts |= {"phash": str(imagehash.phash(Image.fromarray(pixels), hash_size=HASH_SIDE))}
+        return facts | {"note": f"one flat colour, {pixels.min()} of 255" if flat else ""}
     except ImageError as error:
         return {"reason": error.reason, "detail": error.detail}
 
 
-def examples(table: pd.DataFrame, root: Path, *, per_class: int = 6, classes: int = 24) -> dict[str, list[np.ndarray]]:
+def levels(table: pd.DataFrame, bits: int | Sequence[float] | None = None) -> tuple[deep.Levels | None, str]:
+    """Return black and white for every deep image of an inventory, and where they come from, in words.
+
+    Args:
+        table: as `take` returns it.
+        bits: a depth such as 12, or black and white such as [0, 4095]; 0 or None: as the files declare it, else the
+            smallest depth that holds the largest value of all images.
+
+    Returns:
+        None and a sentence that says so when no image is deep.
+    """
+    if "highest" not in table or table["highest"].isna().all():
+        return None, "no image has more than 8 bits a channel"
+    found = table[table["highest"].notna()]
+    said = [deep.Levels(*map(float, text.split())) if text else None for text in found["says"]]
+    chosen, why = deep.levels_of(list(found["lowest"]), list(found["highest"]), said)
+    if by_hand := deep.given(bits):
+        chosen, why = by_hand, "bits says so"
+    beyond = int(((found["lowest"] < chosen.black) | (found["highest"] > chosen.white)).sum())
+    lost = f"; {beyond:,} of them have values beyond, which are cut off" if beyond else ""
+    ends = f"{chosen.black:g} is black, {chosen.white:g} white"
+    return chosen, f"{len(found):,} images of more than 8 bits: {ends} ({why}){lost}"
+
+
+def examples(
+    table: pd.DataFrame, root: Path, *, per_class: int = 6, classes: int = 24, levels: deep.Levels | None = None
+) -> dict[str, list[np.ndarray]]:
     """Return a few images of each of the first classes, always the same ones: those with the lowest hashes."""
     chosen = table.sort_values("sha256").groupby("label").head(per_class).groupby("label")["path"]
     names = words.natural_order(table["label"])[:classes]
-    return {name: pictures(root, chosen.get_group(name)) for name in names}
+    return {name: pictures(root, chosen.get_group(name), levels) for name in names}
 
 
-def write(out: Path, source: sources.Source, table: pd.DataFrame, quarantine: pd.DataFrame) -> list[str]:
-    """Write the inventory, the quarantine, what fixes changed, and the link `source`; return the files' names."""
+def write(
+    out: Path,
+    source: sources.Source,
+    table: pd.DataFrame,
+    quarantine: pd.DataFrame,
+    levels: deep.Levels | None = None,
+    sentence: str = "",
+) -> list[str]:
+    """Write the inventory, the quarantine, what fixes changed, and the link `source`; return the files' names.
+
+    `levels` of deep images and the sentence about them go into levels.json, where there are any.
+    """
     table.to_csv(out / "inventory.csv", index=False)
     quarantine.to_csv(out / "quarantine.csv", index=False)
     source.fixes.to_csv(out / "fixes.csv", index=False)
@@ -126,7 +178,11 @@ def write(out: Path, source: sources.Source, table: pd.DataFrame, quarantine: pd
     disk.write_json(out / "class_names.json", words.natural_order(table["label"]))
     (out / "source").unlink(missing_ok=True)
     (out / "source").symlink_to(source.root.resolve())
-    return ["inventory.csv", "quarantine.csv", "fixes.csv", "ignored.json", "class_names.json"]
+    names = ["inventory.csv", "quarantine.csv", "fixes.csv", "ignored.json", "class_names.json"]
+    if levels is None:
+        return names
+    disk.write_json(out / "levels.json", {"black": levels.black, "white": levels.white, "sentence": sentence})
+    return [*names, "levels.json"]
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -156,8 +212,8 @@ def _check_not_emptied(before: pd.Series, after: pd.Series, quarantine: pd.DataF
         raise ValueError(f"No sound image is left of {', '.join(emptied)} ({said}). Mend the files or drop the class.")
 
 
-def pictures(root: Path, paths: pd.Series) -> list[np.ndarray]:
-    return [images.load(root / path, SHOWN_SIZE, "pad", max_pixels=None) for path in paths]
+def pictures(root: Path, paths: pd.Series, levels: deep.Levels | None = None) -> list[np.ndarray]:
+    return [images.load(root / path, SHOWN_SIZE, "pad", levels=levels, max_pixels=None) for path in paths]
 
 
 def _file_hashes(paths: list[str], cache_file: Path | None) -> list[str]:

@@ -7,10 +7,12 @@ import pandas as pd
 
 from helpers.core import disk, parallel
 from helpers.data import images, links
+from helpers.data.formats import deep
 from helpers.data.images import ImageError
 from helpers.data.splits import PARTS
 
 IMAGE_COLUMNS = ["path", "label", "part", "source", "sha256"]
+LEVELS = "levels.json"  # black and white of deep images, where there are any
 QUARANTINE_COLUMNS = ["path", "label", "reason", "detail"]
 
 
@@ -43,7 +45,10 @@ def write_images(
     table = split.assign(path=[str(PurePosixPath(file).with_suffix(f".{format}")) for file in split["file"]])
     for folder in sorted({PurePosixPath(path).parent for path in table["path"]}):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    convert = partial(_convert, source=source, out=out, image_size=image_size, fit=fit, quality=quality)
+    levels = disk.read_json(source / LEVELS) if (source / LEVELS).is_file() else None
+    range_of_deep = deep.Levels(levels["black"], levels["white"]) if levels else None
+    how = {"image_size": image_size, "fit": fit, "quality": quality, "levels": range_of_deep}
+    convert = partial(_convert, source=source, out=out, **how)
     boxes = table["box"] if "box" in table else [""] * len(table)
     files = list(zip(table["file"], table["path"], boxes, strict=True))
     seen = [source, out, *(source / file for file in table["file"].head(1))]  # the last is a link to the raw images
@@ -57,19 +62,27 @@ def write_images(
     quarantine.to_csv(out / "quarantine.csv", index=False)
     about = {"image_size": image_size, "fit": fit, "format": format}
     crop = {"crop": disk.read_json(source / "crop.json")} if (source / "crop.json").is_file() else {}
-    disk.write_json(out / "resize.json", about | crop)
+    depth = {"levels": [levels["black"], levels["white"]]} if levels else {}
+    disk.write_json(out / "resize.json", about | crop | depth)
     return table, quarantine
 
 
 def _convert(
-    files: tuple[str, str, str], *, source: Path, out: Path, image_size: int, fit: images.Fit, quality: int
+    files: tuple[str, str, str],
+    *,
+    source: Path,
+    out: Path,
+    image_size: int,
+    fit: images.Fit,
+    quality: int,
+    levels: deep.Levels | None,
 ) -> tuple[str, str]:
     """Resize a file (or its box) of `source` into one of `out`; return why it cannot be done, or two empty strings."""
     target, box = out / files[1], images.read_box(files[2])
     if target.is_file():  # by an interrupted run, and a file appears only whole
         return "", ""
     try:
-        pixels = images.load(source / files[0], image_size, fit, box=box, max_pixels=None)
+        pixels = images.load(source / files[0], image_size, fit, box=box, levels=levels, max_pixels=None)
     except ImageError as error:
         return error.reason, error.detail
     images.write(target, pixels, quality)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from helpers.core import disk, notebooks, parallel, progress, project
 from helpers.data import crop, images, sources
+from helpers.data.formats import deep
 
 BATCH = 32
 PIECE = 16 * BATCH  # images that a host is given at a time; whole batches, so that hosts change no digit
@@ -119,16 +120,25 @@ def predict(run: str | Path, paths: Iterable[str | Path], hosts: str = "") -> tu
         parts = list(parallel.spread(work, pieces, address=hosts, reads=reads))
     else:
         parts = [_classify(_load(str(folder)), folder, files)]
-    reasons = [reason for _, found in parts for reason in found]
-    scores = np.concatenate([scores for scores, _ in parts])
+    reasons = [reason for _, found, _ in parts for reason in found]
+    scores, beyond = np.concatenate([scores for scores, _, _ in parts]), sum(count for _, _, count in parts)
     read = [str(path) for path, reason in zip(files, reasons, strict=True) if not reason]
     unreadable = {str(path): reason for path, reason in zip(files, reasons, strict=True) if reason}
     table = pd.DataFrame(scores, columns=class_names)
     table.insert(0, "confidence", scores.max(axis=1) if len(scores) else [])
     table.insert(0, "predicted", [class_names[index] for index in scores.argmax(axis=1)])
     table.insert(0, "path", read)
+    cautions = []
     if boxes := about.get("crop", {}).get("boxes"):
-        table.attrs["caution"] = f"The model learned on images cut to the boxes of {boxes}; these are taken whole."
+        cautions.append(f"The model learned on images cut to the boxes of {boxes}; these are taken whole.")
+    if beyond:
+        black, white = about["levels"]
+        cautions.append(
+            f"{beyond:,} of {len(read):,} images have values beyond {black:g} to {white:g}, the range that the model"
+            " learned on; these values are cut off."
+        )
+    if cautions:
+        table.attrs["caution"] = "\n".join(cautions)
     return table, unreadable
 
 
@@ -143,28 +153,34 @@ def _loaded(folder: str, modified: int):
     return _load(folder)
 
 
-def _classify_with(folder: str, modified: int, files: list[str]) -> tuple[np.ndarray, list[str]]:
+def _classify_with(folder: str, modified: int, files: list[str]) -> tuple[np.ndarray, list[str], int]:
     """Classify files on a host, which keeps the model for its next piece."""
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the host's worker lives on beside what comes next
     return _classify(_loaded(folder, modified), Path(folder), files)
 
 
-def _classify(model, folder: Path, files: Sequence[str | Path]) -> tuple[np.ndarray, list[str]]:
-    """Return the probabilities of the files that are readable images, and for each file why it is none, or ""."""
+def _classify(model, folder: Path, files: Sequence[str | Path]) -> tuple[np.ndarray, list[str], int]:
+    """Return the probabilities of the files that are readable images, for each file why it is none, or "", and how many
+    of them hold values beyond the range that the model knows.
+    """
     about, class_names = disk.read_json(folder / "model.json"), disk.read_json(folder / "class_names.json")
     part_of = crop.cutter(about["crop"]) if "crop" in about else lambda path: None
-    scores, reasons = [np.zeros((0, len(class_names)), np.float32)], []
+    levels = deep.Levels(*about["levels"]) if "levels" in about else None
+    scores, reasons, beyond = [np.zeros((0, len(class_names)), np.float32)], [], 0
     for start in range(0, len(files), BATCH):
         pixels = []
         for path in map(Path, files[start : start + BATCH]):
             try:
-                pixels.append(images.load(path, about["image_size"], about["fit"], box=part_of(path)))
+                how = {"box": part_of(path), "levels": levels}
+                loaded, cut_off = images.load_noted(path, about["image_size"], about["fit"], **how)
+                pixels.append(loaded)
                 reasons.append("")
+                beyond += cut_off > 0
             except images.ImageError as error:
                 reasons.append(str(error))
         if pixels:
             scores.append(model.predict_on_batch(np.stack(pixels)))
-    return np.concatenate(scores), reasons
+    return np.concatenate(scores), reasons, beyond
 
 
 def submission(predictions: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -191,6 +191,8 @@ def _explored(run: Path, stages: dict) -> dict:
         "names": folder / "class_names.json",
         "fixes": fixes.sentence(disk.read_table(folder / "fixes.csv")) if (folder / "fixes.csv").is_file() else "",
         "quarantine": _quarantine(run),
+        "levels": disk.read_json(folder / "levels.json")["sentence"] if (folder / "levels.json").is_file() else "",
+        "flat": int((inventory["note"] != "").sum()) if "note" in inventory else 0,
         "groups": groups,
         "alike": alike,
         "ignored": disk.read_json(folder / "ignored.json") if (folder / "ignored.json").is_file() else {},
@@ -377,7 +379,7 @@ def _moment(iso: str) -> str:
 # What each stage adds to the section on data, over what stands there without it.
 DATA = {"explore": _explored, "crop": _cropped, "split": _divided}
 _NO_DATA: dict[str, Any] = {"counts": None, "quarantine": None, "ignored": {}, "leaks": None, "sizes": None}
-_NO_DATA |= {"groups": {}, "alike": [], "gap": None, "fixes": "", "crop": ""}
+_NO_DATA |= {"groups": {}, "alike": [], "gap": None, "fixes": "", "crop": "", "levels": "", "flat": 0}
 
 # What the template shows, by the name that it has there; each is given the run's folder and the records of its stages.
 SECTIONS: dict[str, Callable[[Path, dict], Any]] = {

@@ -61,7 +61,7 @@ def read(folder: str | Path, part: str) -> Folder:
             f"images.csv has labels that class_names.json lacks: {', '.join(unknown)}. Run 02_resize again."
         )
     about = disk.read_json(folder / "resize.json")
-    made = ":".join(str(about[key]) for key in ("image_size", "fit", "format"))
+    made = ":".join(str(about[key]) for key in ("image_size", "fit", "format", "levels") if key in about)
     cut = rows["sha256"] + (":" + rows["box"] if "box" in rows else "")
     paths = [str(folder / path) for path in rows["path"]]
     return Folder(
