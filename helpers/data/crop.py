@@ -19,8 +19,9 @@ import pandas as pd
 from PIL import Image
 
 from helpers.core import disk, parallel, project
-from helpers.data import detectors, images, inventory, resizing
+from helpers.data import detectors, images, inventory
 from helpers.data.detectors import HUB, Detection
+from helpers.data.formats import deep
 
 CORNERS = ["left", "top", "right", "bottom"]
 COLUMNS = ["path", *CORNERS, "class", "score"]
@@ -268,7 +269,8 @@ def write(out: Path, source: Path, table: pd.DataFrame, chosen: pd.DataFrame) ->
     chosen.to_csv(out / "crops.csv", index=False)
     for name in HANDED_ON:
         shutil.copyfile(source / name, out / name)
-    resizing.hand_on(source, out, resizing.LEVELS)
+    if (source / deep.FILE).is_file():
+        shutil.copyfile(source / deep.FILE, out / deep.FILE)
     (out / "source").unlink(missing_ok=True)
     (out / "source").symlink_to((source / "source").resolve())
     return ["inventory.csv", "crops.csv", *HANDED_ON]

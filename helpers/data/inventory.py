@@ -181,8 +181,8 @@ def write(
     names = ["inventory.csv", "quarantine.csv", "fixes.csv", "ignored.json", "class_names.json"]
     if levels is None:
         return names
-    disk.write_json(out / "levels.json", {"black": levels.black, "white": levels.white, "sentence": sentence})
-    return [*names, "levels.json"]
+    disk.write_json(out / deep.FILE, {"black": levels.black, "white": levels.white, "sentence": sentence})
+    return [*names, deep.FILE]
 
 
 def read(folder: Path) -> pd.DataFrame:

@@ -12,7 +12,6 @@ from helpers.data.images import ImageError
 from helpers.data.splits import PARTS
 
 IMAGE_COLUMNS = ["path", "label", "part", "source", "sha256"]
-LEVELS = "levels.json"  # black and white of deep images, where there are any
 QUARANTINE_COLUMNS = ["path", "label", "reason", "detail"]
 
 
@@ -45,7 +44,7 @@ def write_images(
     table = split.assign(path=[str(PurePosixPath(file).with_suffix(f".{format}")) for file in split["file"]])
     for folder in sorted({PurePosixPath(path).parent for path in table["path"]}):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    levels = disk.read_json(source / LEVELS) if (source / LEVELS).is_file() else None
+    levels = disk.read_json(source / deep.FILE) if (source / deep.FILE).is_file() else None
     range_of_deep = deep.Levels(levels["black"], levels["white"]) if levels else None
     how = {"image_size": image_size, "fit": fit, "quality": quality, "levels": range_of_deep}
     convert = partial(_convert, source=source, out=out, **how)

@@ -24,6 +24,7 @@ from PIL import Image
 
 from helpers.core import disk, notebooks, project, stages, words
 from helpers.data import fixes
+from helpers.data.formats import deep
 from helpers.evaluation import metrics
 from helpers.reports import charts, curves, sheets
 
@@ -191,7 +192,7 @@ def _explored(run: Path, stages: dict) -> dict:
         "names": folder / "class_names.json",
         "fixes": fixes.sentence(disk.read_table(folder / "fixes.csv")) if (folder / "fixes.csv").is_file() else "",
         "quarantine": _quarantine(run),
-        "levels": disk.read_json(folder / "levels.json")["sentence"] if (folder / "levels.json").is_file() else "",
+        "levels": disk.read_json(folder / deep.FILE)["sentence"] if (folder / deep.FILE).is_file() else "",
         "flat": int((inventory["note"] != "").sum()) if "note" in inventory else 0,
         "groups": groups,
         "alike": alike,

@@ -17,6 +17,7 @@ from PIL import Image
 from helpers.data.formats import png
 
 FULL = 65_535  # of 16 bits
+FILE = "levels.json"  # black and white of a set, in the folder of a stage
 LEAST_BITS = 8
 ONE_CHANNEL = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 # Tags of TIFF
