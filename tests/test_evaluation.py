@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
-from helpers.evaluation import comparison, metrics
+from helpers.evaluation import comparison, details, metrics, selection, tables
 
 
 def draw(n, k, seed=0, sharpness=1.5):
@@ -22,7 +22,7 @@ def draw(n, k, seed=0, sharpness=1.5):
 def table_of(truth, probabilities, names=None):
     names = names or [f"c{i}" for i in range(probabilities.shape[1])]
     paths = [f"test/{i:05d}.png" for i in range(len(truth))]
-    return metrics.predictions_table(paths, [names[i] for i in truth], probabilities, names), names
+    return tables.predictions_table(paths, [names[i] for i in truth], probabilities, names), names
 
 
 def of_hits(hits):
@@ -34,7 +34,7 @@ def of_hits(hits):
 
 def test_confidences_are_the_highest_probabilities():
     table, names = of_hits([True, False, True])
-    result = metrics.confidences(table, names)
+    result = details.confidences(table, names)
     assert list(result["prediction"]) == ["correct", "wrong", "correct"]
     np.testing.assert_allclose(result["confidence"], 0.8)
 
@@ -122,7 +122,7 @@ def test_calibration_error_by_hand():
     first = np.array([0.8] * 10 + [0.6] * 10)
     table, names = table_of(truth, np.stack([first, 1 - first], axis=1))
     assert metrics.metrics(table, names, n_bootstrap=10)["ece"]["value"] == pytest.approx(0.1)
-    reliability = metrics.reliability(table, names)
+    reliability = details.reliability(table, names)
     assert reliability["count"].tolist() == [10, 10]
     assert reliability["accuracy"].tolist() == pytest.approx([0.6, 0.6])
 
@@ -152,26 +152,26 @@ def test_files_keep_class_names_as_text(tmp_path):
     truth, probabilities = draw(30, 3)
     table, names = table_of(truth, probabilities, ["007", "NA", "true"])
     table.to_csv(tmp_path / "predictions.csv", index=False)
-    again = metrics.read_predictions(tmp_path / "predictions.csv")
+    again = tables.read_predictions(tmp_path / "predictions.csv")
     pd.testing.assert_frame_equal(again, table, check_dtype=False)
     assert metrics.metrics(again, names, n_bootstrap=5) == metrics.metrics(table, names, n_bootstrap=5)
 
 
 def test_labels_may_be_names_or_indices():
-    by_name = metrics.predictions_table(["x", "y"], ["1", "0"], GOOD, ["0", "1"])
-    by_index = metrics.predictions_table(["x", "y"], np.array([1, 0], np.int32), GOOD, ["0", "1"])
+    by_name = tables.predictions_table(["x", "y"], ["1", "0"], GOOD, ["0", "1"])
+    by_index = tables.predictions_table(["x", "y"], np.array([1, 0], np.int32), GOOD, ["0", "1"])
     pd.testing.assert_frame_equal(by_name, by_index)
 
 
 def test_confident_mistakes_come_surest_first():
     table, names = table_of(np.array([0, 0, 1, 1]), np.array([[0.9, 0.1], [0.2, 0.8], [0.95, 0.05], [0.4, 0.6]]))
-    mistakes = metrics.confident_mistakes(table, names, n=5)
+    mistakes = details.confident_mistakes(table, names, n=5)
     assert mistakes["path"].tolist() == ["test/00002.png", "test/00001.png"]
     assert mistakes["confidence"].tolist() == [0.95, 0.8]
 
 
 def test_confused_pairs_are_sorted_by_count_and_leave_out_the_diagonal():
-    pairs = metrics.confused_pairs(np.array([[5, 2, 0], [4, 6, 0], [0, 2, 1]]), ["a", "b", "c"])
+    pairs = details.confused_pairs(np.array([[5, 2, 0], [4, 6, 0], [0, 2, 1]]), ["a", "b", "c"])
     assert pairs[["label", "predicted", "count"]].to_numpy().tolist() == [["b", "a", 4], ["c", "b", 2], ["a", "b", 2]]
 
 
@@ -207,15 +207,15 @@ def test_compare_refuses_other_pictures_and_other_labels():
     ],
 )
 def test_the_better_phase_is_chosen_on_validation(monitor, head, fine, phase):
-    result = comparison.better_phase(pd.DataFrame({monitor: head}), pd.DataFrame({monitor: fine}), monitor)
+    result = selection.better_phase(pd.DataFrame({monitor: head}), pd.DataFrame({monitor: fine}), monitor)
     assert result["phase"] == phase
     assert f"phase {1 if phase == 'head' else 2} is the run's model" in result["sentence"]
 
 
 def test_without_phase_2_the_head_is_the_model():
-    assert comparison.better_phase(pd.DataFrame({"val_loss": [0.5]}), None)["phase"] == "head"
+    assert selection.better_phase(pd.DataFrame({"val_loss": [0.5]}), None)["phase"] == "head"
     with pytest.raises(ValueError, match="val_auc"):
-        comparison.better_phase(pd.DataFrame({"val_loss": [0.5]}), None, "val_auc")
+        selection.better_phase(pd.DataFrame({"val_loss": [0.5]}), None, "val_auc")
 
 
 def test_headline_names_the_published_figures():
@@ -245,7 +245,7 @@ GOOD = np.array([[0.7, 0.3], [0.2, 0.8]])
 )
 def test_bad_predictions_are_refused(paths, labels, probabilities, names, message):
     with pytest.raises(ValueError, match=message):
-        metrics.predictions_table(paths, labels, probabilities, names)
+        tables.predictions_table(paths, labels, probabilities, names)
 
 
 def test_other_tables_are_refused(tmp_path):
@@ -258,4 +258,4 @@ def test_other_tables_are_refused(tmp_path):
         metrics.metrics(table, names, n_bootstrap=0)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected path, label, predicted"):
-        metrics.read_predictions(tmp_path / "other.csv")
+        tables.read_predictions(tmp_path / "other.csv")

@@ -42,12 +42,14 @@ def test_no_department_is_imported_as_a_name():
     """`from helpers import data` would hide from the fingerprint which of its modules are used."""
     sources = [path.read_text(encoding="utf-8") for path in CODE]
     sources += [fingerprints._source(stage.notebook) for stage in _notebooks().values()]
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in CODE} - {"helpers"}
+    assert {"helpers.data", "helpers.models.families"} <= packages
     for source in sources:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom):
-                assert node.module != "helpers", ast.unparse(node)
+                assert not {f"{node.module}.{alias.name}" for alias in node.names} & packages, ast.unparse(node)
             if isinstance(node, ast.Import):
-                assert not {alias.name for alias in node.names} & {"helpers", *(f"helpers.{d}" for d in DEPARTMENTS)}
+                assert not {alias.name for alias in node.names} & {"helpers", *packages}, ast.unparse(node)
 
 
 NAMED_BY = ("pipeline/checks.py", "cli/starter.py", "cli/bakeoff.py")  # they are about single stages
@@ -143,6 +145,10 @@ def stale_after(tmp_path, monkeypatch):
     ("module", "stages"),
     [
         ("helpers/training/compiling.py", {"head", "fine_tune", "evaluate"}),
+        ("helpers/models/families/kerashub.py", {"head", "fine_tune", "bakeoff"}),
+        ("helpers/models/fetching.py", set()),
+        ("helpers/evaluation/metrics.py", {"evaluate", "bakeoff"}),
+        ("helpers/evaluation/details.py", {"evaluate", "bakeoff"}),
         ("helpers/data/splits.py", {"split", "resize"}),
         ("helpers/data/crop.py", {"crop", "evaluate"}),
         ("helpers/reports/theme.py", set()),

@@ -21,10 +21,10 @@ out: str = "runs/demo/evaluate"  # folder this notebook writes
 """
 PREDICT = """
 import numpy as np
-from helpers.evaluation import metrics
+from helpers.evaluation import metrics, tables
 names, truth = ["cat", "dog"], np.arange(40) % 2
 scores = np.random.default_rng(seed).uniform(0.2, 0.8, 40) * 0.5 + truth * 0.5
-table = metrics.predictions_table([f"{n}.png" for n in range(40)], truth, np.stack([1 - scores, scores], 1), names)
+table = tables.predictions_table([f"{n}.png" for n in range(40)], truth, np.stack([1 - scores, scores], 1), names)
 table.to_csv(folder / "predictions.csv", index=False)
 disk.write_json(folder / "metrics.json", metrics.metrics(table, names, n_bootstrap=100))
 stages.finish(folder, files=["predictions.csv", "metrics.json"], headline="evaluated")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from helpers.core import disk, project, words
-from helpers.evaluation import metrics
+from helpers.evaluation import metrics, tables
 from helpers.reports import report
 
 NASTY = '<script>alert("x")</script>'
@@ -72,7 +72,7 @@ def add_evaluation(run, names=NAMES, n=60, perfect=False):
     probabilities = rng.dirichlet(np.ones(len(names)), n) + np.eye(len(names))[truth] * (5 if perfect else 0.4)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     paths = [f"test/{i}.png" for i in range(n)]
-    table = metrics.predictions_table(paths, [names[i] for i in truth], probabilities, names)
+    table = tables.predictions_table(paths, [names[i] for i in truth], probabilities, names)
     table.to_csv(folder / "predictions.csv", index=False)
     (run / "resize" / "test").mkdir(parents=True, exist_ok=True)
     for path in paths[: n // 2]:

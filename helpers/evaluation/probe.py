@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from helpers.core import child, disk, linear, progress, words
-from helpers.evaluation import comparison, metrics
+from helpers.evaluation import comparison, metrics, tables
 from helpers.models import backbones
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the weights (scikit-learn's C), on standardised features
@@ -115,7 +115,7 @@ def rank(
     rows, predictions = [], {}
     for item in progress.track(good, total=len(good), unit="backbone", label="probe"):
         strength, table = judge(item, seed)
-        names = list(table.columns[len(metrics.KEYS) :])
+        names = list(table.columns[len(tables.KEYS) :])
         result = metrics.metrics(table, names, seed=seed, n_bootstrap=resamples)
         accuracy = result["accuracy"] | {"balanced_accuracy": result["balanced_accuracy"]["value"]}
         rows.append(item | accuracy | {"accuracy": accuracy["value"], "strength": strength})
@@ -188,7 +188,7 @@ def judge(item: dict[str, Any], seed: int = 0) -> tuple[float, pd.DataFrame]:
         seed: of the folds.
 
     Returns:
-        The strength that cross-validation chose, and predictions as `metrics.predictions_table` makes them.
+        The strength that cross-validation chose, and predictions as `tables.predictions_table` makes them.
     """
     train, val, class_names = parts(Path(item["source"]))
     features, asked = read(item)
@@ -197,7 +197,7 @@ def judge(item: dict[str, Any], seed: int = 0) -> tuple[float, pd.DataFrame]:
     model = linear.fit(linear.classifier(strength, TOLERANCE), features, labels)
     said = np.zeros((len(asked), len(class_names)))
     said[:, model.classes_] = model.predict_proba(asked)  # a class that it has never seen keeps 0
-    return strength, metrics.predictions_table(list(val["path"]), list(val["label"]), said, class_names)
+    return strength, tables.predictions_table(list(val["path"]), list(val["label"]), said, class_names)
 
 
 def _embed(**task: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from PIL import Image
 from helpers.core import disk, notebooks, project, stages, words
 from helpers.data import fixes
 from helpers.data.formats import deep
-from helpers.evaluation import metrics
+from helpers.evaluation import details, metrics, tables
 from helpers.reports import charts, curves, sheets
 
 PARTS, UNUSED = ("train", "val", "test"), "unused"
@@ -107,8 +107,8 @@ def _results(run: Path, stages: dict) -> dict | None:
     folder = run / "evaluate"
     result = disk.read_json(folder / "metrics.json")
     names = result["class_names"]
-    predictions = metrics.read_predictions(folder / "predictions.csv")
-    mistakes = metrics.confident_mistakes(predictions, names, n=MISTAKES)
+    predictions = tables.read_predictions(folder / "predictions.csv")
+    mistakes = details.confident_mistakes(predictions, names, n=MISTAKES)
     frame = pd.DataFrame(result["per_class"])
     return {
         "metrics": result,
@@ -226,8 +226,8 @@ def _alike(run: Path, figures: Path, inventory: pd.DataFrame) -> tuple[dict, lis
 def _quarantine(run: Path) -> dict:
     """Files set aside by any stage: how many for each reason, and the first of them."""
     files = [run / stage / "quarantine.csv" for stage in ("explore", "resize")]
-    tables = [disk.read_table(path) for path in files if path.is_file()]
-    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["path", "reason"])
+    parts = [disk.read_table(path) for path in files if path.is_file()]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["path", "reason"])
     return {
         "n": len(table),
         "reasons": table["reason"].value_counts().to_dict(),
