@@ -114,7 +114,7 @@ def _image_folder(folder: Path, counts: Mapping[str, int], *, size: int = 64, se
     for number, (name, count) in enumerate(counts.items()):
         (folder / name).mkdir(parents=True)
         for index in range(count):
-            cv2.imwrite(str(folder / name / f"{name}-{index:02}.png"), _picture(rng, number, size))
+            cv2.imwrite(str(folder / name / f"{Path(name).name}-{index:02}.png"), _picture(rng, number, size))
     return folder
 
 

@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from helpers.cli import main
 from helpers.core import notebooks, project
+from helpers.data import sources
 from helpers.evaluation import prediction
 from helpers.pipeline import checks, planning, recipes
 
@@ -151,6 +152,10 @@ def test_a_recipe_that_is_not_there(thaw, runs_folder):
         ({"cat": 3}, "Only one class is left, ['cat']: a classifier needs at least two"),
         ({"cat": 3, "Cat": 3}, "These classes differ only in case: Cat, cat"),
         ({"cat": 3, "predicted": 3}, "A class cannot be called predicted"),
+        (
+            {"cat": 3, "dog": 3, "bird": 1},
+            "1 of 3 classes have too few images to be both learned and tested: bird (1 in one",
+        ),
     ],
 )
 def test_a_source_that_nothing_can_be_learned_from(thaw, recipe, runs_folder, tmp_path, image_folder, counts, expected):
@@ -242,6 +247,13 @@ def test_new_explains_every_parameter_with_its_own_value(thaw, project, photos):
         assert set(given.stages[name]) == set(expected) and not changed - {"image_size", "imbalance", "batch_size"}
 
 
+def test_new_says_what_must_be_mended_before_it_can_run(thaw, project, tmp_path, image_folder):
+    image_folder(tmp_path / "few", {"cat": 9, "dog": 9, "bird": 1}, size=32)
+    code, shown = thaw("new", "few", tmp_path / "few")
+    assert code == 0 and "Before it can run: 1 of 3 classes have too few images" in " ".join(shown.split())
+    assert "bird (1 in one group)" in shown and "split.rare" in shown
+
+
 def test_new_weighs_unequal_classes(thaw, project, tmp_path, image_folder):
     image_folder(tmp_path / "odd", {"cat": 10, "dog": 2}, size=32)
     assert "unequal" in thaw("new", "odd", tmp_path / "odd")[1]
@@ -259,12 +271,105 @@ def test_new_keeps_a_ready_made_split(thaw, project, tmp_path, image_folder, tra
     assert recipes.load(project / "recipes/parts.yaml").resolved("split")["method"] == "predefined"
 
 
-def test_new_refuses_parts_beside_another_folder_of_images(thaw, project, tmp_path, image_folder):
-    image_folder(tmp_path / "set/train", {"cat": 4, "dog": 4}, size=32)
-    image_folder(tmp_path / "set", {"test": 2, "predict": 2}, size=32)
+FORMS = {  # folders -> images, what the terminal says, the parts that come of it
+    "other spellings": (
+        {"x_train/cat": 4, "x_train/dog": 4, "x_test/cat": 2, "x_test/dog": 2},
+        "train 8, test 4",
+    ),
+    "words around": ({"train_images/cat": 4, "train_images/dog": 4, "val_images/cat": 2}, "train 8, val 2"),
+    "years": ({"train2017/cat": 4, "train2017/dog": 4, "val2017/cat": 2}, "train 8, val 2"),
+    "camels": ({"TrainSet/cat": 4, "TrainSet/dog": 4, "TestSet/cat": 2}, "train 8, test 2"),
+    "doubled": (
+        {"x_train/x_train/cat": 4, "x_train/x_train/dog": 4, "x_test/x_test/cat": 2},
+        "train 8, test 2",
+    ),
+    "wrapped": ({"set/photos/train/cat": 4, "set/photos/train/dog": 4, "set/photos/test/dog": 2}, "lie in set/photos/"),
+    "images within": ({"train/images/cat": 4, "train/images/dog": 4, "test/images/cat": 2}, "train 8, test 2"),
+    "unlabelled beside": (
+        {"seg_train/cat": 4, "seg_train/dog": 4, "seg_test/cat": 2, "seg_pred": 3},
+        "seg_pred/, beside the parts, holds 3 images without folders of classes",
+    ),
+    "a test without labels": (
+        {"train/cat": 4, "train/dog": 4, "test": 2, "predict": 2},
+        "test/ holds 2 images without folders of classes",
+    ),
+    "train alone beside new ones": (
+        {"train/cat": 4, "train/dog": 4, "predict": 2},
+        "predict/, beside the parts, holds 2",
+    ),
+    "a copy beside": (
+        {"train/cat": 4, "train/dog": 4, "test/cat": 2, "copy/train/cat": 4, "copy/test/cat": 2},
+        "copy/, beside the parts, holds 6 images in parts of its own",
+    ),
+    "parts in classes": (
+        {"cat/train": 4, "cat/test": 2, "dog/train": 4, "dog/test": 2},
+        "test, train lie in the folder of each class",
+    ),
+    "images in classes": (
+        {"train/cat/images": 4, "train/dog/images": 4, "test/cat/images": 2},
+        "train 8, test 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_new_takes_no_folder_of_a_part_for_a_class(thaw, project, tmp_path, image_folder, form):
+    folders, said = FORMS[form]
+    image_folder(tmp_path / "set", folders, size=32)
     code, shown = thaw("new", "parts", tmp_path / "set")
-    assert code == 1 and "predict" in shown and "parts of a split" in " ".join(shown.split())
+    assert code == 0 and "images in 2 classes" in shown and said in " ".join(shown.split())
+    recipe = recipes.load(project / "recipes/parts.yaml")
+    assert recipe.resolved("split")["method"] == "predefined"
+    source = sources.read(recipe.resolved("explore"))
+    assert {*source.table["label"]} == {"cat", "dog"} and "train" in {*source.table["split"]}
+
+
+@pytest.mark.parametrize(
+    "folders, said",
+    [
+        ({"plant/rose": 3, "animal/cat": 3}, "as upper (2 classes: animal, plant) or as lower (2 classes: cat, rose)"),
+        (
+            {"plant/rose": 3, "plant/fern": 3, "animal/cat": 3},
+            "as upper (2 classes: animal, plant) or as lower (3 classes: cat, fern, rose)",
+        ),
+        (
+            {"train/plant/rose": 3, "train/animal/cat": 3, "test/plant/rose": 3},
+            "as upper (2 classes: animal, plant) or as lower",
+        ),
+        ({"train/cat": 4, "train/dog": 4, "test/cat": 2, "extra/cat": 2}, "extra with 2 images in folders lies beside"),
+        ({"train": 4, "test": 4}, "train holds no folder for each class"),
+        ({"val/cat": 4, "test/cat": 4}, "there is no train"),
+        ({"train/cat": 4, "train/dog": 4, "car": 4}, "can be read in two ways: train is a part"),
+        ({"train/cat": 4, "test/cat": 4, "x_train/cat": 4, "x_test/cat": 4}, "look like 2 ready-made splits"),
+    ],
+)
+def test_new_guesses_nothing_where_folders_have_two_readings(thaw, project, tmp_path, image_folder, folders, said):
+    image_folder(tmp_path / "set", folders, size=32)
+    code, shown = thaw("new", "parts", tmp_path / "set")
+    assert code == 1 and said in " ".join(shown.split())
     assert not (project / "recipes/parts.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "choice, classes",
+    [
+        ("upper", {"plant", "animal"}),
+        ("lower", {"rose", "cat", "dog"}),
+        ("path", {"plant/rose", "animal/cat", "animal/dog"}),
+    ],
+)
+def test_the_level_of_the_classes_can_be_chosen(thaw, project, tmp_path, image_folder, choice, classes):
+    image_folder(tmp_path / "set", {"plant/rose": 3, "animal/cat": 3, "animal/dog": 3}, size=32)
+    assert thaw("new", "levels", tmp_path / "set", "--classes", choice)[0] == 0
+    recipe = recipes.load(project / "recipes/levels.yaml")
+    assert recipe.resolved("explore")["class_folders"] == choice
+    assert {*sources.read(recipe.resolved("explore")).table["label"]} == classes
+
+
+def test_classes_whose_names_hold_words_of_parts_stay_classes(thaw, project, tmp_path, image_folder):
+    image_folder(tmp_path / "set", {"train_station": 4, "test_tube": 4, "valley": 4}, size=32)
+    code, shown = thaw("new", "places", tmp_path / "set")
+    assert code == 0 and "12 images in 3 classes" in shown and "ready-made" not in shown
 
 
 def test_new_overwrites_nothing_and_refuses_bad_names(thaw, project, photos):

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from helpers.core import disk, project
+from helpers.core import disk, notebooks, project
 from helpers.data import images, inventory
 from helpers.data.formats import deep
 from helpers.evaluation import prediction
@@ -81,9 +81,8 @@ def take(tmp_path):
         for number, (name, data) in enumerate(files.items()):
             (folder / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
             (folder / "ab"[number % 2] / name).write_bytes(data)
-        settings = {"source": str(folder), "labels": "", "fixes": ""}
-        defaults = {"path_column": "path", "label_column": "label", "split_column": "split", "group_column": "group"}
-        data = sources.read(defaults | {"suffix": "", "thresholds": [], "class_names": []} | settings)
+        defaults = {name: p.default for name, p in notebooks.find_stage("explore").settings.items()}
+        data = sources.read(defaults | {"source": str(folder)})
         table, quarantine = inventory.take(data, bits=bits, workers=1)
         return table, quarantine, *inventory.levels(table, bits)
 

@@ -23,7 +23,7 @@ def test_the_departments_are_those_of_the_plan():
     assert [path.name for path in (ROOT / "helpers").glob("*.py")] == ["__init__.py"]
 
 
-@pytest.mark.parametrize("department", ["", *DEPARTMENTS, "models/families"])
+@pytest.mark.parametrize("department", ["", *DEPARTMENTS, "data/labelling", "models/families"])
 def test_an_init_holds_its_charter_and_nothing_else(department):
     """The store fingerprints exactly the modules that a notebook imports: code here would be in all of them."""
     body = ast.parse((ROOT / "helpers" / department / "__init__.py").read_text(encoding="utf-8")).body

@@ -309,10 +309,24 @@ def other(tmp_path_factory, recipe):
 def test_a_class_with_one_image_is_told(other, image_folder, tmp_path):
     image_folder(tmp_path / "few", {"cat": 8, "dog": 1})
     shown = other.thaw("run", other.recipe, "--set", f"explore.source={tmp_path / 'few'}", "--to", "split", code=1)
-    assert "notebooks/01_split.ipynb failed: cell" in shown and "dog" in shown and "Traceback" not in shown
+    assert "dog (1 in one group)" in shown and "failed" not in shown and "Traceback" not in shown
+
+
+def test_classes_too_small_to_test_are_left_out_on_request(other, image_folder, tmp_path):
+    image_folder(tmp_path / "few", {"cat": 8, "bird": 1, "dog": 8})
+    shown = other.thaw(
+        "run", other.recipe, "--set", f"explore.source={tmp_path / 'few'}", "--set", "split.rare=drop", "--to", "resize"
+    )
+    assert "classes left out: bird" in shown
+    split = other.folder / "tiny/split"
+    assert disk.read_json(split / "class_names.json") == ["cat", "dog"]
+    assert not [*split.glob("*/bird")] and "bird" in (split / "split.csv").read_text()
+    report = (other.folder / "tiny/report.html").read_text()
+    assert "Left out by split.rare: bird" in report
 
 
 def test_a_source_within_the_runs_is_told(other, image_folder):
     source = image_folder(other.folder / "photos", {"cat": 3, "dog": 3}).parent
-    shown = other.thaw("run", other.recipe, "--set", f"explore.source={source}", "--to", "explore", code=1)
+    given = ("--set", f"explore.source={source}", "--set", "explore.class_folders=upper")
+    shown = other.thaw("run", other.recipe, *given, "--to", "explore", code=1)
     assert "lie inside each other. Choose another `out`" in shown

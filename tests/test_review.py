@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from helpers.core import disk, notebooks, project, words
-from helpers.data import fixes, grouping, inventory, sources
+from helpers.data import grouping, inventory, sources
+from helpers.data.labelling import fixes
 from helpers.evaluation import label_errors
 from helpers.reports import report, review
 

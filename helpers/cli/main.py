@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -127,11 +127,15 @@ def bakeoff(
 def new(
     name: Annotated[str, typer.Argument(help="Name of the recipe and of its run.")],
     source: Annotated[str, typer.Argument(help="A folder of images, or the name of a built-in data set.")],
+    classes: Annotated[
+        Literal["auto", "upper", "lower", "path"],
+        typer.Option(help="Of folders in folders, those that name the classes; path takes both names."),
+    ] = "auto",
 ) -> None:
     """Write recipes/NAME.yaml for your images, filled in from what is found and with every parameter explained."""
     from helpers.cli import starter
 
-    console.print(starter.write_recipe(name, source))
+    console.print(starter.write_recipe(name, source, classes))
 
 
 @app.command()

@@ -8,19 +8,21 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from helpers.core import disk, notebooks, project
-from helpers.data import images, sources
+from helpers.data import images, sources, splits
+from helpers.data.labelling import folders
 from helpers.pipeline import recipes
 
 SAMPLE = 200  # images whose size is looked at
 UNEQUAL = 3  # weigh the classes when the largest has more than so many times the images of the smallest
 
 
-def write_recipe(name: str, source: str) -> str:
+def write_recipe(name: str, source: str, class_folders: folders.Levels = "auto") -> str:
     """Write recipes/<name>.yaml for the images in `source` and return a summary of what was found.
 
     Args:
         name: of the recipe and its run.
         source: a folder (relative to the working directory), or the name of a built-in data set.
+        class_folders: of folders in folders, the one that names the class.
 
     Raises:
         ValueError: the name cannot name a run, or the source holds no usable images.
@@ -33,13 +35,14 @@ def write_recipe(name: str, source: str) -> str:
         raise FileExistsError(f"{project.display_path(path)} exists already. Take another name, or edit it.")
     if Path(source).is_dir():
         source = project.display_path(Path(source).resolve())
-    explore = {key: p.default for key, p in notebooks.find_stage("explore").settings.items()} | {"source": source}
-    data = sources.read(explore)
+    explore = {key: p.default for key, p in notebooks.find_stage("explore").settings.items()}
+    given = {"source": source} | ({"class_folders": class_folders} if class_folders != "auto" else {})
+    data = sources.read(explore | given)
     counts, side = data.table["label"].value_counts(), _typical_side(data)
     found = f"{counts.sum():,} images in {len(counts)} classes, {counts.min():,} to {counts.max():,} a class"
     found += f", typically {side} pixels on the shorter side"
-    filled: dict[str, dict[str, Any]] = {"explore": {"source": source}}
-    notes = [f"{name}: {found}."]
+    filled: dict[str, dict[str, Any]] = {"explore": given}
+    notes = [f"{name}: {found}.", *data.notes]
     parts = data.table.loc[data.table["split"] != "", "split"].value_counts()
     if len(parts):
         filled["split"] = {"method": "predefined"}
@@ -56,6 +59,11 @@ def write_recipe(name: str, source: str) -> str:
     if side < image_size:
         notes.append(f"The images are smaller than resize.image_size ({image_size}) and will be enlarged to it.")
     disk.write_text(path, _text(name, found, filled))
+    settings = {key: p.default for key, p in notebooks.find_stage("split").settings.items()}
+    try:
+        splits.rehearse(data.table, settings | filled.get("split", {}))
+    except ValueError as error:
+        notes.append(f"Before it can run: {error}")
     notes.append(f"Written: {project.display_path(path)}. Next: thaw run {project.display_path(path)}")
     return "\n".join(notes)
 

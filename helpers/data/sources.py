@@ -8,22 +8,18 @@ import importlib.util
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from helpers.core import project, words
-from helpers.data import fixes, labels
-from helpers.data.images import SUFFIXES
+from helpers.data.labelling import fixes, folders, labels
 
-IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r"}
 RESERVED = {"path", "label", "predicted", "confidence"}  # columns of the tables of predictions
-PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
-PARTS |= {"test": "test", "testing": "test"}
 
 
 @dataclass
@@ -36,6 +32,7 @@ class Source:
             other columns, all text.
         rejected: rows of quarantine.csv: path, label, reason, detail.
         ignored: what was passed over -> how often.
+        notes: sentences about how the source was understood, where that is not plain.
         fixes: labels that a fixes file changed: path, from, to ("": the image was taken out), sha256.
     """
 
@@ -43,6 +40,7 @@ class Source:
     table: pd.DataFrame
     rejected: list[dict[str, str]] = field(default_factory=list)
     ignored: Counter = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
     fixes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=fixes.CHANGES))
 
 
@@ -64,7 +62,12 @@ def read(parameters: Mapping[str, Any]) -> Source:
         source = BUILT_IN[name]()
     else:
         root = _existing_folder(name)
-        source = Source(root, *labels.read(root, parameters)) if parameters["labels"] else _read_folders(root)
+        by_table = parameters["labels"]
+        source = (
+            Source(root, *labels.read(root, parameters))
+            if by_table
+            else _read_folders(root, parameters["class_folders"])
+        )
     _finish(source)
     if parameters["fixes"]:
         _fix(source, project.resolve(parameters["fixes"]))
@@ -111,76 +114,9 @@ def _textile() -> Source:
 BUILT_IN = {"elpv": _elpv, "textile": _textile}
 
 
-def _read_folders(root: Path) -> Source:
-    """Read a folder per class, or train, val and test folders that each hold a folder per class."""
-    source = Source(root, pd.DataFrame())
-    tops = [entry.name for entry in os.scandir(root) if _is_folder(entry) and not _is_clutter(entry.name)]
-    parts = {top: PARTS[top.lower()] for top in tops if top.lower() in PARTS}
-    is_split = bool(tops) and len(parts) == len(tops) and "train" in parts.values()
-    has_parts = "train" in parts.values() and len({*parts.values()}) > 1
-    if has_parts and (others := [t for t in words.natural_order({*tops} - {*parts}) if any(walk(root / t, Counter()))]):
-        raise ValueError(
-            f"{_shown(', '.join(words.natural_order(parts)))} in {root} look like parts of a split, not classes, but "
-            f"{_shown(', '.join(others))} with images lies beside them. For a ready-made split, "
-            "move that folder elsewhere. If all of them are classes, rename those that are named like parts."
-        )
-    rows = []
-    for path in walk(root, source.ignored):
-        pieces = PurePosixPath(path).parts
-        part = parts[pieces[0]] if is_split else ""
-        if len(pieces) < (3 if is_split else 2):
-            source.ignored["images outside any class folder"] += 1
-            continue
-        label = pieces[1 if is_split else 0]
-        if _is_utf8(path):
-            rows.append({"path": path, "label": label, "split": part})
-        else:  # with pyarrow installed, a table cannot hold such a name
-            reason = {"reason": "unusable name", "detail": "the name is not valid UTF-8; rename it"}
-            source.rejected.append({"path": _shown(path), "label": _shown(label)} | reason)
-    source.table = pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str)
-    for name in (
-        [] if is_split else words.natural_order({*tops} - {PurePosixPath(row["path"]).parts[0] for row in rows})
-    ):
-        source.ignored[f"folders without an image: {_shown(name)}"] += 1
-    return source
-
-
-def walk(root: Path, ignored: Counter) -> Iterator[str]:
-    """Yield the posix path of each file below `root` that is named like an image, sorted; count what is passed over."""
-    yield from sorted(_walk(root, "", ignored, (os.path.realpath(root),)))
-
-
-def _walk(root: Path, prefix: str, ignored: Counter, above: tuple[str, ...]) -> Iterator[str]:
-    try:
-        entries = list(os.scandir(root / prefix))
-    except OSError:
-        ignored["folders that cannot be opened"] += 1
-        return
-    for entry in entries:
-        path = prefix + entry.name
-        if _is_clutter(entry.name):
-            ignored["hidden and system files"] += 1
-        elif _is_folder(entry):
-            real = os.path.realpath(entry.path)
-            if real in above:
-                ignored["links to a folder above"] += 1
-            else:
-                yield from _walk(root, path + "/", ignored, (*above, real))
-        elif PurePosixPath(entry.name).suffix.lower() in SUFFIXES:
-            yield path
-        else:
-            ignored[f"files named *{_shown(PurePosixPath(entry.name).suffix.lower()) or ' without suffix'}"] += 1
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
-
-
-def _is_clutter(name: str) -> bool:
-    return name.startswith(".") or name.lower() in IGNORED_NAMES
+def _read_folders(root: Path, class_folders: folders.Levels = "auto") -> Source:
+    found = folders.read(root, class_folders)
+    return Source(root, found.table, found.rejected, found.ignored, notes=found.notes)
 
 
 def _finish(source: Source) -> None:
@@ -227,10 +163,13 @@ def check_classes(labels: pd.Series) -> None:
 
 
 def _known_parts(values: pd.Series) -> list[str]:
-    unknown = sorted({value for value in values if value and value.lower() not in PARTS})
+    values = values.str.strip()
+    unknown = sorted({value for value in values if value and value.lower() not in folders.PARTS})
     if unknown:
-        raise ValueError(f"The split column says {', '.join(unknown[:5])}; it may say {', '.join(PARTS)} or nothing.")
-    return [PARTS[value.lower()] if value else "" for value in values]
+        raise ValueError(
+            f"The split column says {', '.join(unknown[:5])}; it may say {', '.join(folders.PARTS)} or nothing."
+        )
+    return [folders.PARTS[value.lower()] if value else "" for value in values]
 
 
 def _seen(source: Source) -> str:
@@ -244,12 +183,3 @@ def _reject(source: Source, table: pd.DataFrame, bad: pd.Series, reason: str, de
     told = table.loc[bad, ["path", "label"]].assign(reason=reason, detail=detail)
     source.rejected.extend(told.to_dict("records"))
     return table[~bad]
-
-
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _shown(text: str) -> str:
-    """Return a name so that it can be written down: bytes that are no UTF-8 as \\x.."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")

@@ -4,8 +4,10 @@ The rule of "ratio". Groups of several images are dealt first, the largest in fr
 are owed the most. Single images follow, in one line for each class, stratum by stratum; their shares make up for what
 the groups left over. Equals are ordered by a hash of the seed and their content. The next image always goes to the
 part that is furthest behind, so a class of n single images has its n p images of a part to within 4/3, and any
-stretch of its line, hence every stratum, to within 2. With shares of 0.6, 0.15 and 0.25, a class of two images has
-one for train and one for test, and from the fourth on one for val; a class that is a single group is refused.
+stretch of its line, hence every stratum, to within 2. A part that was asked for and got nothing of a class then takes
+one group of it from the part that has the most, where the class has enough groups for every part. With shares of 0.6,
+0.15 and 0.25, a class of two images has one for train and one for test, and from the third on one for val; what becomes
+of a class that is a single group is the user's choice (`rare`).
 
 When a data set grows, no rule without a memory keeps both the shares and every image's part: a part that never
 changes can depend on nothing but the image itself. So there are two honest ways. With `previous`, an earlier split is
@@ -15,17 +17,20 @@ images a share p is off by about sqrt(n p (1 - p)).
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from helpers.core import words
+from helpers.data import dealing
 
 Method = Literal["ratio", "hash", "fixed", "kfold", "predefined"]
+Rare = Literal["error", "drop", "train_only"]
 PARTS = ("train", "val", "test")
 UNUSED = "unused"
+UNTAUGHT = "No image of {} is in train: it could not be learned. Add images of it, or set split.rare to drop."
 
 
 def assign(
@@ -38,6 +43,7 @@ def assign(
     folds: int = 5,
     fold: int = 1,
     previous: pd.DataFrame | None = None,
+    rare: Rare = "error",
     seed: int = 0,
 ) -> pd.Series:
     """Return the part of every image.
@@ -51,6 +57,8 @@ def assign(
         stratify: columns whose every combination shall have the shares too; the label always does.
         counts: images of each class for train, val and test; 0 for train means all others.
         previous: an earlier split.csv whose images keep their parts, for "ratio".
+        rare: what becomes of classes that cannot be both learned and tested: "error", "drop" (all their images are
+            unused) or "train_only".
         seed: another seed, another split.
 
     Returns:
@@ -62,20 +70,113 @@ def assign(
     _check_columns(table, stratify)
     if previous is not None and method != "ratio":
         raise ValueError(f"previous: an earlier split is kept by the method ratio only, not by {method}.")
-    if method == "predefined":
-        parts = _predefined(table, ratio, stratify, seed)
-    else:
-        check_classes(table)
-        if method == "ratio":
-            parts = by_ratio(table, ratio, stratify=stratify, seed=seed, kept=_kept(table, previous))
-        elif method == "hash":
-            parts = by_hash(table, ratio, seed=seed)
-        elif method == "fixed":
-            parts = by_counts(table, counts, seed=seed)
-        else:
-            parts = by_fold(table, folds, fold, stratify=stratify, seed=seed)
-    _check_trainable(table, parts)
+    few = rare_classes(table, method, counts)
+    if few and rare == "error":
+        raise ValueError(_told(few, table, counts if method == "fixed" else ()))
+    # A group that holds an image of such a class goes with it: it must not lie in two parts.
+    apart = table["label"].isin(few)
+    apart = apart if rare == "drop" else table["group"].isin(table.loc[apart, "group"])
+    if (rare == "drop" and table.loc[~apart, "label"].nunique() < 2) or apart.all():
+        raise ValueError(f"Nothing is left to tell apart and to test: {_told(few, table, ())}")
+    dealt = _dealt(table[~apart], method, ratio, stratify, counts, folds, fold, previous, seed)
+    parts = dealt.reindex(table.index).fillna(UNUSED if rare == "drop" else "train").rename("part")
+    untaught = _untaught(table, parts)
+    if untaught and rare != "drop":
+        raise ValueError(UNTAUGHT.format(listed(untaught)))
+    parts = parts.mask(table["label"].isin(untaught), UNUSED)
+    if table.loc[parts == "train", "label"].nunique() < 2:
+        raise ValueError("Fewer than two classes are left in train: nothing can be told apart. Add images.")
     return parts
+
+
+def _dealt(
+    table: pd.DataFrame,
+    method: Method,
+    ratio: Sequence[float],
+    stratify: Sequence[str],
+    counts: Sequence[int],
+    folds: int,
+    fold: int,
+    previous: pd.DataFrame | None,
+    seed: int,
+) -> pd.Series:
+    if method == "predefined":
+        return _predefined(table, ratio, stratify, seed)
+    if method == "ratio":
+        return by_ratio(table, ratio, stratify=stratify, seed=seed, kept=_kept(table, previous))
+    if method == "hash":
+        return by_hash(table, ratio, seed=seed)
+    if method == "fixed":
+        return by_counts(table, counts, seed=seed)
+    return by_fold(table, folds, fold, stratify=stratify, seed=seed)
+
+
+def rare_classes(table: pd.DataFrame, method: Method, counts: Sequence[int] = ()) -> list[str]:
+    """Return the classes with too few groups to be both learned and tested; with too few images, for "fixed"."""
+    if method == "predefined":
+        return []
+    groups = table.groupby("label")["group"].nunique()
+    few = {*groups.index[groups < 2]}
+    if method == "fixed" and len(counts) == len(PARTS):
+        images = table["label"].value_counts()
+        few |= {*images.index[images < sum(counts[1:]) + max(counts[0], 1)]}
+    return words.natural_order(few)
+
+
+def rehearse(table: pd.DataFrame, settings: Mapping[str, Any]) -> None:
+    """Raise the errors of a split that are known from the labels alone, before an image is opened.
+
+    Args:
+        table: as `sources.read` returns it: path, label, split, group.
+        settings: the parameters of 01_split.
+
+    Raises:
+        ValueError: a class is too small, or a part would be empty; the message says how to mend it.
+    """
+    method, rare, ratio = settings["method"], settings["rare"], settings["ratio"]
+    table = table.assign(group=table["group"].where(table["group"] != "", table["path"]))
+    few = rare_classes(table, method, settings["counts"])
+    if few and rare == "error":
+        raise ValueError(_told(few, table, settings["counts"] if method == "fixed" else ()))
+    left = table[~table["label"].isin(few)]
+    if method == "predefined" and rare != "drop" and (untaught := _untaught(table, table["split"])):
+        raise ValueError(UNTAUGHT.format(listed(untaught)))
+    asked = [part for part, share in zip(PARTS, ratio, strict=False) if share > 0]
+    if method == "ratio" and len(left) and left.groupby("label")["group"].nunique().max() < len(asked):
+        raise ValueError(
+            f"No class has the {len(asked)} images or groups that {', '.join(asked)} need, so a part would be empty."
+            " Add images, or ask for fewer parts, such as split.ratio=[0.5, 0, 0.5] and evaluate.monitor=accuracy."
+        )
+
+
+def check_parts(split: pd.DataFrame, method: Method, ratio: Sequence[float], counts: Sequence[int]) -> str:
+    """Return a sentence that names the classes which a part lacks, "" when every part has every class.
+
+    Raises:
+        ValueError: a part that was asked for is empty.
+    """
+    shares = {"fixed": counts, "kfold": (1, 1, 1)}.get(method, ratio)
+    asked = [part for part, share in zip(PARTS, shares, strict=False) if share > 0 or part == "train"]
+    has = {part: {*split.loc[split["part"] == part, "label"]} for part in PARTS}
+    if empty := [part for part in asked if not has[part]]:
+        raise ValueError(
+            f"{', '.join(empty)} got no image. Ask for a larger share, add images, or ask for no such part, with a"
+            " share of 0 in split.ratio."
+        )
+    known = set().union(*has.values())
+    lacking = {part: words.natural_order(known - has[part]) for part in PARTS if has[part] and known - has[part]}
+    said = [f"{part} lacks {len(names)} of {len(known)} classes: {listed(names)}" for part, names in lacking.items()]
+    return "; ".join(said)
+
+
+def dropped(split: pd.DataFrame) -> list[str]:
+    """Return the classes that no part has: all their images are unused."""
+    return words.natural_order({*split["label"]} - {*split.loc[split["part"].isin(PARTS), "label"]})
+
+
+def listed(names: Sequence[str], limit: int = 10) -> str:
+    """Return names as text; of many, the first."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def by_ratio(
@@ -92,7 +193,8 @@ def by_ratio(
         kept: parts that are settled, "" where they are not; a group with a settled image follows it.
     """
     check_ratio(ratio)
-    return _deal(table, ratio, PARTS, stratify=stratify, seed=seed, kept=kept)
+    parts = dealing.deal(table, ratio, PARTS, stratify=stratify, seed=seed, kept=kept)
+    return dealing.fill(table, parts, [part for part, share in zip(PARTS, ratio, strict=True) if share > 0], seed, kept)
 
 
 def by_hash(table: pd.DataFrame, ratio: Sequence[float], *, seed: int = 0) -> pd.Series:
@@ -120,7 +222,7 @@ def by_counts(table: pd.DataFrame, counts: Sequence[int], *, seed: int = 0) -> p
     wanted = {label: dict(zip(PARTS, counts, strict=True)) for label in table["label"].unique()}
     rest = UNUSED if counts[0] else "train"
     labels, parts = table["label"].to_numpy(), np.full(len(table), rest, dtype=object)
-    for rows in _line(table, (), seed):
+    for rows in dealing.in_order(table, (), seed):
         names, sizes = np.unique(labels[rows], return_counts=True)
         for part in reversed(PARTS):
             if all(wanted[name][part] >= size for name, size in zip(names, sizes, strict=True)):
@@ -139,7 +241,7 @@ def by_fold(table: pd.DataFrame, folds: int, fold: int, *, stratify: Sequence[st
     if not (folds >= 3 and 1 <= fold <= folds):
         raise ValueError(f"folds, fold: {folds}, {fold}; there must be 3 folds or more, and fold one of them.")
     names = [str(number) for number in range(folds)]
-    dealt = _deal(table, [1 / folds] * folds, names, stratify=stratify, seed=seed)
+    dealt = dealing.deal(table, [1 / folds] * folds, names, stratify=stratify, seed=seed)
     parts = dict.fromkeys(names, "train") | {names[fold % folds]: "val", names[fold - 1]: "test"}
     return dealt.map(parts)
 
@@ -176,89 +278,16 @@ def check_ratio(ratio: Sequence[float]) -> None:
         raise ValueError(f"ratio: {list(ratio)} must leave something to train on and something to hold out.")
 
 
-def check_classes(table: pd.DataFrame) -> None:
-    """Raise ValueError when a class cannot be both learned and tested; the message names it."""
-    groups = table.groupby("label")["group"].nunique()
-    lonely = words.natural_order(groups.index[groups < 2])
-    if lonely:
-        images = table["label"].value_counts()
-        said = ", ".join(f"{name} ({images[name]} in one group)" for name in lonely)
-        raise ValueError(
-            f"These classes have a single image or a single group of images: {said}. A class needs one to be learned"
-            " from and another to be tested on: add images or remove the class."
-        )
-
-
-def hashes(values: pd.Series, seed: int) -> pd.Series:
-    """Return a hash of the seed and each value: an order that depends on nothing else."""
-    return values.map(lambda value: hashlib.sha256(f"{seed}:{value}".encode()).hexdigest())
-
-
-def _deal(
-    table: pd.DataFrame,
-    shares: Sequence[float],
-    names: Sequence[str],
-    *,
-    stratify: Sequence[str],
-    seed: int,
-    kept: pd.Series | None = None,
-) -> pd.Series:
-    """Deal groups to the parts `names` by `shares`: settled ones, then those of several images, then single ones."""
-    codes, classes = pd.factorize(table["label"], sort=True)  # sums of floats depend on the order of the classes
-    settled = np.full(len(table), -1) if kept is None else pd.Index(names).get_indexer(kept)
-    line = _line(table, stratify, seed)
-    is_single = [len(rows) == 1 and settled[rows[0]] < 0 for rows in line]
-    first = [rows for rows, single in zip(line, is_single, strict=True) if not single]
-    first.sort(key=lambda rows: settled[rows].max() < 0)
-    parts = np.full(len(table), -1)
-    wanted = np.tile(np.asarray(shares, float), (len(classes), 1))
-    _hand_out(first, codes, wanted, settled, parts)
-
-    dealt = parts >= 0
-    lacking = wanted * np.bincount(codes)[:, None]
-    np.subtract.at(lacking, (codes[dealt], parts[dealt]), 1)
-    lacking = np.where(wanted > 0, np.maximum(lacking, 1e-9), 0)
-    singles = [rows for rows, single in zip(line, is_single, strict=True) if single]
-    _hand_out(singles, codes, lacking / lacking.sum(axis=1, keepdims=True), settled, parts)
-    return pd.Series(np.asarray(names, dtype=object)[parts], index=table.index, name="part")
-
-
-def _hand_out(
-    groups: list[np.ndarray], codes: np.ndarray, shares: np.ndarray, settled: np.ndarray, parts: np.ndarray
-) -> None:
-    """Write into `parts` (images,) the part of each group in turn: the one that its classes are owed the most.
-
-    Args:
-        groups: row positions of each group.
-        codes: the class of each row.
-        shares: array of shape (classes, parts).
-        settled: the part of each row that is already known, or -1.
-    """
-    owed = np.zeros_like(shares)
-    owed_by_all = np.zeros(shares.shape[1])  # breaks ties, so that small classes do not all favour the same part
-    for rows in groups:
-        classes, sizes = np.unique(codes[rows], return_counts=True)
-        due = sizes[:, None] * shares[classes]
-        owed[classes] += due
-        owed_by_all += due.sum(axis=0)
-        part = settled[rows].max()
-        if part < 0:
-            score = sizes @ owed[classes] + 1e-6 * owed_by_all
-            part = int(np.argmax(np.where(shares[classes].sum(axis=0) > 0, score, -np.inf)))
-        owed[classes, part] -= sizes
-        owed_by_all[part] -= len(rows)
-        parts[rows] = part
-
-
-def _line(table: pd.DataFrame, stratify: Sequence[str], seed: int) -> list[np.ndarray]:
-    """Return the groups as arrays of row positions, in the order in which they are dealt."""
-    strata = table[["label", *stratify]].astype(str).agg("\0".join, axis=1)
-    facts = pd.DataFrame({"group": table["group"], "key": hashes(table["sha256"], seed), "stratum": strata})
-    line = facts.groupby("group").agg(size=("key", "size"), key=("key", "min"), stratum=("stratum", "min"))
-    line.loc[line["size"] > 1, "stratum"] = ""
-    order = line.sort_values(["size", "stratum", "key"], ascending=[False, True, True]).index
-    rows = facts.reset_index(drop=True).groupby("group").indices
-    return [rows[name] for name in order]
+def _told(few: list[str], table: pd.DataFrame, counts: Sequence[int]) -> str:
+    images, groups = table["label"].value_counts(), table.groupby("label")["group"].nunique()
+    wanted = f"for counts: {list(counts)}" if len(counts) else "to be both learned and tested"
+    many = [f"{groups[name]} groups" if groups[name] > 1 else "one group" for name in few]
+    said = [f"{name} ({images[name]} in {where})" for name, where in zip(few, many, strict=True)]
+    return (
+        f"{len(few)} of {len(groups)} classes have too few images {wanted}: {listed(said)}. Add"
+        " images, remove the classes, or set split.rare to drop (they are left out) or train_only (they are learned,"
+        " never tested)."
+    )
 
 
 def _kept(table: pd.DataFrame, previous: pd.DataFrame | None) -> pd.Series | None:
@@ -295,10 +324,10 @@ def _predefined(table: pd.DataFrame, ratio: Sequence[float], stratify: Sequence[
     return parts
 
 
-def _check_trainable(table: pd.DataFrame, parts: pd.Series) -> None:
-    untaught = words.natural_order(set(table["label"]) - set(table["label"][parts == "train"]))
-    if untaught:
-        raise ValueError(f"No image of {', '.join(untaught)} is in train: it could not be learned. Add images of it.")
+def _untaught(table: pd.DataFrame, parts: pd.Series) -> list[str]:
+    """Return the classes that are in use, but not in train."""
+    used = parts.isin(PARTS)
+    return words.natural_order({*table["label"][used]} - {*table["label"][parts == "train"]})
 
 
 def _check_columns(table: pd.DataFrame, columns: Sequence[str]) -> None:
@@ -310,47 +339,3 @@ def _check_columns(table: pd.DataFrame, columns: Sequence[str]) -> None:
 def _fraction(seed: int, name: str) -> float:
     """Return a number in [0, 1) that follows from `seed` and `name` alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7]) / 2**56
-
-
-def undersample(table: pd.DataFrame, limit: int | str, *, seed: int = 0) -> pd.DataFrame:
-    """Mark images of large train classes as "unused" until each has at most `limit`.
-
-    Args:
-        table: with the column `part`.
-        limit: "smallest", a number of images, or a multiple of the smallest class such as "2x".
-    """
-    train = table[table["part"] == "train"]
-    sizes = train["label"].value_counts()
-    most = _amount("undersample", limit, "smallest", sizes.min())
-    rank = hashes(train["sha256"], seed).groupby(train["label"]).rank(method="first")
-    return table.assign(part=table["part"].mask(rank.reindex(table.index) > most, UNUSED))
-
-
-def oversample(table: pd.DataFrame, limit: int | str, *, seed: int = 0) -> pd.DataFrame:
-    """Repeat rows of small train classes until each has at least `limit`; every image equally often, to within one.
-
-    Args:
-        table: with the column `part`.
-        limit: "largest", a number of images, or a fraction of the largest class such as "0.5x".
-    """
-    train = table[table["part"] == "train"]
-    sizes = train["label"].value_counts()
-    least = _amount("oversample", limit, "largest", sizes.max())
-    order = train.assign(key=hashes(train["sha256"], seed)).sort_values("key")
-    extra = [
-        rows.drop(columns="key").iloc[np.arange(least - len(rows)) % len(rows)]
-        for _, rows in order.groupby("label")
-        if len(rows) < least
-    ]
-    return pd.concat([table, *extra], ignore_index=True)
-
-
-def _amount(name: str, limit: int | str, word: str, base: int) -> int:
-    text = str(limit).strip()
-    try:
-        amount = base if text == word else round(float(text[:-1]) * base) if text.endswith("x") else int(text)
-    except ValueError:
-        amount = 0
-    if amount < 1:
-        raise ValueError(f'{name}: {limit!r} must be "{word}", a number of images, or a multiple such as "2x".')
-    return amount

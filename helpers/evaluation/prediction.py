@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from helpers.core import disk, notebooks, parallel, progress, project
-from helpers.data import crop, images, sources
+from helpers.data import crop, images
 from helpers.data.formats import deep
+from helpers.data.labelling import folders
 
 BATCH = 32
 PIECE = 16 * BATCH  # images that a host is given at a time; whole batches, so that hosts change no digit
@@ -82,7 +83,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            below = [path / name for name in sorted(sources.walk(path, Counter()))]
+            below = [path / name for name in sorted(folders.walk(path, Counter()))]
             if not below:
                 raise FileNotFoundError(f"The folder {path} holds no images.")
             found += below

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 
 from helpers.core import child, disk, notebooks, project, stages
-from helpers.data import crop, links, splits
+from helpers.data import crop, links, sources, splits
 from helpers.models import backbones
 from helpers.models.families import family
 from helpers.pipeline import fingerprints, planning, recipes
@@ -38,6 +38,8 @@ def check(recipe: recipes.Recipe, steps: list[planning.Step], backend: str = "")
     for stage, one in CHECKS.items():
         if stage in stages_of_run:
             one(recipe)
+    if "split" in todo:
+        splits.rehearse(sources.read(recipe.resolved("explore")).table, recipe.resolved("split"))
     if "head" in todo and recipe.resolved("head")["weights"] == "imagenet":
         _fetch_weights(recipe.resolved("head")["backbone"])
     if todo & set(TRAINED):

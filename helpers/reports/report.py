@@ -23,12 +23,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from helpers.core import disk, notebooks, project, stages, words
-from helpers.data import fixes
 from helpers.data.formats import deep
+from helpers.data.labelling import fixes
+from helpers.data.splits import PARTS, UNUSED, dropped, listed
 from helpers.evaluation import details, metrics, tables
 from helpers.reports import charts, curves, sheets
 
-PARTS, UNUSED = ("train", "val", "test"), "unused"
 GROUPS, PER_GROUP = 3, 2  # groups of look-alikes shown, and pictures of each
 MISTAKES = 18  # pictures in the gallery: three rows of six
 ROWS = 20  # of a table that could grow without end, such as the quarantine
@@ -208,7 +208,8 @@ def _divided(run: Path, stages: dict) -> dict:
     split = disk.read_table(run / "split" / "split.csv")
     names = {} if stages["explore"] else {"names": run / "split" / "class_names.json"}
     gap = _honest_gap(run / "split" / "leakage.json")
-    return names | {"counts": split, "leaks": _leaks(split), "pictures": split["path"].nunique(), "gap": gap}
+    facts = {"counts": split, "leaks": _leaks(split), "pictures": split["path"].nunique(), "gap": gap}
+    return names | facts | {"dropped": listed(dropped(split))}
 
 
 def _alike(run: Path, figures: Path, inventory: pd.DataFrame) -> tuple[dict, list[dict]]:
@@ -380,7 +381,7 @@ def _moment(iso: str) -> str:
 # What each stage adds to the section on data, over what stands there without it.
 DATA = {"explore": _explored, "crop": _cropped, "split": _divided}
 _NO_DATA: dict[str, Any] = {"counts": None, "quarantine": None, "ignored": {}, "leaks": None, "sizes": None}
-_NO_DATA |= {"groups": {}, "alike": [], "gap": None, "fixes": "", "crop": "", "levels": "", "flat": 0}
+_NO_DATA |= {"groups": {}, "alike": [], "gap": None, "fixes": "", "crop": "", "levels": "", "flat": 0, "dropped": ""}
 
 # What the template shows, by the name that it has there; each is given the run's folder and the records of its stages.
 SECTIONS: dict[str, Callable[[Path, dict], Any]] = {

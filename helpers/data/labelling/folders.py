@@ -1,0 +1,344 @@
+"""Labels by folders: a folder for each class, alone or within folders of parts such as train, val and test.
+
+Folders of parts are told by their names, in the spellings that data sets use: train, Training, x_train, train_images,
+train2017. Where the folders can be read in two ways, nothing is guessed: the error names both readings.
+"""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import pandas as pd
+
+from helpers.core import words
+from helpers.data.images import SUFFIXES
+
+Levels = Literal["auto", "upper", "lower", "path"]
+IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r"}
+PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+PARTS |= {"test": "test", "testing": "test"}
+# Words that name a folder of images, but no class.
+NEUTRAL = {
+    "",
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "data",
+    "dataset",
+    "set",
+    "split",
+    "photos",
+    "pictures",
+    "jpg",
+}
+UNLABELLED = {"pred", "predict", "prediction", "inference", "unlabelled", "unlabeled", "unknown", "new", "submission"}
+
+
+@dataclass
+class Found:
+    """What the folders say.
+
+    Attributes:
+        table: one row per image: path (posix, relative to the root), label and split ("" when not known).
+        rejected: rows of quarantine.csv: path, label, reason, detail.
+        ignored: what was passed over -> how often.
+        notes: sentences about how the folders were understood, where that is not plain.
+    """
+
+    table: pd.DataFrame
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    ignored: Counter = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Image:
+    path: str
+    folders: tuple[str, ...]  # below the root, then below the folder of its part
+    part: str = ""
+
+
+def read(root: Path, class_folders: Levels = "auto") -> Found:
+    """Find the images below `root`, their classes and their parts.
+
+    Args:
+        root: the folder.
+        class_folders: which of several levels of folders names the class: the upper one, the lower one, or their
+            "path"; "auto" takes the only sensible reading.
+
+    Raises:
+        ValueError: the folders can be read in two ways; the message names both and how to choose.
+    """
+    found = Found(pd.DataFrame(columns=["path", "label", "split"]))
+    images = [_Image(path, PurePosixPath(path).parts[:-1]) for path in walk(root, found.ignored)]
+    tops = {image.folders[0] for image in images if image.folders}
+    empty = words.natural_order({e.name for e in os.scandir(root) if is_folder(e) and not is_clutter(e.name)} - tops)
+    for name in empty:
+        found.ignored[f"folders without an image: {shown(name)}"] += 1
+    images = _unwrap(images, found)
+    images = _take_parts(images, root, found)
+    _take_classes(images, class_folders, found)
+    return found
+
+
+def walk(root: Path, ignored: Counter) -> Iterator[str]:
+    """Yield the posix path of each file below `root` that is named like an image, sorted; count what is passed over."""
+    yield from sorted(_walk(root, "", ignored, (os.path.realpath(root),)))
+
+
+def _walk(root: Path, prefix: str, ignored: Counter, above: tuple[str, ...]) -> Iterator[str]:
+    try:
+        entries = list(os.scandir(root / prefix))
+    except OSError:
+        ignored["folders that cannot be opened"] += 1
+        return
+    for entry in entries:
+        path = prefix + entry.name
+        if is_clutter(entry.name):
+            ignored["hidden and system files"] += 1
+        elif is_folder(entry):
+            real = os.path.realpath(entry.path)
+            if real in above:
+                ignored["links to a folder above"] += 1
+            else:
+                yield from _walk(root, path + "/", ignored, (*above, real))
+        elif PurePosixPath(entry.name).suffix.lower() in SUFFIXES:
+            yield path
+        else:
+            ignored[f"files named *{shown(PurePosixPath(entry.name).suffix.lower()) or ' without suffix'}"] += 1
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a folder or leads to one; a link that leads to itself does not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def is_clutter(name: str) -> bool:
+    """Return whether a name is hidden or one that an operating system leaves behind."""
+    return name.startswith(".") or name.lower() in IGNORED_NAMES
+
+
+def shown(text: str) -> str:
+    """Return a name so that it can be written down: bytes that are no UTF-8 as \\x.."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+# Folders around everything, and folders of parts
+
+
+def _unwrap(images: list[_Image], found: Found) -> list[_Image]:
+    """Look into a folder that holds everything, as archives have one: it cannot be a class."""
+    around = []
+    while len(tops := {image.folders[0] for image in images if image.folders}) == 1:
+        if not all(image.folders[1:] for image in images if image.folders) or "train" in _parts(tops).values():
+            break
+        around += tops
+        images = [_Image(image.path, image.folders[1:]) for image in images]
+    if around:
+        found.notes.append(f"All images lie in {shown('/'.join(around))}/: the folders in it are read.")
+    return images
+
+
+def part_of(name: str) -> tuple[str, str]:
+    """Return the part that a folder's name says, or "", and the rest of the name.
+
+    `train_images` is ("train", "images"), `x_train` is ("train", "x"), `station` is ("", "station").
+    """
+    pieces = [piece.lower() for piece in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+    joined = [re.fullmatch(r"x?(train|val|valid|test)(?:set|data|images)?", piece) for piece in pieces]
+    pieces = [match[1] if match else piece for match, piece in zip(joined, pieces, strict=True)]
+    named = [PARTS[piece] for piece in pieces if piece in PARTS]
+    return named[0] if len(named) == 1 else "", "".join(piece for piece in pieces if piece not in PARTS)
+
+
+def _parts(names: set[str]) -> dict[str, str]:
+    """Return the folders that are parts of one split: those whose names differ in nothing but the part."""
+    by_rest: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        part, rest = part_of(name)
+        if part:
+            by_rest["" if rest in NEUTRAL else rest][name] = part
+    sets = [found for found in by_rest.values() if "train" in found.values() and len({*found.values()}) > 1]
+    if len(sets) > 1:
+        raise ValueError(
+            f"These folders look like {len(sets)} ready-made splits: {'; '.join(map(_listed, sets))}. Name the"
+            " folder of one of them as source, or move the others elsewhere."
+        )
+    if sets:
+        return sets[0]
+    if not sets and len(by_rest.get("", {})) == len(names):  # train alone, or val and test without train
+        return by_rest[""]
+    return {}
+
+
+def _take_parts(images: list[_Image], root: Path, found: Found) -> list[_Image]:
+    """Give the images their parts and take the folders of the parts off, where the folders are a ready-made split."""
+    by_top: dict[str, list[_Image]] = defaultdict(list)
+    for image in images:
+        if image.folders:
+            by_top[image.folders[0]].append(image)
+    inner = {top: _inside(top, own) for top, own in by_top.items()}
+    deep = {top for top, folders in inner.items() if any(folders)}
+    parts = _parts({*by_top}) or _train_alone(by_top, deep, root)
+    if not parts:
+        return _parts_in_classes(images, found)
+    named = _listed(parts)
+    if not any(parts[top] == "train" for top in deep & {*parts}) and "train" in parts.values():
+        raise ValueError(
+            f"{named} in {shown(str(root))} look like parts of a split, but train holds no folder for each class, so"
+            " nothing says the class of an image. Give a table of labels (explore.labels), or make folders for the"
+            " classes. If they are the classes, rename them."
+        )
+    if "train" not in parts.values():
+        raise ValueError(
+            f"{named} in {shown(str(root))} look like parts of a split, but there is no train. Add a folder train, or"
+            " rename them if they are the classes."
+        )
+    taken = []
+    for top, own in by_top.items():
+        if top in parts and top in deep:
+            taken += [_Image(image.path, folders, parts[top]) for image, folders in zip(own, inner[top], strict=True)]
+        elif top in parts:
+            found.ignored["images outside any class folder"] += len(own)
+            found.notes.append(
+                f"{shown(top)}/ holds {len(own):,} images without folders of classes: they have no labels and are left"
+                " out. `thaw predict` takes them."
+            )
+        else:
+            _leave_out(top, own, named, root, found)
+    found.ignored["images outside any class folder"] += sum(not image.folders for image in images)
+    return taken
+
+
+def _inside(top: str, images: list[_Image]) -> list[tuple[str, ...]]:
+    """Return the folders below the part `top` that can name a class: not those of x_train/x_train or train/images."""
+    inner = [image.folders[1:] for image in images]
+    while len(first := {folders[:1] for folders in inner}) == 1 and (name := "".join(*first).lower()):
+        if name != top.lower() and name not in NEUTRAL:
+            break
+        inner = [folders[1:] for folders in inner]
+    return inner
+
+
+def _train_alone(by_top: dict[str, list[_Image]], deep: set[str], root: Path) -> dict[str, str]:
+    """Return train as the only part where the folders beside it hold images without labels."""
+    train = [top for top in by_top if part_of(top)[0] == "train" and top in deep]
+    others = {*by_top} - {*train}
+    if len(train) != 1 or not others or others & deep:
+        return {}
+    if all({*re.findall("[a-z]+", other.lower())} & (UNLABELLED | {*PARTS}) for other in others):
+        return {train[0]: "train"}
+    raise ValueError(
+        f"The folders in {shown(str(root))} can be read in two ways: {shown(train[0])} is a part with folders of"
+        f" classes and {_listed(others)} beside it without labels, or they are all classes. For the first, move"
+        f" {_listed(others)} elsewhere; for the second, rename {shown(train[0])}."
+    )
+
+
+def _leave_out(top: str, own: list[_Image], named: str, root: Path, found: Found) -> None:
+    """Pass over a folder beside the parts that has no labels or is a set of its own; refuse any other."""
+    inner = {image.folders[1] for image in own if image.folders[1:]}
+    if {name.lower() for name in inner} <= NEUTRAL:
+        why = "images without folders of classes: they have no labels"
+    elif _parts(inner) or _parts({image.folders[2] for image in own if image.folders[2:]}):
+        why = "images in parts of its own: it is a set of its own, perhaps a copy"
+    elif {*re.findall("[a-z]+", top.lower())} & UNLABELLED:
+        why = "images: by its name they have no labels"
+    else:
+        raise ValueError(
+            f"{named} in {shown(str(root))} look like parts of a split, not classes, but {shown(top)} with"
+            f" {len(own):,} images in folders lies beside them. For a ready-made split, move that folder elsewhere. If"
+            " all of them are classes, rename those that are named like parts."
+        )
+    found.ignored[f"images in {shown(top)}, beside the parts"] += len(own)
+    found.notes.append(f"{shown(top)}/, beside the parts, holds {len(own):,} {why}. It is left out.")
+
+
+def _parts_in_classes(images: list[_Image], found: Found) -> list[_Image]:
+    """Take parts that lie within the folders of the classes: cat/train, cat/test, dog/train, dog/test."""
+    second = {image.folders[1] for image in images if image.folders[1:]}
+    parts = _parts(second)
+    if not parts or {*parts} != second or not all(len(image.folders) == 2 for image in images if image.folders):
+        return images
+    found.notes.append(f"{_listed(parts)} lie in the folder of each class.")
+    loose = [image for image in images if not image.folders]
+    inner = [_Image(image.path, image.folders[:1], parts[image.folders[1]]) for image in images if image.folders]
+    return inner + loose
+
+
+# Folders of classes
+
+
+def _take_classes(images: list[_Image], class_folders: Levels, found: Found) -> None:
+    for image in images:
+        image.folders = _naming(image.folders)
+    levels = class_folders if class_folders != "auto" else _only_reading([image.folders for image in images], found)
+    rows = []
+    for image in sorted(images, key=lambda image: image.path):
+        if not image.folders:
+            found.ignored["images outside any class folder"] += 1
+            continue
+        label = _label(image.folders, levels)
+        if _is_utf8(image.path):
+            rows.append({"path": image.path, "label": label, "split": image.part})
+        else:  # with pyarrow installed, a table cannot hold such a name
+            reason = {"reason": "unusable name", "detail": "the name is not valid UTF-8; rename it"}
+            found.rejected.append({"path": shown(image.path), "label": shown(label)} | reason)
+    found.ignored += Counter()  # drops what was counted as none
+    found.table = pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str)
+
+
+def _naming(folders: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the folders that can name a class: cat for cat/images and cat/cat."""
+    pairs = zip(folders[1:], folders, strict=False)
+    return folders[:1] + tuple(
+        name for name, above in pairs if name.lower() not in NEUTRAL and name.lower() != above.lower()
+    )
+
+
+def _label(folders: tuple[str, ...], levels: Levels) -> str:
+    return {"upper": folders[0], "lower": folders[-1], "path": "/".join(folders)}[levels]
+
+
+def _only_reading(folders: list[tuple[str, ...]], found: Found) -> Levels:
+    """Return "upper" where no image says otherwise.
+
+    Raises:
+        ValueError: the upper and the lower folders make different classes.
+    """
+    below: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for own in folders:
+        if own:
+            below[own[0]].add(own[1:])
+    if all(() in inner for inner in below.values()):
+        if count := sum(len(own) > 1 for own in folders):
+            found.notes.append(f"{count:,} images in sub-folders belong to the class of the folder above.")
+        return "upper"
+    readings = {level: {_label(own, level) for own in folders if own} for level in ("upper", "lower", "path")}
+    said = [
+        f"{level} ({len(names):,} classes: {_listed(names, 6)})"
+        for level, names in readings.items()
+        if level != "path" or len(names) != len(readings["lower"])
+    ]
+    raise ValueError(
+        f"The folders are {max(map(len, folders))} levels deep, and they can be read as {' or as '.join(said)}. Choose:"
+        " thaw new NAME FOLDER --classes upper, lower or path, or explore.class_folders in a recipe. `path` takes both"
+        " names, such as animal/cat."
+    )
+
+
+def _listed(names, limit: int = 10) -> str:
+    names = [shown(name) for name in words.natural_order(names)]
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
