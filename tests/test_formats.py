@@ -41,6 +41,28 @@ def tiff(image: np.ndarray | Image.Image, **tags) -> bytes:
     return buffer.getvalue()
 
 
+def raw_tiff(values: np.ndarray, photometric: int = 1, **tags: int) -> bytes:
+    """A TIFF of any number type and number of channels, as no library writes all of them."""
+    values = values[..., None] if values.ndim == 2 else values
+    height, width, channels = values.shape
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    fields = {256: [width], 257: [height], 258: [values.dtype.itemsize * 8] * channels, 259: [1], 262: [photometric]}
+    fields |= {273: [0], 277: [channels], 278: [height], 279: [values.nbytes], 339: [kind] * channels}
+    fields |= {int(name.removeprefix("t")): [value] for name, value in tags.items()}
+    behind = 8 + 2 + 12 * len(fields) + 4
+    lists = b"".join(struct.pack(f"<{len(v)}H", *v) for v in fields.values() if len(v) > 2)
+    fields[273] = [behind + len(lists)]
+    entries, at = b"", behind
+    for tag, value in sorted(fields.items()):
+        short = max(value) < 65536 and tag not in (273, 279)
+        if len(value) > 2:
+            content, at = struct.pack("<I", at), at + 2 * len(value)
+        else:
+            content = struct.pack(f"<{len(value)}{'H' if short else 'I'}", *value).ljust(4, b"\0")
+        entries += struct.pack("<HHI", tag, 3 if short else 4, len(value)) + content
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(fields)) + entries + b"\0\0\0\0" + lists + values.tobytes()
+
+
 def netpbm(values: np.ndarray, white: int) -> bytes:
     kind = b"P5" if values.ndim == 2 else b"P6"
     return kind + b" %d %d %d\n" % (values.shape[1], values.shape[0], white) + values.astype(">u2").tobytes()
@@ -181,6 +203,74 @@ def test_one_range_goes_from_00_to_the_model_and_beyond_it_is_told(tmp_path, by_
     cv2.imwrite(str(beyond), np.full((64, 64), 5000, np.uint16))
     table, _ = prediction.predict("x", [inside, beyond])
     assert table.attrs["caution"].startswith("1 of 2 images have values beyond 0 to 4095")
+
+
+KINDS = ["u1", "i1", "u2", "i2", "u4", "i4", "f2", "f4", "f8"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_every_type_are_read_at_their_worth_or_refused(kind, channels):
+    """With black and white given, 0 to 223 of whatever type is 0 to 223 of 255; nothing wraps, nothing turns black."""
+    values = RAMP.astype(kind) if kind not in ("i1",) else (RAMP // 2).astype(kind)
+    data = raw_tiff(np.dstack([values] * channels), photometric=1 if channels == 1 else 2)
+    levels = deep.Levels(0, 255)
+    readable = {("u1", 1), ("u1", 3), ("u2", 1), ("u2", 3), ("i2", 1), ("u4", 1), ("i4", 1), ("f4", 1)}
+    if (kind, channels) in readable:
+        assert (decode(data, levels=levels)[..., 0] == RAMP).all()
+    else:
+        with pytest.raises(images.ImageError, match=r"format|cannot be read"):
+            decode(data, levels=levels)
+
+
+def test_large_and_negative_numbers_keep_their_place():
+    large = raw_tiff(RAMP.astype("u4") * 2**24)
+    assert (decode(large, levels=deep.Levels(0, 255 * 2**24))[..., 0] == RAMP).all()
+    signed = raw_tiff(RAMP.astype("i2") - 100)
+    assert (decode(signed, levels=deep.Levels(-100, 155))[..., 0] == RAMP).all()
+    assert reason(signed).startswith("format: 32 bits, fractions or negative values")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_no_black(value, take):
+    values = RAMP.astype("f4")
+    values[3, 3] = value
+    _, quarantine, levels, _ = take({"a.tif": raw_tiff(values), "b.tif": tiff(RAMP), "c.tif": tiff(RAMP + 1)}, bits=8)
+    assert list(quarantine["reason"]) == ["format"] and "no numbers" in quarantine["detail"][0]
+    assert levels == deep.Levels(0, 255)
+
+
+def test_premultiplied_colours_are_not_multiplied_again():
+    share = np.tile(np.array([0.0, 0.5, 1.0])[:, None], (20, 60))
+    colours = np.dstack([np.full_like(share, 200 * 257) * share] * 3 + [share * 65535])
+    pixels = decode(raw_tiff(colours.astype("u2"), 2, t338=1))
+    expected = np.rint(200 * share + 255 * (1 - share))
+    assert np.abs(pixels[..., 0] - expected).max() <= 1
+    plain = np.dstack([np.full_like(share, 200 * 257)] * 3 + [share * 65535])
+    assert np.abs(decode(raw_tiff(plain.astype("u2"), 2, t338=2))[..., 0] - expected).max() <= 1
+
+
+def test_inks_of_16_bits_are_read_by_their_whole_range():
+    inks = np.dstack([RAMP * 257, RAMP * 0, RAMP * 0, RAMP * 0]).astype("u2")
+    pixels = decode(raw_tiff(inks, 5))
+    assert np.abs(pixels[..., 0].astype(int) - (255 - RAMP)).max() <= 1 and (pixels[..., 1] == 255).all()
+
+
+def test_a_text_file_of_numbers_needs_no_last_line_end():
+    text = b"P2 40 20 4095\n" + b" ".join(b"%d" % (16 * (i % 40)) for i in range(800))
+    assert (decode(text) == decode(text + b"\n")).all() and decode(text)[0, 30, 0] == round(480 * 255 / 4095)
+
+
+def test_a_tiff_that_cannot_be_opened_is_called_one():
+    assert reason(raw_tiff(RAMP.astype("f8"))).startswith("format: a TIFF of this kind is not read")
+    assert reason(b"II+\0" + bytes(60)).startswith("format: a TIFF of this kind is not read")
+
+
+def test_libraries_say_nothing_of_damaged_files(capfd):
+    for data in (raw_tiff(RAMP)[:-5000], netpbm(RAMP, 4095)[:-300], raw_tiff(np.dstack([RAMP] * 3), 2)[:400]):
+        with pytest.raises(images.ImageError):
+            decode(data)
+    assert capfd.readouterr().err == ""
 
 
 # Transparency, inverted values, odd colours

@@ -33,7 +33,6 @@ FITS = ("crop", "pad", "squash")
 SMALLEST = 32  # pixels: below this no backbone of the suite has anything left to see
 MAX_PIXELS = 200_000_000  # the largest phone photos have 200 megapixels; a decompression bomb has billions
 BEYOND = "values beyond the levels"  # a note that `_from_deep` leaves in an image's info
-EXTRA_SAMPLES = 338  # tag of TIFF
 FORMATS = ["JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"]
 SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .avif .heic .heif".split())
 SUFFIXES |= set(".jp2 .j2k .ppm .pgm .pbm .pnm .ico .tga .pcx".split())
@@ -131,7 +130,7 @@ def open_image(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> Image.Ima
     Raises:
         ImageError: it is no image, or its header promises more than `max_pixels`.
     """
-    _prepare_pillow()
+    _prepare_readers()
     if data.startswith(png.SIGNATURE):
         data = png.without_long_text(data)
     if data.startswith(b"\xff\xd8") and (kind := jpeg.why_not_read(data)):
@@ -142,6 +141,8 @@ def open_image(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> Image.Ima
         raise ImageError(*_unidentified(data)) from None
     except Exception as error:  # headers can be damaged in any way, too
         raise ImageError(_reason(error), str(error).strip() or type(error).__name__) from None
+    if why := deep.why_not_read(image):
+        raise ImageError("format", why)
     if max_pixels and image.width * image.height > max_pixels:
         detail = f"{image.width} x {image.height} pixels are more than max_pixels = {max_pixels:,}"
         raise ImageError("too many pixels", detail)
@@ -232,7 +233,7 @@ def extremes(image: Image.Image) -> tuple[float, float, Levels | None] | None:
     if not deep.is_deep(image, image.encoded):
         return None
     with _damage_told(image):
-        values = _colours(deep.read(image, image.encoded))[0]
+        values = _colours(_numbers(image))[0]
         return float(values.min()), float(values.max()), deep.declared(image, image.encoded)
 
 
@@ -293,7 +294,7 @@ def _turn(image: Image.Image) -> None:
 
 def _from_deep(image: Image.Image, levels: Levels | None) -> Image.Image:
     """Return a deep image in 8 bits, upright, without transparency; `info` says how many values are beyond `levels`."""
-    values, alpha = _colours(deep.read(image, image.encoded))
+    values, alpha = _colours(_numbers(image))
     levels = levels or deep.own(image, image.encoded, values)
     if levels is None:
         detail = "32 bits, fractions or negative values have no known black and white: give explore.bits"
@@ -305,8 +306,16 @@ def _from_deep(image: Image.Image, levels: Levels | None) -> Image.Image:
     if alpha is not None and not _alpha_is_none(image):
         opaque = deep.FULL if alpha.max() > levels.white else levels.white
         share = np.clip(alpha / opaque, 0, 1)[..., None]
-        pixels = np.rint(pixels.reshape(*alpha.shape, -1) * share + 255 * (1 - share)).astype(np.uint8)
+        pixels = pixels.reshape(*alpha.shape, -1) * (1 if deep.is_premultiplied(image) else share)
+        pixels = np.rint(np.minimum(pixels + 255 * (1 - share), 255)).astype(np.uint8)
     return deep.turned(Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels), image, image.encoded)
+
+
+def _numbers(image: Image.Image) -> np.ndarray:
+    values = deep.read(image, image.encoded)
+    if not np.isfinite(values).all():
+        raise ImageError("format", "it holds values that are no numbers (NaN or infinite): replace them, such as by 0")
+    return values
 
 
 def _colours(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -320,7 +329,7 @@ def _alpha_is_none(image: Image.Image) -> bool:
     """Return whether the file says that its fourth channel is not alpha, though Pillow takes it for that."""
     if image.format == "TGA":
         return not image.encoded[17] & 15
-    return image.format == "TIFF" and image.tag_v2.get(EXTRA_SAMPLES, (0,))[0] == 0
+    return image.format == "TIFF" and image.tag_v2.get(deep.EXTRA_SAMPLES, (0,))[0] == 0
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -351,8 +360,8 @@ def _scale(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 @cache
-def _prepare_pillow() -> None:
-    """Let Pillow read what Thaw reads: `max_pixels` takes the place of its own limit, and HEIC joins if it can."""
+def _prepare_readers() -> None:
+    """Let Pillow and OpenCV read what Thaw reads, in silence: `max_pixels` is the limit, and HEIC joins if it can."""
     Image.MAX_IMAGE_PIXELS = None
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd metadata; damage raises
     with contextlib.suppress(ImportError):  # HEIC files are then quarantined with the name of the extra that reads them
@@ -360,6 +369,9 @@ def _prepare_pillow() -> None:
 
         register_heif_opener()
         FORMATS.append("HEIF")
+    cv2.utils.logging.setLogLevel(
+        cv2.utils.logging.LOG_LEVEL_SILENT
+    )  # what OpenCV cannot read is told by an ImageError
 
 
 def _reason(error: Exception) -> str:
@@ -373,6 +385,8 @@ def _unidentified(data: bytes) -> tuple[str, str]:
         return "format", "HEIC needs an extra: pip install -e '.[heic]'"
     if data.startswith(png.SIGNATURE) and (damage := png.damage(data)):
         return "unreadable", damage
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "format", "a TIFF of this kind is not read: save it with 8 or 16 bits a channel, grey or RGB"
     if is_heic or data.startswith((b"\xff\xd8", b"\x89PNG")):
         return "truncated", "the file ends within its header"
     return "not an image", f"the content begins with {data[:12]!r}"

@@ -23,7 +23,8 @@ ONE_CHANNEL = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 # Tags of TIFF
 BITS, PHOTOMETRIC, ORIENTATION = 258, 262, 274
 LOWEST, HIGHEST = (340, 280), (341, 281)  # SMin and MinSampleValue, SMax and MaxSampleValue
-WHITE_IS_ZERO = 0
+EXTRA_SAMPLES, SAMPLE_FORMAT = 338, 339
+WHITE_IS_ZERO, ASSOCIATED, UNSIGNED = 0, 1, 1
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -83,6 +84,8 @@ def is_deep(image: Image.Image, data: bytes) -> bool:
     """Return whether an opened image has more than 8 bits a channel that Pillow would not scale by itself."""
     if image.mode in ONE_CHANNEL:
         return True
+    if image.mode == "CMYK":  # inks: nothing but their whole range makes sense, and Pillow takes that
+        return False
     if image.format == "PNG":
         return png.depth(data) == 16
     if image.format == "TIFF":
@@ -102,7 +105,11 @@ def read(image: Image.Image, data: bytes) -> np.ndarray:
         ValueError: the file cannot be read at its full depth.
     """
     if image.mode in ONE_CHANNEL and image.format != "PPM":
-        return _with_alpha(np.asarray(image)[..., None], data) if image.format == "PNG" else np.asarray(image)
+        values = np.asarray(image)
+        if image.format == "TIFF" and image.mode == "I" and _sample_format(image) == UNSIGNED:
+            values = values.view(np.uint32) if max(image.tag_v2.get(BITS, (1,))) == 32 else values
+        return _with_alpha(values[..., None], data) if image.format == "PNG" else values
+    data += b"\n" if image.format == "PPM" else b""  # without it, OpenCV takes the last number of a text to be cut off
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if values is None or values.dtype != np.uint16:
         raise ValueError("its channels of more than 8 bits cannot be read: save it with 8 bits a channel")
@@ -110,6 +117,18 @@ def read(image: Image.Image, data: bytes) -> np.ndarray:
         return values
     values = values[..., [2, 1, 0, 3][: values.shape[2]]]
     return _with_alpha(values, data) if image.format == "PNG" else values
+
+
+def why_not_read(image: Image.Image) -> str:
+    """Return why the values of an opened image would be read wrongly, "" when they are not."""
+    if image.format == "TIFF" and max(image.tag_v2.get(BITS, (1,))) <= 8 and _sample_format(image) not in (UNSIGNED, 4):
+        return "a TIFF of 8 bits with a sign is not read: save it without a sign, or with 16 bits"
+    return ""
+
+
+def is_premultiplied(image: Image.Image) -> bool:
+    """Return whether the colours of this deep image are already multiplied with its alpha."""
+    return image.format == "TIFF" and image.tag_v2.get(EXTRA_SAMPLES, (0,))[0] == ASSOCIATED
 
 
 def is_inverted(image: Image.Image) -> bool:
@@ -192,6 +211,10 @@ def _with_alpha(values: np.ndarray, data: bytes) -> np.ndarray:
         return values[..., 0] if values.shape[2] == 1 else values
     transparent = (values == np.frombuffer(colour, ">u2")).all(axis=2)
     return np.dstack([values, np.where(transparent, 0, FULL).astype(values.dtype)])
+
+
+def _sample_format(image: Image.Image) -> int:
+    return image.tag_v2.get(SAMPLE_FORMAT, (UNSIGNED,))[0]
 
 
 def _first(tags, names: Sequence[int]) -> float | None:
