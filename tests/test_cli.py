@@ -1,16 +1,19 @@
 """The command: what it says, what it exits with, and that a mistake is one clear message before any work is done."""
 
 import errno
+import io
 import os
 import re
 import sys
+import tarfile
+import zipfile
 
 import numpy as np
 import pandas as pd
 import pytest
 from typer.main import get_command
 
-from helpers.cli import main
+from helpers.cli import archives, main
 from helpers.core import notebooks, project
 from helpers.data import sources
 from helpers.evaluation import prediction
@@ -364,6 +367,216 @@ def test_the_level_of_the_classes_can_be_chosen(thaw, project, tmp_path, image_f
     recipe = recipes.load(project / "recipes/levels.yaml")
     assert recipe.resolved("explore")["class_folders"] == choice
     assert {*sources.read(recipe.resolved("explore")).table["label"]} == classes
+
+
+# Tables of labels
+
+
+@pytest.fixture
+def table(thaw, project, tmp_path, image_folder):
+    """A function that writes a table beside twelve images and returns what `thaw new` says and reads of it."""
+    image_folder(tmp_path / "set", {"images": 12}, size=32)
+    names = [f"images-{number:02}" for number in range(12)]
+
+    def new(text: str | bytes, name: str = "labels.csv"):
+        file = tmp_path / "set" / name
+        file.write_bytes(text.encode() if isinstance(text, str) else text)
+        code, shown = thaw("new", "table", file)
+        path = project / "recipes/table.yaml"
+        found = sources.read(recipes.load(path).resolved("explore")) if path.exists() else None
+        return code, " ".join(shown.split()), found
+
+    return names, new
+
+
+def lines(names, form="images/{}.png,{}", head="path,label", labels=("cat", "dog"), end="\n"):
+    rows = [form.format(name, labels[number % len(labels)]) for number, name in enumerate(names)]
+    return end.join([head, *rows]) + end
+
+
+TABLES = {
+    "plain": {},
+    "backslashes": {"form": "images\\{}.png,{}"},
+    "blanks after commas, quoted": {"head": '"path", "label"', "form": '"images/{}.png", "{}"'},
+    "a semicolon in a quoted header": {"head": '"path","label;of the expert"', "form": '"images/{}.png","{}"'},
+    "semicolons": {"head": "path;label", "form": "images/{}.png;{}"},
+    "bars": {"head": "path|label", "form": "images/{}.png|{}"},
+    "a comma behind every line": {"form": "images/{}.png,{},"},
+    "other names": {"head": "image_id,dx", "form": "{},{}"},
+    "another column first": {"head": "number,file,breed", "form": "7,{}.png,{}"},
+    "another case": {"form": "images/{}.PNG,{}"},
+    "crlf": {"end": "\r\n"},
+}
+
+
+@pytest.mark.parametrize("form", TABLES)
+def test_new_takes_a_table_of_labels(table, form):
+    names, new = table
+    code, shown, found = new(lines(names, **TABLES[form]))
+    assert code == 0 and "12 images in 2 classes" in shown, shown
+    assert "Columns of labels.csv: path" in shown
+    assert [*found.table["label"]] == ["cat", "dog"] * 6 and not found.rejected
+    assert all((found.root / path).is_file() for path in found.table["path"])
+
+
+def test_new_takes_a_table_in_utf_16_with_parts_and_patients(table):
+    names, new = table
+    rows = [f"{name}.png\t{'ab'[number % 2]}\t{'train' if number < 8 else 'test'}\tp{number // 2}"
+            for number, name in enumerate(names)]  # fmt: skip
+    code, shown, found = new("\n".join(["image\tclass\tusage\tpatient_id", *rows]).encode("utf-16"), "all.tsv")
+    assert code == 0 and "split 'usage', group 'patient_id'" in shown and "train 8, test 4" in shown
+    assert found.table["group"].nunique() == 6
+
+
+@pytest.mark.parametrize(
+    "labels, classes, rejected, said",
+    [
+        (("0", "1", "0.0", "1.0"), {"0", "1"}, 0, "0.0 is 0, 1.0 is 1"),
+        (("0.0", "1.0"), {"0.0", "1.0"}, 0, ""),
+        (("01", "1", "1.0"), {"01", "1"}, 0, "1.0 is 1"),
+        (("a", "b", "nan", "NaN"), {"a", "b"}, 6, ""),
+        (("None", "NA"), {"None", "NA"}, 0, ""),
+        (("cat", "dog", "cat|dog"), {"cat", "dog", "cat|dog"}, 0, "'cat|dog' looks like several labels of one image"),
+        (("red", "green", "dark, blue"), {"red", "green", "dark, blue"}, 0, ""),
+    ],
+)
+def test_labels_are_taken_for_what_they_mean(table, labels, classes, rejected, said):
+    names, new = table
+    code, shown, found = new(lines(names, form='images/{}.png,"{}"', labels=labels))
+    assert code == 0 and said in shown and {*found.table["label"]} == classes
+    assert len(found.rejected) == rejected and {row["reason"] for row in found.rejected} <= {"no label"}
+    assert said or "looks like" not in shown
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (
+            lambda names: lines(names) + "images/x.png,a,b\n",
+            "line 14 of labels.csv has 3 values, but the first line names 2",
+        ),
+        (lambda names: lines(names) + '"images/x.png,a\n', "line 14 of labels.csv cannot be read"),
+        (
+            lambda names: lines(names).partition("\n")[2],
+            "first line of labels.csv is a row (images/images-00.png, cat)",
+        ),
+        (lambda names: lines(names, form="no/{}.png,{}"), "no column of labels.csv names a file"),
+        (
+            lambda names: lines(names, head="path,x,y1", form="images/{0}.png,{1},{1}"),
+            "Several columns could hold the labels",
+        ),
+        (lambda names: lines(names, head="path,size", form="images/{0}.png,{0}"), "No column could hold the labels"),
+        (lambda names: lines(names, head="path,path"), "two columns named 'path'"),
+        (lambda names: "", "labels.csv is empty"),
+    ],
+)
+def test_a_table_with_no_sensible_reading_is_refused_with_its_line(table, text, said):
+    names, new = table
+    code, shown, _ = new(text(names))
+    assert code == 1 and said in shown, shown
+
+
+def test_a_folder_without_classes_names_the_table_in_it(thaw, project, tmp_path, image_folder):
+    image_folder(tmp_path / "set", {"images": 4}, size=32)
+    (tmp_path / "set/labels.csv").write_text("path,label\n")
+    code, shown = thaw("new", "x", tmp_path / "set")
+    assert code == 1 and f"thaw new x {tmp_path}/set/labels.csv" in " ".join(shown.split())
+
+
+# Archives
+
+
+def packed(folder, path, wrap="photos"):
+    """Pack a folder as `path` says, with what macOS adds."""
+    files = {f"{wrap}/{file.relative_to(folder).as_posix()}": file.read_bytes() for file in folder.rglob("*.png")}
+    files |= {f"__MACOSX/{wrap}/._x.png": b"x", f"{wrap}/.DS_Store": b"x"}
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    else:
+        with tarfile.open(path, "w:gz" if path.suffix != ".tar" else "w") as archive:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("name", ["set.zip", "set.tar.gz", "set.tgz", "set.tar"])
+def test_new_unpacks_an_archive_into_data(thaw, project, photos, tmp_path, name):
+    archive = packed(photos, tmp_path / name)
+    code, shown = thaw("new", "mine", *(["--from", archive] if name == "set.zip" else [archive]))
+    assert code == 0 and f"{name} is unpacked into data/mine" in shown and "12 images in 2 classes" in shown
+    assert sorted(path.name for path in (project / "data/mine").iterdir()) == ["photos"]
+    assert recipes.load(project / "recipes/mine.yaml").resolved("explore")["source"] == "data/mine"
+    (project / "recipes/mine.yaml").unlink()
+    code, shown = thaw("new", "mine", archive)
+    assert code == 1 and "data/mine exists already" in shown
+
+
+def tar_with(member):
+    def write(path):
+        with tarfile.open(path, "w") as archive:
+            archive.addfile(member, io.BytesIO(b""))
+
+    return write
+
+
+def tar_member(name, kind=tarfile.REGTYPE):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    return member
+
+
+def zip_with(name, mode=0):
+    def write(path):
+        info = zipfile.ZipInfo(name)
+        info.external_attr = mode << 16
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(info, b"/etc/passwd")
+
+    return write
+
+
+UNSAFE = {
+    "above.tar": (tar_with(tar_member("../../x.png")), "leads out of the folder"),
+    "root.tar": (tar_with(tar_member("/tmp/x.png")), "leads out of the folder"),
+    "link.tar": (tar_with(tar_member("x.png", tarfile.SYMTYPE)), "a link or a device"),
+    "hard.tar": (tar_with(tar_member("x.png", tarfile.LNKTYPE)), "a link or a device"),
+    "device.tar": (tar_with(tar_member("x.png", tarfile.CHRTYPE)), "a link or a device"),
+    "pipe.tar": (tar_with(tar_member("x.png", tarfile.FIFOTYPE)), "a link or a device"),
+    "above.zip": (zip_with("../x.png"), "leads out of the folder"),
+    "windows.zip": (zip_with("a\\..\\..\\x.png"), "leads out of the folder"),
+    "drive.zip": (zip_with("C:/x.png"), "leads out of the folder"),
+    "link.zip": (zip_with("x.png", 0o120777), "a link or a device"),
+    "damaged.zip": (lambda path: path.write_bytes(b"PK no more"), "is damaged or no archive"),
+    "damaged.tgz": (lambda path: path.write_bytes(b"\x1f\x8b no more"), "is damaged or no archive"),
+    "other.7z": (lambda path: path.write_bytes(b"7z"), "unpack it yourself"),
+}
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_an_unsafe_or_damaged_archive_leaves_nothing_behind(thaw, project, tmp_path, name):
+    write, said = UNSAFE[name]
+    write(tmp_path / name)
+    before = sorted(tmp_path.rglob("*"))
+    code, shown = thaw("new", "mine", "--from", tmp_path / name)
+    assert code == 1 and said in " ".join(shown.split()), shown
+    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before] in ([], [project / "data"])
+
+
+def test_an_archive_that_grows_beyond_its_limit_is_stopped(thaw, project, tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "LEAST", 10_000)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/x.png", bytes(3_000_000))
+    code, shown = thaw("new", "mine", tmp_path / "bomb.zip")
+    assert code == 1 and "holds more than" in shown and not [*(project / "data").iterdir()]
+
+
+def test_new_wants_one_source(thaw, project, photos):
+    for arguments in ((), (photos, "--from", photos)):
+        assert "Name one source" in thaw("new", "mine", *arguments)[1]
 
 
 def test_classes_whose_names_hold_words_of_parts_stay_classes(thaw, project, tmp_path, image_folder):

@@ -126,7 +126,15 @@ def bakeoff(
 @app.command()
 def new(
     name: Annotated[str, typer.Argument(help="Name of the recipe and of its run.")],
-    source: Annotated[str, typer.Argument(help="A folder of images, or the name of a built-in data set.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder of images, a table of labels, an archive, or a built-in data set.")
+    ] = "",
+    origin: Annotated[
+        str,
+        typer.Option(
+            "--from", metavar="ARCHIVE", help="In place of SOURCE: a zip or tar file; it is unpacked into data/NAME."
+        ),
+    ] = "",
     classes: Annotated[
         Literal["auto", "upper", "lower", "path"],
         typer.Option(help="Of folders in folders, those that name the classes; path takes both names."),
@@ -135,7 +143,9 @@ def new(
     """Write recipes/NAME.yaml for your images, filled in from what is found and with every parameter explained."""
     from helpers.cli import starter
 
-    console.print(starter.write_recipe(name, source, classes))
+    if bool(source) == bool(origin):
+        raise ValueError("Name one source: thaw new NAME SOURCE, or thaw new NAME --from ARCHIVE.")
+    console.print(starter.write_recipe(name, source or origin, classes))
 
 
 @app.command()

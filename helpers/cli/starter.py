@@ -7,9 +7,10 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from helpers.cli import archives
 from helpers.core import disk, notebooks, project
 from helpers.data import images, sources, splits
-from helpers.data.labelling import folders
+from helpers.data.labelling import folders, tables
 from helpers.pipeline import recipes
 
 SAMPLE = 200  # images whose size is looked at
@@ -21,11 +22,12 @@ def write_recipe(name: str, source: str, class_folders: folders.Levels = "auto")
 
     Args:
         name: of the recipe and its run.
-        source: a folder (relative to the working directory), or the name of a built-in data set.
+        source: a folder, a table of labels or an archive (relative to the working directory), or the name of a built-in
+            data set. An archive is unpacked into data/<name>.
         class_folders: of folders in folders, the one that names the class.
 
     Raises:
-        ValueError: the name cannot name a run, or the source holds no usable images.
+        ValueError: the name cannot name a run, or the source holds no usable images, or an archive is unsafe.
         FileExistsError: the recipe exists already.
     """
     if problems := recipes.check({"name": name}):
@@ -33,21 +35,22 @@ def write_recipe(name: str, source: str, class_folders: folders.Levels = "auto")
     path = project.ROOT / "recipes" / f"{name}.yaml"
     if path.exists():
         raise FileExistsError(f"{project.display_path(path)} exists already. Take another name, or edit it.")
-    if Path(source).is_dir():
-        source = project.display_path(Path(source).resolve())
+    given, notes = _given(name, source, class_folders)
     explore = {key: p.default for key, p in notebooks.find_stage("explore").settings.items()}
-    given = {"source": source} | ({"class_folders": class_folders} if class_folders != "auto" else {})
-    data = sources.read(explore | given)
+    try:
+        data = sources.read(explore | given)
+    except ValueError as error:
+        raise ValueError(" ".join([str(error), *notes, *_tables_beside(name, given)])) from None
     counts, side = data.table["label"].value_counts(), _typical_side(data)
     found = f"{counts.sum():,} images in {len(counts)} classes, {counts.min():,} to {counts.max():,} a class"
     found += f", typically {side} pixels on the shorter side"
     filled: dict[str, dict[str, Any]] = {"explore": given}
-    notes = [f"{name}: {found}.", *data.notes]
+    notes = [f"{name}: {found}.", *notes, *data.notes]
     parts = data.table.loc[data.table["split"] != "", "split"].value_counts()
     if len(parts):
         filled["split"] = {"method": "predefined"}
         sizes = ", ".join(f"{part} {parts[part]:,}" for part in ("train", "val", "test") if part in parts)
-        notes.append(f"The folders are a ready-made split, which is kept (split.method: predefined): {sizes}.")
+        notes.append(f"There is a ready-made split, which is kept (split.method: predefined): {sizes}.")
         for part in parts.index:
             own = set(data.table.loc[data.table["split"] == part, "label"])
             if lacking := [label for label in counts.index if label not in own]:
@@ -66,6 +69,38 @@ def write_recipe(name: str, source: str, class_folders: folders.Levels = "auto")
         notes.append(f"Before it can run: {error}")
     notes.append(f"Written: {project.display_path(path)}. Next: thaw run {project.display_path(path)}")
     return "\n".join(notes)
+
+
+def _given(name: str, source: str, class_folders: folders.Levels) -> tuple[dict[str, Any], list[str]]:
+    """Return the parameters of 00_explore that a source on the command line means, and what was understood of it."""
+    path = Path(source)
+    if path.is_file() and archives.is_archive(path):
+        folder = archives.unpack(path, project.ROOT / "data" / name)
+        given, notes = _given(name, str(folder), class_folders)
+        return given, [f"{path.name} is unpacked into {project.display_path(folder)}.", *notes]
+    if path.is_file():
+        if path.suffix.lower() not in tables.TABLES:
+            known = ", ".join(tables.TABLES)
+            raise ValueError(
+                f"{source} is no folder, no table of labels ({known}), no archive and no built-in data set."
+            )
+        columns = tables.find_columns(path.resolve())
+        return {"source": project.display_path(columns.source)} | columns.parameters, columns.notes
+    if path.is_dir():
+        source = project.display_path(path.resolve())
+    return {"source": source} | ({"class_folders": class_folders} if class_folders != "auto" else {}), []
+
+
+def _tables_beside(name: str, given: dict[str, Any]) -> list[str]:
+    """Return a hint where a folder that says no classes holds a table, which may say them."""
+    root = project.resolve(given["source"])
+    if "labels" in given or not root.is_dir():
+        return []
+    found = sorted(path for path in [*root.glob("*"), *root.glob("*/*")] if path.suffix.lower() in tables.TABLES[:2])
+    if not found:
+        return []
+    shown = project.display_path(found[0])
+    return [f"If {found[0].name} says the classes: thaw new {name} {shown}"]
 
 
 def _typical_side(data: sources.Source) -> int:

@@ -63,11 +63,7 @@ def read(parameters: Mapping[str, Any]) -> Source:
     else:
         root = _existing_folder(name)
         by_table = parameters["labels"]
-        source = (
-            Source(root, *labels.read(root, parameters))
-            if by_table
-            else _read_folders(root, parameters["class_folders"])
-        )
+        source = _read_table(root, parameters) if by_table else _read_folders(root, parameters["class_folders"])
     _finish(source)
     if parameters["fixes"]:
         _fix(source, project.resolve(parameters["fixes"]))
@@ -112,6 +108,11 @@ def _textile() -> Source:
 
 
 BUILT_IN = {"elpv": _elpv, "textile": _textile}
+
+
+def _read_table(root: Path, parameters: Mapping[str, Any]) -> Source:
+    table, rejected, notes = labels.read(root, parameters)
+    return Source(root, table, rejected, notes=notes)
 
 
 def _read_folders(root: Path, class_folders: folders.Levels = "auto") -> Source:

@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.core import disk, project
+from helpers.core import project
+from helpers.data.labelling import tables
 
+NO_LABEL = {"nan", "<na>", "#n/a", "n/a"}  # as tools write that there is none
 ROLES = ("path", "label", "split", "group")
 FACTS = (
     "value",
@@ -30,7 +34,7 @@ FACTS = (
 )
 
 
-def read(root: Path, parameters: Mapping[str, Any]) -> tuple[pd.DataFrame, list[dict[str, str]]]:
+def read(root: Path, parameters: Mapping[str, Any]) -> tuple[pd.DataFrame, list[dict[str, str]], list[str]]:
     """Read a labels file and find its images below `root`.
 
     Args:
@@ -39,46 +43,26 @@ def read(root: Path, parameters: Mapping[str, Any]) -> tuple[pd.DataFrame, list[
 
     Returns:
         The usable rows as text (path relative to `root`, label, split and group where the file has them, and its
-        other columns), and the others as rows of quarantine.csv.
+        other columns); the others as rows of quarantine.csv; and sentences about how the labels were understood.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, lacks a column, or the thresholds do not fit.
     """
-    table = _named(_load(project.resolve(parameters["labels"])), parameters)
+    table = _named(tables.read(project.resolve(parameters["labels"])), parameters)
     found = [_locate(root, path, parameters["suffix"]) for path in table["path"]]
     if any(reason == "missing" for _, reason, _ in found):
         found = _look_for_other_forms(root, found)
     table["path"] = [path for path, _, _ in found]
     table = table.assign(reason=[reason for _, reason, _ in found], detail=[detail for _, _, detail in found])
+    notes: list[str] = []
     if parameters["thresholds"]:
         table = _cut(table, parameters["thresholds"], parameters["class_names"])
+    else:
+        notes = _understand(table)
     usable = table["reason"] == ""
     rejected = table.loc[~usable, ["path", "label", "reason", "detail"]].to_dict("records")
-    return table[usable].drop(columns=["reason", "detail"]), rejected
-
-
-def _load(file: Path) -> pd.DataFrame:
-    """Return the table as text; empty cells are empty text."""
-    if not file.is_file():
-        raise FileNotFoundError(f"labels: there is no file {file}.")
-    try:
-        if file.suffix.lower() in (".parquet", ".pq"):
-            return pd.read_parquet(file).map(lambda value: "" if pd.isna(value) else str(value))
-        return disk.read_table(file, sep=_separator(file), encoding="utf-8-sig")
-    except ImportError:
-        raise ValueError(f"labels: {file.name} needs a reader of Parquet: pip install -e '.[parquet]'") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"labels: {file.name} is not UTF-8 text. Save it as UTF-8 and try again.") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, OSError, ValueError) as error:
-        raise ValueError(f"labels: {file.name} cannot be read as a table: {error}") from None
-
-
-def _separator(file: Path) -> str:
-    """Return the character that divides the header: comma, semicolon (spreadsheets in much of Europe) or tab."""
-    with file.open(encoding="utf-8-sig") as stream:
-        header = stream.readline()
-    return max(",;\t", key=header.count)
+    return table[usable].drop(columns=["reason", "detail"]), rejected, notes
 
 
 def _named(table: pd.DataFrame, parameters: Mapping[str, Any]) -> pd.DataFrame:
@@ -102,6 +86,8 @@ def _locate(root: Path, name: str, suffix: str) -> tuple[str, str, str]:
     if not text:
         return name, "no path", "the path is empty"
     text = text if text.endswith(suffix) else text + suffix
+    if "\\" in text and not os.path.lexists(os.path.join(root, text)):  # as Windows writes paths
+        text = text.replace("\\", "/")
     path = os.path.normpath(os.path.join(root, text))
     if not path.startswith(os.path.normpath(root) + os.sep):
         return name, "outside the source", "the path leads out of the source folder"
@@ -112,16 +98,51 @@ def _locate(root: Path, name: str, suffix: str) -> tuple[str, str, str]:
 
 
 def _look_for_other_forms(root: Path, found: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Find missing names that a file system holds in another Unicode form, as those of macOS do."""
+    """Find missing names that a file system holds in another Unicode form, as those of macOS do, or in another case."""
     folders = {root / PurePosixPath(path).parent for path, reason, _ in found if reason == "missing"}
-    present = {
-        unicodedata.normalize("NFC", str(file.relative_to(root))): str(file.relative_to(root))
-        for folder in folders
-        if folder.is_dir()
-        for file in folder.iterdir()
-    }
-    others = {path: present.get(unicodedata.normalize("NFC", path)) for path, reason, _ in found if reason == "missing"}
+    files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
+    present: dict[str, set[str]] = defaultdict(set)
+    for name in (str(file.relative_to(root)) for file in files):
+        for form in {_form(name), _form(name).casefold()}:
+            present[form].add(name)
+    others = {}
+    for path in (path for path, reason, _ in found if reason == "missing"):
+        like = present.get(_form(path)) or present.get(_form(path).casefold()) or set()
+        if len(like) == 1:  # two files whose names differ in case only: neither is taken
+            others[path] = min(like)
     return [(others[row[0]], "", "") if others.get(row[0]) else row for row in found]
+
+
+def _form(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _understand(table: pd.DataFrame) -> list[str]:
+    """Take labels for what they mean, in place: "nan" is none, and 0.0 is 0 where both are written.
+
+    Returns:
+        Sentences about what was understood, or should be looked at.
+    """
+    notes, text = [], table["label"].str.strip()
+    none = text.str.lower().isin(NO_LABEL) & (table["reason"] == "")
+    table.loc[none, "detail"] = "the label is " + text[none] + ", which means that there is none"
+    table.loc[none, "reason"] = "no label"
+    named = text[~none & (text != "")].unique()
+    whole = {name: name.partition(".")[0] for name in named if re.fullmatch(r"-?\d+\.0+", name)}
+    if whole and all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in named) and {*whole.values()} & {*named}:
+        table["label"] = text.replace(whole)
+        notes.append(
+            f"Numbers written in two ways are one class: {', '.join(f'{a} is {b}' for a, b in whole.items())}."
+        )
+    for mark in "|;,":
+        pieces = {name: {piece.strip() for piece in name.split(mark)} for name in named if mark in name.strip(mark)}
+        if pieces and all(inner & {*named} for inner in pieces.values()):
+            example = min(pieces, key=len)
+            notes.append(
+                f"{example!r} looks like several labels of one image, which Thaw does not do: each of the {len(pieces)}"
+                f" combinations is a class of its own. Keep one label an image, or leave those images out."
+            )
+    return notes
 
 
 def _cut(table: pd.DataFrame, thresholds: list[float], names: list[str]) -> pd.DataFrame:
