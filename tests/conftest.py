@@ -11,9 +11,10 @@ from pathlib import Path
 import cv2
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 
-from helpers.core import notebooks
+from helpers.core import disk, notebooks, project
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
 
@@ -59,6 +60,27 @@ def by_hand() -> Callable[..., dict]:
     by then.
     """
     return _by_hand
+
+
+SHAPES = ["disc", "square", "cross"]
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory, image_folder):
+    """A folder as 02_resize writes it: 24 training and 6 validation pictures, 32 px."""
+    folder = tmp_path_factory.mktemp("resized") / "resize"
+    rows = []
+    for part, count in (("train", 8), ("val", 2)):
+        image_folder(folder / part, dict.fromkeys(SHAPES, count), size=32, seed=count)
+        for path in sorted((folder / part).rglob("*.png")):
+            label = path.parent.name
+            rows.append(
+                {"path": project.relative(path, folder), "label": label, "part": part, "sha256": path.stem + part}
+            )
+    pd.DataFrame(rows).to_csv(folder / "images.csv", index=False)
+    disk.write_json(folder / "class_names.json", SHAPES)
+    disk.write_json(folder / "resize.json", {"image_size": 32, "fit": "pad", "format": "png"})
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -242,6 +242,7 @@ def test_a_run_that_evaluates_otherwise_shares_all_before(done):
 # Killed, in a fresh store
 
 
+@pytest.mark.crash
 def test_a_killed_training_goes_on_and_ends_like_an_undisturbed_one(done, killed):
     assert 5 <= len(killed.history_at_kill) < 25
     assert "3/6 resize" not in killed.shown and "4/6 head" in killed.shown
@@ -250,6 +251,7 @@ def test_a_killed_training_goes_on_and_ends_like_an_undisturbed_one(done, killed
         pd.testing.assert_frame_equal(whole.drop(columns="seconds"), resumed.drop(columns="seconds"), check_exact=True)
 
 
+@pytest.mark.crash
 def test_it_did_not_begin_anew(killed):
     log = (killed.run / "head" / "notebook.log").read_text()
     assert (
@@ -257,6 +259,7 @@ def test_it_did_not_begin_anew(killed):
     )
 
 
+@pytest.mark.crash
 def test_equal_seeds_in_fresh_stores_give_equal_predictions(done, killed):
     first, second = ((place.run / "evaluate/predictions.csv").read_bytes() for place in (done, killed))
     assert first == second

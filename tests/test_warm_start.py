@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.core import disk, notebooks, progress, project, stages
+from helpers.core import disk, notebooks, progress, stages
 from helpers.models import classifier, unfreezing
 from helpers.pipeline import checks, planning, recipes
 from helpers.training import saving
@@ -18,24 +18,6 @@ NAMES = ["disc", "square", "cross"]
 @pytest.fixture(autouse=True)
 def headless(tmp_path, monkeypatch):
     monkeypatch.setenv(progress.PROGRESS_VARIABLE, str(tmp_path / "progress.jsonl"))
-
-
-@pytest.fixture(scope="module")
-def resized(tmp_path_factory, image_folder):
-    """A folder as 02_resize writes it: 24 training and 6 validation pictures, 32 px."""
-    folder = tmp_path_factory.mktemp("resized") / "resize"
-    rows = []
-    for part, count in (("train", 8), ("val", 2)):
-        image_folder(folder / part, dict.fromkeys(NAMES, count), size=32, seed=count)
-        for path in sorted((folder / part).rglob("*.png")):
-            label = path.parent.name
-            rows.append(
-                {"path": project.relative(path, folder), "label": label, "part": part, "sha256": path.stem + part}
-            )
-    pd.DataFrame(rows).to_csv(folder / "images.csv", index=False)
-    disk.write_json(folder / "class_names.json", NAMES)
-    disk.write_json(folder / "resize.json", {"image_size": 32, "fit": "pad", "format": "png"})
-    return folder
 
 
 HEAD = {

@@ -5,13 +5,14 @@ optional dense layers, ``probabilities``. `unfreeze` says what of the backbone t
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import keras
 
 from helpers.core import words
 from helpers.models import backbones, unfreezing
 
+Pool = Literal["mean", "mean_max", "mean_std"]
 DENSE_DEFAULTS = {"activation": "relu", "dropout": 0.0, "batch_norm": False, "l1": 0.0, "l2": 0.0}
 OUTPUT_DEFAULTS = {"batch_norm": False, "l1": 0.0, "l2": 0.0}
 
@@ -27,6 +28,7 @@ def build(
     dense: Sequence[int | dict] = (),
     l1: float = 0.0,
     l2: float = 0.0,
+    pool: Pool = "mean",
 ) -> keras.Model:
     """Builds a classifier on a frozen backbone.
 
@@ -42,6 +44,8 @@ def build(
             one another in this order.
         l1: lasso penalty on the kernel of the last layer.
         l2: ridge penalty on the kernel of the last layer.
+        pool: what is taken of each channel of the last feature map: its mean, or also its maximum or its standard
+            deviation, which makes twice as many features.
 
     Returns:
         keras.Model: (batch, height, width, 3), float32 or uint8 RGB 0-255 -> float32 probabilities (batch, n_classes).
@@ -61,7 +65,7 @@ def build(
         if isinstance(part, keras.layers.Dropout):  # stochastic depth: `fit` would draw it despite training=False
             part.rate = 0.0
     inputs = keras.Input(body.input_shape[1:], name="image")
-    x = keras.layers.GlobalAveragePooling2D(name="head_pool")(body(inputs, training=False))
+    x = _pooled(body(inputs, training=False), pool)
     x = _regularised(x, "", dropout, batch_norm)
     for number, layer in enumerate(hidden, start=1):
         x = _hidden(x, f"_{number}", layer)
@@ -69,6 +73,25 @@ def build(
         n_classes, activation="softmax", kernel_regularizer=_penalty(l1, l2), dtype="float32", name="probabilities"
     )(x)
     return keras.Model(inputs, outputs, name="classifier")
+
+
+def _pooled(features, pool: Pool):
+    """Returns (batch, channels) or twice as many of a feature map (batch, height, width, channels)."""
+    mean = keras.layers.GlobalAveragePooling2D(name="head_pool")(features)
+    if pool == "mean":
+        return mean
+    if pool == "mean_max":
+        other = keras.layers.GlobalMaxPooling2D(name="head_max")(features)
+    elif pool == "mean_std":
+        average = keras.layers.GlobalAveragePooling2D(keepdims=True, name="head_mean")(features)
+        apart = keras.layers.Subtract(name="head_apart")([features, average])
+        squares = keras.layers.Multiply(name="head_squares")([apart, apart])
+        variance = keras.layers.GlobalAveragePooling2D(name="head_variance")(squares)
+        # Without the constant, the gradient of the root is no number where a map is flat.
+        other = keras.ops.sqrt(variance + 1e-5)
+    else:
+        raise ValueError(f"pool is {pool!r}; choose one of {', '.join(get_args(Pool))}.")
+    return keras.layers.Concatenate(name="head_features")([mean, other])
 
 
 def check_dense(dense: Sequence[int | dict]) -> list[dict]:

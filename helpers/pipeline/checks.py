@@ -17,7 +17,7 @@ TRAINED = ("head", "fine_tune")  # the stages that Keras is asked about
 # Parameters that are checked with Keras; those of the head and of fine_tune together.
 CHECKED = ("augmentation", "backbone", "dense", "epochs", "flip", "from_run", "imbalance", "label_smoothing", "loss")
 CHECKED += ("mix", "monitor", "next_unfreeze", "optimizer", "output", "profile_steps", "schedule", "steps")
-CHECKED += ("stop_smoothed", "unfreeze", "views")
+CHECKED += ("solver", "stop_smoothed", "unfreeze", "views")
 
 
 def check(recipe: recipes.Recipe, steps: list[planning.Step], backend: str = "") -> None:

@@ -101,6 +101,25 @@ def learning_rates(
     return ax
 
 
+def strengths(path: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The losses along the path of a solved head, from weights held small to free ones, the chosen strength dotted.
+
+    Args:
+        path: columns strength, loss, val_loss and chosen, as `solving.solve` returns it.
+    """
+    theme.require(path, "strength", "loss", "val_loss", "chosen")
+    ax = theme.new(ax, (theme.WIDTH, 2.8))
+    for column, name, colour in (("loss", "train", theme.BLUE), ("val_loss", "validation", theme.VERMILION)):
+        ax.plot(path["strength"], path[column], "o-", label=name, color=colour, linewidth=1.6, markersize=3.5)
+    best = path[path["chosen"]].iloc[0]
+    ax.plot(best["strength"], best["val_loss"], "o", color=theme.VERMILION, markersize=8, label="chosen", zorder=5,
+            markeredgecolor="white", markeredgewidth=1.2)  # fmt: skip
+    ax.set(xscale="log", xlabel="strength C: the larger, the freer the weights", ylabel="loss", ylim=(0, None))
+    ax.tick_params(which="minor", length=0)
+    theme.grid(ax, "y")
+    return theme.legend(ax)
+
+
 def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Accuracy against training images per class: dots where it was measured, a line where it is drawn on.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from helpers.core import child, words
 from helpers.models import backbones, classifier, unfreezing
-from helpers.training import compiling, fitting, profiling, thaws, throughput, transforms
+from helpers.training import compiling, fitting, profiling, solving, thaws, throughput, transforms
 
 
 def check(stage: str, parameters: Mapping[str, Any]) -> None:
@@ -36,6 +36,7 @@ def _problems(stage: str, given: Mapping[str, Any]) -> list[str]:
         checks += [
             lambda: classifier.output_settings(given["output"]),
             lambda: classifier.check_dense(given["dense"]),
+            lambda: given["epochs"] and solving.is_solved(given),
             lambda: throughput.check(given["measure_seconds"]),
             lambda: compiling.optimizer(given["optimizer"], 1.0),
             lambda: _schedule(given, given["epochs"]),

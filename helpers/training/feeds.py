@@ -232,6 +232,8 @@ def gain(banks: Banks | None, history: pd.DataFrame) -> str:
     """
     if banks is None or history.empty:
         return "No cache was used."
+    if history["learning_rate"].isna().all():
+        return "The cache served the solver: no epochs were trained."
     images, seconds = len(banks.train), history["seconds"].median()
     trained = f"Above the frontier: {images / seconds:,.0f} images/s, {words.duration(seconds)} an epoch."
     if not banks.images_per_second:

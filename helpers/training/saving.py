@@ -19,6 +19,7 @@ from helpers.compute import graphs, hardware, ranks
 from helpers.core import disk, project, stages
 from helpers.training import compiling
 
+SOLVED = "solver.csv"  # the path of a head that was solved, in the stage's folder
 HISTORY_COLUMNS = ("epoch", "phase", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
 HISTORY_TYPES = dict.fromkeys(HISTORY_COLUMNS, float) | {"epoch": int, "phase": str}
 
@@ -182,15 +183,30 @@ def _difference(model: keras.Model, giver: keras.Model) -> str:
 
 
 def untrained(out: Path, text: str = "") -> str:
-    """Write the history.csv of a head that was not trained, and return the sentence that says so.
+    """Write the history.csv of a head that was not trained by epochs, and return the sentence that says so.
 
     Args:
-        out: the stage's folder.
-        text: the run whose head was taken, and now its history; "" for a head with its random weights.
+        out: the stage's folder; where it holds the path of a solver, its choice is the one row of the history.
+        text: the run whose head was taken, and now its history; "" for a solved head, or one with its random weights.
     """
+    if not text and (out / SOLVED).is_file():
+        return _solved(out)
     if not text:
         disk.write_text(out / "history.csv", ",".join(HISTORY_COLUMNS) + "\n")
         return "Nothing was trained: the head keeps its random weights."
     folder = _head_of(text)
     shutil.copyfile(folder / "history.csv", out / "history.csv")
     return f"Taken from {text}: {disk.read_json(folder / stages.STAGE_FILE)['headline']}"
+
+
+def _solved(out: Path) -> str:
+    path = pd.read_csv(out / SOLVED)
+    chosen, seconds = path[path["chosen"]].iloc[0], path["seconds"].sum()
+    row = chosen.drop(["strength", "chosen"]).to_dict() | {"epoch": 1, "phase": "head", "seconds": seconds}
+    others = [name for name in row if name not in HISTORY_COLUMNS]
+    frame = pd.DataFrame([row]).reindex(columns=[*HISTORY_COLUMNS, *others])
+    disk.write_text(out / "history.csv", frame.to_csv(index=False))
+    return (
+        f"Solved along {len(path)} strengths in {seconds:.1f} s: C = {chosen['strength']:.2g}, validation accuracy"
+        f" {chosen['val_accuracy']:.4f}, validation loss {chosen['val_loss']:.4f}"
+    )
