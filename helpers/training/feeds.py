@@ -228,11 +228,11 @@ def gain(banks: Banks | None, history: pd.DataFrame) -> str:
 
     Args:
         banks: from `fill_banks`.
-        history: one row an epoch with the column seconds, as in history.csv.
+        history: one row an epoch with the column seconds, as in history.csv; a head that was solved has no rates.
     """
     if banks is None or history.empty:
         return "No cache was used."
-    if history["learning_rate"].isna().all():
+    if "learning_rate" in history and history["learning_rate"].isna().all():
         return "The cache served the solver: no epochs were trained."
     images, seconds = len(banks.train), history["seconds"].median()
     trained = f"Above the frontier: {images / seconds:,.0f} images/s, {words.duration(seconds)} an epoch."
