@@ -168,6 +168,19 @@ def test_a_source_that_nothing_can_be_learned_from(thaw, recipe, runs_folder, tm
     assert expected in shown
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["split.ratio=[0.7, 0, 0.3]"],
+        ["split.method=hash", "split.ratio=[0.7, 0, 0.3]"],
+        ["split.method=fixed", "split.counts=[0, 0, 2]"],
+    ],
+)
+def test_no_validation_part_is_told_before_anything_runs(thaw, recipe, runs_folder, given):
+    pairs = [part for setting in given for part in ("--set", setting)]
+    assert "there would be no validation part" in mistake(thaw, runs_folder, "run", recipe, *pairs)
+
+
 def test_a_layer_that_the_backbone_lacks(thaw, recipe, runs_folder):
     shown = mistake(thaw, runs_folder, "run", recipe, "--set", "fine_tune.unfreeze=blok7")
     assert "fine_tune.unfreeze: " in shown and "block7" in shown
@@ -474,6 +487,11 @@ def test_a_table_with_no_sensible_reading_is_refused_with_its_line(table, text, 
     names, new = table
     code, shown, _ = new(text(names))
     assert code == 1 and said in shown, shown
+
+
+def test_a_table_has_no_levels_of_folders(thaw, project, tmp_path):
+    (tmp_path / "labels.csv").write_text("path,label\n")
+    assert "--classes is for folders" in thaw("new", "x", tmp_path / "labels.csv", "--classes", "lower")[1]
 
 
 def test_a_folder_without_classes_names_the_table_in_it(thaw, project, tmp_path, image_folder):

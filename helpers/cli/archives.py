@@ -75,7 +75,7 @@ def _unpack(archive: Path, staging: Path) -> None:
         for member in progress.track(members, total=len(members), unit="file", label="unpack"):
             files = _zipped(opened, member) if is_zip else _tarred(opened, member)
             for name, stream in files:
-                target = _place(staging, name, archive)
+                target = _place(staging, name)
                 if target is None:
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _tarred(opened: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[tuple[
         yield member.name, opened.extractfile(member)
 
 
-def _place(staging: Path, name: str, archive: Path) -> Path | None:
+def _place(staging: Path, name: str) -> Path | None:
     """Return where a member goes, None for what an operating system left behind."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]) or "\0" in name:

@@ -84,6 +84,8 @@ def _given(name: str, source: str, class_folders: folders.Levels) -> tuple[dict[
             raise ValueError(
                 f"{source} is no folder, no table of labels ({known}), no archive and no built-in data set."
             )
+        if class_folders != "auto":
+            raise ValueError("--classes is for folders; a table names the class of each image itself.")
         columns = tables.find_columns(path.resolve())
         return {"source": project.display_path(columns.source)} | columns.parameters, columns.notes
     if path.is_dir():

@@ -369,9 +369,8 @@ def _prepare_readers() -> None:
 
         register_heif_opener()
         FORMATS.append("HEIF")
-    cv2.utils.logging.setLogLevel(
-        cv2.utils.logging.LOG_LEVEL_SILENT
-    )  # what OpenCV cannot read is told by an ImageError
+    # What OpenCV cannot read is told by an ImageError.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def _reason(error: Exception) -> str:

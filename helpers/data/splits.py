@@ -145,8 +145,18 @@ def rehearse(table: pd.DataFrame, settings: Mapping[str, Any]) -> None:
     if method == "ratio" and len(left) and left.groupby("label")["group"].nunique().max() < len(asked):
         raise ValueError(
             f"No class has the {len(asked)} images or groups that {', '.join(asked)} need, so a part would be empty."
-            " Add images, or ask for fewer parts, such as split.ratio=[0.5, 0, 0.5] and evaluate.monitor=accuracy."
+            " Add images, or ask for no test part: split.ratio=[0.5, 0.5, 0] and evaluate.part=val."
         )
+
+
+def has_validation(table: pd.DataFrame, settings: Mapping[str, Any]) -> bool:
+    """Return whether a split asks for a validation part, or the source brings one; the arguments are `rehearse`'s."""
+    if settings["method"] == "kfold":
+        return True
+    if settings["method"] == "predefined" and (table["split"] == "val").any():
+        return True
+    shares = settings["counts"] if settings["method"] == "fixed" else settings["ratio"]
+    return shares[PARTS.index("val")] > 0
 
 
 def check_parts(split: pd.DataFrame, method: Method, ratio: Sequence[float], counts: Sequence[int]) -> str:

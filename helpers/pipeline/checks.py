@@ -39,7 +39,13 @@ def check(recipe: recipes.Recipe, steps: list[planning.Step], backend: str = "")
         if stage in stages_of_run:
             one(recipe)
     if "split" in todo:
-        splits.rehearse(sources.read(recipe.resolved("explore")).table, recipe.resolved("split"))
+        labelled, settings = sources.read(recipe.resolved("explore")).table, recipe.resolved("split")
+        splits.rehearse(labelled, settings)
+        if todo & set(TRAINED) and not splits.has_validation(labelled, settings):
+            raise notebooks.RecipeError(
+                "split: there would be no validation part, by which 03 and 04 choose the best epoch. Give it a share,"
+                " such as split.ratio=[0.6, 0.15, 0.25], or split.counts=[0, 50, 100] where the method is fixed."
+            )
     if "head" in todo and recipe.resolved("head")["weights"] == "imagenet":
         _fetch_weights(recipe.resolved("head")["backbone"])
     if todo & set(TRAINED):

@@ -22,20 +22,7 @@ IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 PARTS |= {"test": "test", "testing": "test"}
 # Words that name a folder of images, but no class.
-NEUTRAL = {
-    "",
-    "image",
-    "images",
-    "img",
-    "imgs",
-    "data",
-    "dataset",
-    "set",
-    "split",
-    "photos",
-    "pictures",
-    "jpg",
-}
+NEUTRAL = {"", *"image images img imgs data dataset set split photos pictures jpg".split()}
 UNLABELLED = {"pred", "predict", "prediction", "inference", "unlabelled", "unlabeled", "unknown", "new", "submission"}
 
 
@@ -174,7 +161,7 @@ def _parts(names: set[str]) -> dict[str, str]:
         )
     if sets:
         return sets[0]
-    if not sets and len(by_rest.get("", {})) == len(names):  # train alone, or val and test without train
+    if len(by_rest.get("", {})) == len(names):  # train alone, or val and test without train
         return by_rest[""]
     return {}
 
