@@ -291,6 +291,7 @@ def loads_tensorflow(*lines: str) -> bool:
 WITHOUT_TENSORFLOW = ("core", "data", "models", "evaluation", "reports", "pipeline", "cli")
 LOADS_IT = {
     "helpers.models.classifier",
+    "helpers.models.levels",
     "helpers.models.unfreezing",
     "helpers.reports.tensorboard",
 }  # the network itself, and TensorBoard's writer

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from helpers.compute import bank
 from helpers.core import notebooks
 from helpers.models import classifier
-from helpers.training import checks, compiling, feeds, saving, solving
+from helpers.training import checks, compiling, feeds, saving, scaling, solving
 
 
 def activations(classes: int, views: int = 2, images: int = 90, width: int = 12, seed: int = 0):
@@ -34,17 +34,21 @@ def banks_of(classes: int):
     )
 
 
-def head_on(width: int, classes: int) -> keras.Model:
-    inputs = keras.Input((width,))
-    value = keras.layers.Dropout(0.2)(inputs)
-    return keras.Model(inputs, keras.layers.Dense(classes, activation="softmax", name="probabilities")(value))
+def head_on(banks: feeds.Banks, classes: int) -> keras.Model:
+    """A head whose features are standardised by the banks."""
+    inputs = keras.Input(banks.train.activations.shape[2:])
+    value = keras.layers.BatchNormalization(center=False, scale=False, epsilon=1e-6, name="head_scale")(inputs)
+    value = keras.layers.Dropout(0.2)(value)
+    model = keras.Model(inputs, keras.layers.Dense(classes, activation="softmax", name="probabilities")(value))
+    assert "12 features are standardised" in scaling.fit(model, None, banks, None)
+    return model
 
 
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("imbalance", ["none", "class_weight"])
 def test_the_solution_is_the_optimum_and_the_model_predicts_by_it(classes, imbalance, tmp_path):
     banks, labels, val_labels = banks_of(classes)
-    model = head_on(12, classes)
+    model = head_on(banks, classes)
     path = solving.solve(model, banks, labels, val_labels, tmp_path, monitor="val_auc", imbalance=imbalance)
     assert pd.read_csv(tmp_path / "solver.csv")["val_auc"].between(0.5, 1).all()
     assert path["chosen"].sum() == 1 and path.loc[path["chosen"], "val_loss"].item() == path["val_loss"].min()
@@ -81,7 +85,7 @@ def test_the_solution_is_the_optimum_and_the_model_predicts_by_it(classes, imbal
 
 def test_the_same_images_give_the_same_head(tmp_path):
     banks, labels, val_labels = banks_of(3)
-    first, second = head_on(12, 3), head_on(12, 3)
+    first, second = head_on(banks, 3), head_on(banks, 3)
     paths = [
         solving.solve(model, banks, labels, val_labels, tmp_path).drop(columns="seconds") for model in (first, second)
     ]
@@ -93,16 +97,16 @@ def test_the_same_images_give_the_same_head(tmp_path):
 def test_more_views_than_memory_holds_are_left_out(monkeypatch, capsys, tmp_path):
     banks, labels, val_labels = banks_of(3)
     monkeypatch.setattr(solving, "free_memory", lambda: 1.5 * 90 * 12 * 4 / solving.SHARE_OF_RAM)
-    solving.solve(head_on(12, 3), banks, labels, val_labels, tmp_path)
+    solving.solve(head_on(banks, 3), banks, labels, val_labels, tmp_path)
     assert "Of 2 views, 1 fit into memory" in capsys.readouterr().out
     monkeypatch.setattr(solving, "free_memory", lambda: 0)
     with pytest.raises(ValueError, match=r"GB of free memory for 90 images\. Take solver: gradient"):
-        solving.solve(head_on(12, 3), banks, labels, val_labels, tmp_path)
+        solving.solve(head_on(banks, 3), banks, labels, val_labels, tmp_path)
 
 
 def test_without_a_cache_there_is_nothing_to_solve(tmp_path):
     with pytest.raises(ValueError, match="no room for the cache"):
-        solving.solve(head_on(12, 3), None, np.zeros(3), np.zeros(3), tmp_path)
+        solving.solve(head_on(banks_of(3)[0], 3), None, np.zeros(3), np.zeros(3), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +134,7 @@ def test_what_needs_gradients_is_refused_or_trained_with_them(given, said):
 def test_pooled_features_are_what_they_are_called(pool, small_backbone, tmp_path):
     model = classifier.build("any", 3, image_size=32, weights="none", pool=pool)
     images = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype("float32")
-    maps = keras.Model(model.input, model.get_layer("head_pool").input)(images).numpy()
+    maps = model.get_layer("backbone")(images).numpy()
     features = keras.Model(model.input, model.get_layer("head_dropout").input)(images).numpy()
     other = {"mean_max": lambda: maps.max(axis=(1, 2)), "mean_std": lambda: np.sqrt(maps.var(axis=(1, 2)) + 1e-5)}
     expected = [maps.mean(axis=(1, 2)), *([other[pool]()] if pool in other else [])]

@@ -1,8 +1,11 @@
 """Cut a model at its frozen frontier.
 
-The frontier is the last single tensor such that nothing below it changes while the model trains. What lies below it,
-the prefix, gives the same output for the same image in every epoch, so it needs to run only once per image. What lies
-above it, the suffix, shares its layers with the model: to train the suffix is to train the model.
+The frontier is the last tensor such that nothing below it changes while the model trains. What lies below it, the
+prefix, gives the same output for the same image in every epoch, so it needs to run only once per image. What lies above
+it, the suffix, shares its layers with the model: to train the suffix is to train the model.
+
+Where a head reads pooled levels of the backbone, those below the frontier pass beside its tensor: a few hundred numbers
+an image. All of them are packed into one row, so that a cache holds one array whatever the head reads.
 
     cut = frontier.cut(model)                # after the trainable flags are set
     activations = folding.fast(cut.prefix)(images)
@@ -11,13 +14,15 @@ above it, the suffix, shares its layers with the model: to train the suffix is t
 """
 
 import inspect
-from collections import Counter
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras.src.models.functional import Functional  # Keras exports no type for "a model that is a graph"
+
+from helpers.core import wiring
 
 INERT_WHEN_ZERO = ("rate", "drop_path_rate", "stddev")
 
@@ -31,7 +36,8 @@ class Cut:
         suffix: model, activations -> the model's outputs; made of the model's own layers. The model itself when
             `prefix` is None.
         layer: name of the layer whose output is the frontier; "" when `prefix` is None.
-        shape: shape of one image's activations, without the batch axis.
+        shape: shape of one image's activations, without the batch axis; (n,) where levels are packed beside it.
+        levels: how many pooled levels pass beside the layer's output.
         stopped_by: name of the first layer that keeps the frontier from lying higher, and why.
         model: the model that is cut.
     """
@@ -42,6 +48,7 @@ class Cut:
     shape: tuple[int, ...]
     stopped_by: str
     model: keras.Model
+    levels: int = 0
 
     @property
     def is_worth_it(self) -> bool:
@@ -52,8 +59,9 @@ class Cut:
         if self.prefix is None:
             return f"There is no frontier: nothing lies below {self.stopped_by}."
         below, above = self.prefix.count_params(), self.suffix.count_params()
+        beside = f", with {self.levels} pooled levels beside it" if self.levels else ""
         return (
-            f"The frontier lies after the layer {self.layer}. {self.shape} pass through it for each image.\n"
+            f"The frontier lies after the layer {self.layer}{beside}. {self.shape} pass through it for each image.\n"
             f"{below:,} weights lie below it, {above:,} above. What stops it: {self.stopped_by}."
         )
 
@@ -87,50 +95,43 @@ def cut(model: keras.Model) -> Cut:
     if not model.trainable_variables:
         raise ValueError(f"Nothing trains in {model.name!r}: set trainable=True on its head before the cut.")
     path, stopped_by = _find(graph)
-    tensor = path[-1].tensor
+    tensors, source = path[-1].tensors, graph.inputs[0]
     if all(step.is_input for step in path):
-        return Cut(None, model, "", tuple(tensor.shape[1:]), stopped_by, model)
-    source = graph.inputs[0]
+        return Cut(None, model, "", tuple(source.shape[1:]), stopped_by, model)
     images = keras.Input(batch_shape=source.shape, dtype=source.dtype, name="images")
-    activations = keras.Input(batch_shape=(None, *tensor.shape[1:]), dtype=tensor.dtype, name="activations")
-    prefix = keras.Model(images, _below(path, images), name="prefix")
+    below = _below(path, images)
+    activations = keras.Input(batch_shape=(None, *below.shape[1:]), dtype=below.dtype, name="activations")
+    prefix = keras.Model(images, below, name="prefix")
     suffix = keras.Model(activations, _above(path, activations), name="suffix")
-    return Cut(prefix, suffix, tensor._keras_history.operation.name, tuple(tensor.shape[1:]), stopped_by, model)
+    layer, shape = tensors[0]._keras_history.operation.name, tuple(below.shape[1:])
+    return Cut(prefix, suffix, layer, shape, stopped_by, model, len(tensors) - 1)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A frontier in one graph: `tensor` is the only value that passes from `nodes[:done]` to `nodes[done:]`."""
+    """A frontier in one graph: only `tensors` pass from `nodes[:done]` to `nodes[done:]`, vectors after the first."""
 
     graph: keras.Model
     nodes: list
     done: int
-    tensor: keras.KerasTensor
+    tensors: list[keras.KerasTensor]
 
     @property
     def is_input(self) -> bool:
-        return self.tensor is self.graph.inputs[0]
+        return not self.done
 
 
 def _find(graph: keras.Model) -> tuple[list[_Step], str]:
     """Return the frontier as a path into nested graphs, outermost first, and what keeps it from lying higher."""
-    nodes = list(nodes_of(graph))
-    uses = uses_of(graph)
-    live = {id(graph.inputs[0])}
-    step, stopped_by = _Step(graph, nodes, 0, graph.inputs[0]), ""
-    for index, node in enumerate(nodes):
+    nodes = _early(graph)
+    step, stopped_by = _Step(graph, nodes, 0, [graph.inputs[0]]), ""
+    for index, (node, live) in enumerate(wiring.live_after(graph, nodes)):
         if reason := why_it_varies(node.operation):
             stopped_by = f"{node.operation.name} ({reason})"
             break
-        for tensor in node.input_tensors:
-            uses[id(tensor)] -= 1
-        live |= {id(tensor) for tensor in node.output_tensors}
-        live -= {name for name in live if uses[name] == 0}
-        # Every node lies between the input and an output, so whatever the order, a single live value means that
-        # every path passes through it: an articulation point of the graph.
-        if len(live) == 1:
-            (alive,) = [tensor for tensor in node.output_tensors if id(tensor) in live] or [step.tensor]
-            step = _Step(graph, nodes, index + 1, alive)
+        live = sorted(live, key=wiring.is_vector)  # the map, if there is one, comes first
+        if sum(not wiring.is_vector(tensor) for tensor in live) <= 1:
+            step = _Step(graph, nodes, index + 1, live)
     path = [step]
     inner = graph_of(nodes[step.done].operation) if step.done < len(nodes) else None
     if inner is not None and _is_sole_use(step, inner):
@@ -141,11 +142,31 @@ def _find(graph: keras.Model) -> tuple[list[_Step], str]:
     return path, stopped_by
 
 
+def _early(graph: keras.Model) -> list:
+    """Return the calls in an order in which what pools a map into a vector comes as soon as it can."""
+    waiting, ordered = [*wiring.nodes_of(graph)], []
+    known = {id(tensor) for tensor in graph.inputs}
+    while waiting:
+        pools = (node for node in waiting if id(node.input_tensors[0]) in known and _pools(node))
+        node = next(pools, waiting[0])
+        waiting.remove(node)
+        ordered.append(node)
+        known |= {id(tensor) for tensor in node.output_tensors}
+    return ordered
+
+
+def _pools(node: Any) -> bool:
+    """Does a call make a vector of one map, in the same way as long as the model trains?"""
+    is_small = all(wiring.is_vector(tensor) for tensor in node.output_tensors)
+    is_of_map = len(node.input_tensors) == 1 and not wiring.is_vector(node.input_tensors[0])
+    return is_small and is_of_map and not why_it_varies(node.operation)
+
+
 def why_it_varies(operation: Any) -> str:
     """Say why the same input may give another output as training goes on; "" if it cannot."""
     graph = graph_of(operation)
     if graph is not None:
-        reasons = ((node.operation, why_it_varies(node.operation)) for node in nodes_of(graph))
+        reasons = ((node.operation, why_it_varies(node.operation)) for node in wiring.nodes_of(graph))
         return next((f"{part.name}: {reason}" for part, reason in reasons if reason), "")
     if not isinstance(operation, keras.layers.Layer):
         return ""  # a bare operation, such as x + y, has no state
@@ -173,44 +194,51 @@ def graph_of(operation: Any) -> keras.Model | None:
     return operation if is_plain else None
 
 
-def nodes_of(graph: keras.Model) -> Iterator:
-    """Yield the calls of a graph, each after those that it needs."""
-    by_depth = graph._nodes_by_depth
-    for depth in sorted(by_depth, reverse=True):
-        yield from (node for node in by_depth[depth] if not node.is_input)
-
-
-def uses_of(graph: keras.Model) -> Counter:
-    """Count how often each tensor of a graph is read; an output is read once more, from outside."""
-    read = [tensor for node in nodes_of(graph) for tensor in node.input_tensors]
-    return Counter(id(tensor) for tensor in (*read, *graph.outputs))
-
-
 def _is_sole_use(step: _Step, inner: keras.Model) -> bool:
     """Is the sub-model that comes next the only reader of the frontier, and reads nothing else?"""
     inputs = step.nodes[step.done].input_tensors
-    reads_it_alone = len(inner.inputs) == 1 and len(inputs) == 1 and inputs[0] is step.tensor
-    return reads_it_alone and uses_of(step.graph)[id(step.tensor)] == 1
+    (tensor, *others) = step.tensors
+    reads_it_alone = len(inner.inputs) == 1 and len(inputs) == 1 and inputs[0] is tensor and not others
+    return reads_it_alone and wiring.uses_of(step.graph)[id(tensor)] == 1
 
 
 def _below(path: list[_Step], value: keras.KerasTensor) -> keras.KerasTensor:
+    values = [value]
     for step in path:
         if not step.is_input:
-            value = keras.Model(step.graph.inputs[0], step.tensor)(value)
-    return value
+            values = keras.Model(step.graph.inputs[0], step.tensors)(*values)
+    return _packed(values)
 
 
 def _above(path: list[_Step], value: keras.KerasTensor) -> Any:
     """Call again, on `value`, everything that lies above the frontier; sub-models stay sub-models."""
     step, *deeper = path
-    values, nodes = {id(step.tensor): value}, step.nodes[step.done :]
+    nodes = step.nodes[step.done :]
     if deeper:
-        part, nodes = nodes[0], nodes[1:]
+        values, part, nodes = {id(step.tensors[0]): value}, nodes[0], nodes[1:]
         entry = keras.Input(batch_shape=value.shape, dtype=value.dtype)
         rest = keras.Model(entry, _above(deeper, entry), name=part.operation.name)
         _, kwargs = part.arguments.fill_in(values)
         _store(values, part, rest(value, **kwargs))
+    else:
+        values = dict(zip(map(id, step.tensors), _unpacked(value, step.tensors), strict=True))
     return replay(step.graph, nodes, values)
+
+
+def _packed(tensors: list[keras.KerasTensor]) -> keras.KerasTensor:
+    """Join the tensors of a frontier into one row (batch, n), unless there is only one."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return keras.layers.Concatenate(name="packed")([keras.layers.Flatten()(tensor) for tensor in tensors])
+
+
+def _unpacked(value: keras.KerasTensor, tensors: list[keras.KerasTensor]) -> list[keras.KerasTensor]:
+    """Return from a packed row what stands for each of `tensors`."""
+    if len(tensors) == 1:
+        return [value]
+    ends = [math.prod(tensor.shape[1:]) for tensor in tensors]
+    parts = keras.ops.split(value, [sum(ends[: place + 1]) for place in range(len(ends) - 1)], axis=-1)
+    return [keras.layers.Reshape(tensor.shape[1:])(part) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def replay(graph: keras.Model, nodes: list, values: dict[int, Any], call: Callable[..., Any] | None = None) -> Any:

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from helpers.compute import frontier
+from helpers.core import wiring
 
 UNIMPORTANT = {"name", "trainable", "build_config"}  # settings of a layer that do not change what it computes
 
@@ -24,14 +25,25 @@ def structure(operation: Any) -> Any:
         return [structure(layer) for layer in operation.layers]
     graph = frontier.graph_of(operation)
     if graph is None:
-        config = operation.get_config() if isinstance(operation, keras.layers.Layer) else vars(operation)
+        is_layer = isinstance(operation, keras.layers.Layer)
+        public = {name: value for name, value in vars(operation).items() if not name.startswith("_")}
+        config = operation.get_config() if is_layer else public  # the rest says how often it was called
         return [type(operation).__name__, getattr(operation, "compute_dtype", None), _plain(config)]
     places = {id(tensor): [-1, index] for index, tensor in enumerate(graph.inputs)}
     calls = []
-    for index, node in enumerate(frontier.nodes_of(graph)):
-        calls.append([structure(node.operation), [places[id(tensor)] for tensor in node.input_tensors]])
+    for index, node in enumerate(wiring.nodes_of(graph)):
+        call = [structure(node.operation), [places[id(tensor)] for tensor in node.input_tensors]]
+        calls.append(call + _constants(node))
         places |= {id(tensor): [index, at] for at, tensor in enumerate(node.output_tensors)}
     return [calls, [places[id(tensor)] for tensor in graph.outputs]]
+
+
+def _constants(node: Any) -> list:
+    """Return what a bare operation, such as x + 1e-5, was called with beside tensors; a layer's settings say it all."""
+    if isinstance(node.operation, keras.layers.Layer):
+        return []
+    given = keras.tree.flatten([node.arguments.args, node.arguments.kwargs])
+    return [[_plain(value) for value in given if not isinstance(value, keras.KerasTensor)]]
 
 
 def _plain(value: Any) -> Any:

@@ -1,18 +1,20 @@
 """Classifiers on a frozen backbone, and thawing: which of their weights train.
 
-A classifier is input -> sub-model "backbone" (called with training=False) -> head: ``head_pool``, ``head_dropout``,
-optional dense layers, ``probabilities``. `unfreeze` says what of the backbone trains; the head always does.
+A classifier is input -> sub-model "backbone" (called with training=False) -> head: ``head_pool`` (or, within the
+backbone, a ``level_...`` for each level that is read), ``head_scale`` if asked for, ``head_dropout``, optional dense
+layers, ``probabilities``. `unfreeze` says what of the backbone trains; the head always does.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import keras
 
 from helpers.core import words
 from helpers.models import backbones, unfreezing
+from helpers.models import levels as levels_of
 
-Pool = Literal["mean", "mean_max", "mean_std"]
+SCALE = "head_scale"
 DENSE_DEFAULTS = {"activation": "relu", "dropout": 0.0, "batch_norm": False, "l1": 0.0, "l2": 0.0}
 OUTPUT_DEFAULTS = {"batch_norm": False, "l1": 0.0, "l2": 0.0}
 
@@ -28,7 +30,9 @@ def build(
     dense: Sequence[int | dict] = (),
     l1: float = 0.0,
     l2: float = 0.0,
-    pool: Pool = "mean",
+    levels: str | Sequence[str] = "top",
+    pool: levels_of.Pool = "mean",
+    standardised: bool = False,
 ) -> keras.Model:
     """Builds a classifier on a frozen backbone.
 
@@ -44,8 +48,12 @@ def build(
             one another in this order.
         l1: lasso penalty on the kernel of the last layer.
         l2: ridge penalty on the kernel of the last layer.
-        pool: what is taken of each channel of the last feature map: its mean, or also its maximum or its standard
-            deviation, which makes twice as many features.
+        levels: what the head reads: "top", the last feature map; "all", the ends of the backbone's blocks too; or
+            names, such as ``["block3", "block5", "top"]``. With several, the backbone's output is the pooled levels.
+        pool: what is taken of each channel of a feature map: its mean, or also its maximum or its standard deviation,
+            which makes twice as many features.
+        standardised: with a layer ``head_scale`` that gives each feature mean 0 and standard deviation 1, once
+            `scaling.fit` has set it; several levels always have it.
 
     Returns:
         keras.Model: (batch, height, width, 3), float32 or uint8 RGB 0-255 -> float32 probabilities (batch, n_classes).
@@ -60,12 +68,17 @@ def build(
     unfreezing.whole(n_classes, 2, 10**6, "n_classes")
     hidden = check_dense(dense)
     body = backbones.build(backbone, image_size, weights)
+    if levels != "top":
+        body = levels_of.read(body, levels, pool)
     body.trainable = False
     for part in unfreezing.parts_of(body):
         if isinstance(part, keras.layers.Dropout):  # stochastic depth: `fit` would draw it despite training=False
             part.rate = 0.0
     inputs = keras.Input(body.input_shape[1:], name="image")
-    x = _pooled(body(inputs, training=False), pool)
+    x = body(inputs, training=False)
+    x = levels_of.pooled(x, pool, "head_pool") if levels == "top" else x
+    if standardised or levels != "top":
+        x = keras.layers.BatchNormalization(center=False, scale=False, epsilon=1e-6, name=SCALE)(x)
     x = _regularised(x, "", dropout, batch_norm)
     for number, layer in enumerate(hidden, start=1):
         x = _hidden(x, f"_{number}", layer)
@@ -73,25 +86,6 @@ def build(
         n_classes, activation="softmax", kernel_regularizer=_penalty(l1, l2), dtype="float32", name="probabilities"
     )(x)
     return keras.Model(inputs, outputs, name="classifier")
-
-
-def _pooled(features, pool: Pool):
-    """Returns (batch, channels) or twice as many of a feature map (batch, height, width, channels)."""
-    mean = keras.layers.GlobalAveragePooling2D(name="head_pool")(features)
-    if pool == "mean":
-        return mean
-    if pool == "mean_max":
-        other = keras.layers.GlobalMaxPooling2D(name="head_max")(features)
-    elif pool == "mean_std":
-        average = keras.layers.GlobalAveragePooling2D(keepdims=True, name="head_mean")(features)
-        apart = keras.layers.Subtract(name="head_apart")([features, average])
-        squares = keras.layers.Multiply(name="head_squares")([apart, apart])
-        variance = keras.layers.GlobalAveragePooling2D(name="head_variance")(squares)
-        # Without the constant, the gradient of the root is no number where a map is flat.
-        other = keras.ops.sqrt(variance + 1e-5)
-    else:
-        raise ValueError(f"pool is {pool!r}; choose one of {', '.join(get_args(Pool))}.")
-    return keras.layers.Concatenate(name="head_features")([mean, other])
 
 
 def check_dense(dense: Sequence[int | dict]) -> list[dict]:

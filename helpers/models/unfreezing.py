@@ -10,6 +10,7 @@ from helpers.core import words
 from helpers.models import backbones
 from helpers.models.families import family
 
+LEVEL = "level_"  # first part of the name of what pools a level for the head: no layer of the backbone's own
 SHOWN_BLOCKS = 20  # of those, a message lists the last: NASNet has some seventy
 
 
@@ -34,7 +35,7 @@ def unfreeze(model: keras.Model, what: str | int | float | dict) -> pd.DataFrame
             which no weight of the backbone would train.
     """
     body = backbone_of(model)
-    layers = body.layers
+    layers = layers_of(body)
     start = first_trainable(body, what)
     parts = (part for layer in layers[start:] for part in parts_of(layer))
     norms = [part for part in parts if isinstance(part, keras.layers.BatchNormalization)]
@@ -77,7 +78,7 @@ def trainable_table(model: keras.Model) -> pd.DataFrame:
         layers, of weights (scalars), and of the weights that train (BatchNormalization makes the difference).
     """
     body = backbone_of(model)
-    layers = body.layers
+    layers = layers_of(body)
     start = next((i for i, layer in enumerate(layers) if layer.trainable_weights), len(layers))
     parts = {"backbone, frozen": layers[:start], "backbone, thawed": layers[start:]}
     if body is not model:
@@ -114,8 +115,13 @@ def backbone_of(model: keras.Model) -> keras.Model:
     raise ValueError(f'The model {model.name!r} has no sub-model named "backbone"; models.classifier makes one.')
 
 
+def layers_of(backbone: keras.Model) -> list[keras.layers.Layer]:
+    """The backbone's own layers, without what pools its levels for the head."""
+    return [layer for layer in backbone.layers if not layer.name.startswith(LEVEL)]
+
+
 def first_trainable(backbone: keras.Model, what: str | int | float | dict) -> int:
-    """The index in ``backbone.layers`` of the first layer that `what` thaws; their number if nothing.
+    """The index in `layers_of` of the first layer that `what` thaws; their number if nothing.
 
     Args:
         backbone: from `backbones.build`.
@@ -124,7 +130,7 @@ def first_trainable(backbone: keras.Model, what: str | int | float | dict) -> in
     Raises:
         ValueError: see `unfreeze`.
     """
-    layers = backbone.layers
+    layers = layers_of(backbone)
     own = [i for i, layer in enumerate(layers) if not layer.name.startswith(family.PREPROCESS)]
     if what == "none":
         return len(layers)
@@ -186,9 +192,15 @@ def _without_family(name: str) -> str:
 
 def block_names(layers: Sequence[keras.layers.Layer]) -> list[str]:
     """The blocks by which `layers` can be unfrozen, in order: ``block7``, ``conv5``, ``stage_3``."""
-    named = [layer for layer in layers if not layer.name.startswith(backbones.automatic_stem(layer))]
-    found = (re.match(r"[A-Za-z_]*?\d+", _without_family(layer.name)) for layer in named)
-    return list(dict.fromkeys(match.group() for match in found if match))
+    return list(dict.fromkeys(block for layer in layers if (block := block_of(layer))))
+
+
+def block_of(operation, within: str = "") -> str:
+    """The block that an operation's name says; `within` where Keras named it, "" where it is in no block."""
+    if operation.name.startswith(backbones.automatic_stem(operation)):
+        return within
+    match = re.match(r"[A-Za-z_]*?\d+", _without_family(operation.name))
+    return match.group() if match else ""
 
 
 def parts_of(layer: keras.layers.Layer) -> list[keras.layers.Layer]:

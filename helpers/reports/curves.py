@@ -76,12 +76,14 @@ def learning_rates(
     Returns:
         The Axes; None, after a line that says so, where nothing is trained.
     """
-    if history.empty:
+    if len(history):
+        theme.require(history, "learning_rate")
+    # A head that was solved has no rate, and stands in the history as one epoch.
+    table = history.assign(epoch=_running_epochs(history)).dropna(subset="learning_rate").reset_index(drop=True)
+    if table.empty:
         print("Nothing is trained: there is no learning rate.")
         return None
-    theme.require(history, "learning_rate")
-    table = history.reset_index(drop=True)
-    rates, epochs = table["learning_rate"].to_numpy(float), _running_epochs(table)
+    rates, epochs = table["learning_rate"].to_numpy(float), table["epoch"].to_numpy()
     ax = theme.new(ax, (theme.WIDTH, 2.2))
     if len(rates) == 1:
         ax.plot(epochs, rates, "o", color=theme.BLUE, markersize=6)

@@ -3,11 +3,12 @@
 `child.ask` calls `problems` in a process of its own before a run.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from helpers.core import child, words
 from helpers.models import backbones, classifier, unfreezing
+from helpers.models import levels as levels_of
 from helpers.training import compiling, fitting, profiling, solving, thaws, throughput, transforms
 
 
@@ -82,13 +83,16 @@ def _raised(checks: list[Callable[[], Any]]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check_unfreeze(backbone: str, image_size: int, choices: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with choices of what to unfreeze, tried on a backbone with random weights.
+def check_layers(
+    backbone: str, image_size: int, choices: Mapping[str, Any], levels: str | Sequence[str] = "top"
+) -> list[str]:
+    """Return what is wrong with choices of what to unfreeze and to read, tried on a backbone with random weights.
 
     Args:
         backbone: its name.
         image_size: pixels.
         choices: the name of a parameter -> its value, see `unfreezing.unfreeze`.
+        levels: what the head reads, see `classifier.build`.
     """
     found = []
     try:
@@ -100,6 +104,10 @@ def check_unfreeze(backbone: str, image_size: int, choices: Mapping[str, Any]) -
             unfreezing.unfreeze(body, what)
         except ValueError as error:
             found.append(f"{name}: {error}")
+    try:
+        levels != "top" and levels_of.read(body, levels, "mean")
+    except ValueError as error:
+        found.append(f"head.levels: {error}")
     return found
 
 
@@ -119,7 +127,7 @@ def problems(image_size: int, head: Mapping[str, Any], fine_tune: Mapping[str, A
         layers["head.next_unfreeze"] = head["next_unfreeze"]
     for number, step in enumerate(fine_tune["steps"], 1):
         layers |= {f"fine_tune.steps {number}: unfreeze": step["unfreeze"]} if "unfreeze" in step else {}
-    return found + check_unfreeze(head["backbone"], image_size, layers)
+    return found + check_layers(head["backbone"], image_size, layers, head["levels"])
 
 
 if __name__ == "__main__":

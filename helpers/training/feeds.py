@@ -176,7 +176,7 @@ def from_banks(cut: frontier.Cut, banks: Banks, *, batch_size: int, seed: int, b
     steps, several = hardware.steps(len(banks.train), batch_size), hardware.replicas() > 1
     chances = datasets.probabilities(banks.train.labels) if balanced else None
     data, clock = banks.train.batches(batch_size, seed=seed, probabilities=chances)
-    together = min(SMALL_STEPS, steps) if len(cut.shape) == 1 and not several else 1
+    together = min(SMALL_STEPS, steps) if len(cut.shape) == 1 and not cut.levels and not several else 1
     suffix, size = faster(cut.suffix), hardware.even_batches(len(banks.val), VAL_BATCH)
     whole = banks.val.in_order(size)
     part = banks.val.in_order(size, ranks.of_all(len(banks.val))) if ranks.replicas() > 1 else whole

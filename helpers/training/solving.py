@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
 
+from helpers.compute import inference
 from helpers.core import disk, progress
 from helpers.core.machine import free_memory
-from helpers.training import compiling, feeds, fitting, saving
+from helpers.training import compiling, feeds, fitting, saving, scaling
 
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-10, 3))  # scikit-learn's C, from strong to weak
 WORSE = 2  # so many strengths in a row without a better one end the path
@@ -69,10 +70,9 @@ def solve(
 ) -> pd.DataFrame:
     """Give the last layer of `model` the weights whose validation loss is lowest, and return the path.
 
-    The features are standardised to be solved; what that takes is part of the weights, so the model stays as it is.
-
     Args:
-        model: a classifier whose layer "probabilities" comes right after the pooled features (and dropout).
+        model: a classifier whose layer "probabilities" comes right after ``head_scale`` (and dropout), which
+            `scaling.fit` has set.
         banks: the pooled features of all views, from `feeds.fill_banks`.
         labels, val_labels: class indices of the training and of the validation images.
         out: the stage's folder, which gets the path as solver.csv.
@@ -93,11 +93,9 @@ def solve(
         )
     views = _views_that_fit(banks)
     plain = banks.val.activations[0].astype(np.float32)
-    mean, spread = _statistics(banks.train.activations[:views])
-    features = np.concatenate(
-        [(banks.train.activations[view] - mean) / spread for view in range(views)], dtype=np.float32
-    )
-    plain = (plain - mean) / spread
+    scale, shift = (part.astype(np.float32) for part in inference.scale_and_shift(scaling.layer_of(model)))
+    plain = plain * scale + shift
+    features = np.concatenate([banks.train.activations[view] * scale + shift for view in range(views)])
     repeated = np.tile(labels, views)
     weights = fitting.class_weights(labels, imbalance)
     weights = np.ones(len(labels)) if weights is None else np.array([weights[label] for label in labels])
@@ -120,9 +118,7 @@ def solve(
             best, chosen = (row["val_loss"], solution), number
         elif number - chosen >= WORSE:
             break
-    kernel, bias = best[1]
-    kernel = kernel / spread[:, None]
-    model.get_layer("probabilities").set_weights([kernel.astype(np.float32), (bias - mean @ kernel).astype(np.float32)])
+    model.get_layer("probabilities").set_weights([part.astype(np.float32) for part in best[1]])
     path = pd.DataFrame(rows)
     path = path.assign(chosen=path["val_loss"] == best[0])
     disk.write_text(out / saving.SOLVED, path.to_csv(index=False))
@@ -142,15 +138,6 @@ def _views_that_fit(banks: feeds.Banks) -> int:
     if room < views:
         print(f"Of {views} views, {int(room)} fit into memory and are used.")
     return min(views, int(room))
-
-
-def _statistics(activations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation of each feature over all views; a constant feature has 1."""
-    count = activations.shape[0] * activations.shape[1]
-    mean = sum(view.sum(axis=0, dtype=np.float64) for view in activations) / count
-    squares = sum(np.square(view - mean).sum(axis=0, dtype=np.float64) for view in activations)
-    spread = np.sqrt(squares / count)
-    return mean, np.where(spread > 1e-6, spread, 1.0)
 
 
 def _weights(solver: LogisticRegression) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,111 @@
+"""Levels: what a head reads of a backbone. The ends of its blocks, and "top", the last feature map.
+
+Low levels know textures and edges, high ones things. Images that are unlike ImageNet's (X-rays, solar cells) are often
+told apart better by several levels together (Head2Toe, Evci et al., ICML 2022).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import keras
+
+from helpers.core import wiring, words
+from helpers.models import unfreezing
+
+Pool = Literal["mean", "mean_max", "mean_std"]
+MOST = 12  # of so many block ends all are read; of more, the last one of each resolution
+EPSILON = 1e-5  # under the root: without it, the gradient is no number where a map is flat
+
+
+def read(backbone: keras.Model, levels: str | Sequence[str], pool: Pool) -> keras.Model:
+    """Return the backbone with pooled levels as its output, in place of the last feature map.
+
+    Args:
+        backbone: from `backbones.build`; its layers are shared.
+        levels: "all", or names of `names`.
+        pool: what is taken of each channel, see `pooled`.
+
+    Returns:
+        keras.Model named "backbone": images -> (batch, n), the levels from low to high. What is added to the backbone's
+        layers has no weights and is called ``level_...``.
+
+    Raises:
+        ValueError: an unknown level or pool.
+    """
+    ends = _ends(backbone)
+    chosen = [*ends] if levels == "all" else check(levels, ends)
+    vectors = [pooled(ends[name], pool, unfreezing.LEVEL + name) for name in ends if name in chosen]
+    joined = keras.layers.Concatenate(name=unfreezing.LEVEL + "features")(vectors) if vectors[1:] else vectors[0]
+    return keras.Model(backbone.input, joined, name="backbone")
+
+
+def names(backbone: keras.Model) -> list[str]:
+    """Return the levels that a head can read, from low to high: names of blocks, and "top"."""
+    return [*_ends(backbone)]
+
+
+def check(levels: Any, known: Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """Return the names given, each once.
+
+    Raises:
+        ValueError: it is no list of known names.
+    """
+    given = [levels] if isinstance(levels, str) else levels
+    if not isinstance(given, Sequence) or not given:
+        raise ValueError(f"levels is top, all, auto, or a list of names; got {levels!r}.")
+    for name in given:
+        if name not in known:
+            hint = words.near(str(name), [*known])
+            raise ValueError(f"The backbone has no level {name!r}.{hint} Its levels: {', '.join(known)}; or all, auto.")
+    return [*dict.fromkeys(given)]
+
+
+def pooled(features: Any, pool: Pool, name: str) -> Any:
+    """Return (batch, channels), or twice as many numbers, of a feature map (batch, height, width, channels).
+
+    Args:
+        features: the map.
+        pool: the mean of each channel; or also its maximum, or its standard deviation, as sqrt(variance + 1e-5).
+        name: of the layer that does it.
+
+    Raises:
+        ValueError: an unknown pool.
+    """
+    if pool not in get_args(Pool):
+        raise ValueError(f"pool is {pool!r}; choose one of {', '.join(get_args(Pool))}.")
+    if pool == "mean":
+        return keras.layers.GlobalAveragePooling2D(name=name)(features)
+    exact = {"dtype": "float32"}  # half precision cannot hold the squares
+    inputs = keras.Input(features.shape[1:], **exact)
+    mean = keras.layers.GlobalAveragePooling2D(name="mean", **exact)(inputs)
+    if pool == "mean_max":
+        other = keras.layers.GlobalMaxPooling2D(name="max", **exact)(inputs)
+    else:
+        centre = keras.layers.Reshape((1, 1, features.shape[-1]), name="centre", **exact)(mean)
+        apart = keras.layers.Subtract(name="apart", **exact)([inputs, centre])
+        squares = keras.layers.Multiply(name="squares", **exact)([apart, apart])
+        variance = keras.layers.GlobalAveragePooling2D(name="variance", **exact)(squares)
+        other = keras.ops.sqrt(variance + EPSILON)
+    both = keras.layers.Concatenate(name="both", **exact)([mean, other])
+    return keras.Model(inputs, both, name=name)(features)
+
+
+def _ends(backbone: keras.Model) -> dict[str, Any]:
+    """Map each level to its feature map.
+
+    A block ends with the last map through which everything passes before the next block begins; a frame of zeros around
+    it does not count.
+    """
+    block, ends = "", {}
+    for node, live in wiring.live_after(backbone, wiring.nodes_of(backbone)):
+        block = unfreezing.block_of(node.operation, within=block)
+        is_framed = isinstance(node.operation, keras.layers.ZeroPadding2D)
+        if block and len(live) == 1 and len(live[0].shape) == 4 and not is_framed:
+            ends[block] = live[0]
+    top = backbone.output
+    ends = {name: value for name, value in ends.items() if value is not top}
+    if len(ends) > MOST:
+        sizes = {name: tuple(value.shape[1:3]) for name, value in ends.items()}
+        last = {size: name for name, size in sizes.items() if size != tuple(top.shape[1:3])}
+        ends = {name: value for name, value in ends.items() if name in last.values()}
+    return ends | {"top": top}

@@ -1,0 +1,210 @@
+"""Heads that read several levels: what they read, where the model is cut, and that training and files agree with it."""
+
+import keras
+import numpy as np
+import pytest
+
+from helpers.compute import bank, fast_layers, frontier, graphs, inference
+from helpers.compute.views import Images
+from helpers.models import backbones, classifier, levels, unfreezing
+from helpers.training import checks, saving, scaling
+
+# Networks, their size here, and what of them is thawed.
+FAMILIES = {
+    "convnext_tiny": (32, "downsampling_block_2"),
+    "densenet121": (32, "conv5"),
+    "efficientnet_lite0": (64, "block6"),
+    "efficientnet_v2_b0": (32, "block6"),
+    "mobilenet_v3_small": (32, "expanded_conv_10"),
+    "resnet50": (32, "conv5"),
+}
+SOME = ["block1", "block3", "top"]
+
+
+def build(name: str, size: int, **settings) -> keras.Model:
+    """A classifier whose statistics matter, and whose answers differ from image to image."""
+    rng, model = np.random.default_rng(0), classifier.build(name, 3, image_size=size, weights="none", **settings)
+    head = model.get_layer("probabilities")
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.set_weights([rng.uniform(0.5, 1.5, weight.shape) for weight in layer.get_weights()])
+    if scale := scaling.layer_of(model):
+        features = run(keras.Model(model.input, scale.input), pictures(model, 8))
+        mean, spread = scaling.statistics([features])
+        scale.set_weights([mean, np.square(spread)])
+    head.set_weights([rng.normal(size=weight.shape) / np.sqrt(head.kernel.shape[0]) for weight in head.get_weights()])
+    return model
+
+
+def pictures(model: keras.Model, count: int = 3, seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng(seed).uniform(0, 255, (count, *model.input_shape[1:]))
+    return (noise * np.linspace(0.2, 1, count)[:, None, None, None]).astype("float32")
+
+
+def run(model: keras.Model, values: np.ndarray) -> np.ndarray:
+    return keras.ops.convert_to_numpy(model(values, training=False))
+
+
+@pytest.mark.parametrize("pool", ["mean", "mean_max", "mean_std"])
+def test_probabilities_are_those_computed_by_hand_from_the_blocks(pool):
+    model = build("efficientnet_lite0", 64, levels=["top", "block3", "block1"], pool=pool)
+    body, images = model.get_layer("backbone"), pictures(model)
+    ends = [body.get_layer(name).output for name in ("block1a_project_bn", "block3b_add", "top_activation")]
+    maps = keras.Model(body.input, ends).predict(images, verbose=0)
+    other = {"mean": [], "mean_max": [np.max], "mean_std": [lambda x, axis: np.sqrt(x.var(axis=axis) + 1e-5)]}[pool]
+    features = [reduce(each, axis=(1, 2)) for each in maps for reduce in (np.mean, *other)]
+    features = np.concatenate(features, axis=1)
+    mean, variance = model.get_layer("head_scale").get_weights()
+    kernel, bias = model.get_layer("probabilities").get_weights()
+    logits = (features - mean) / np.sqrt(variance + 1e-6) @ kernel + bias
+    expected = np.exp(logits - logits.max(axis=1, keepdims=True))
+    expected /= expected.sum(axis=1, keepdims=True)
+    found = run(model, images)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.ptp(found, axis=0).max() > 0.05  # the images get other answers
+
+
+def test_a_gradient_passes_where_a_map_is_flat():
+    model = build("efficientnet_lite0", 32, levels="all", pool="mean_std")  # its last maps are one pixel
+    unfreezing.unfreeze(model, "block7")
+    model.compile(loss="categorical_crossentropy", optimizer="sgd")
+    model.train_on_batch(pictures(model), np.eye(3))
+    assert all(np.isfinite(weight).all() for weight in model.get_weights())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_suffix_of_prefix_is_the_model_in_every_family(name, tmp_path):
+    size, thawed = FAMILIES[name]
+    model = build(name, size, levels="all", pool="mean_std")
+    images = pictures(model)
+    expected = run(model, images)
+    assert np.ptp(expected, axis=0).max() > 0.01
+    head = frontier.cut(model)
+    assert head.shape == head.model.get_layer("backbone").output.shape[1:] and head.levels == 0
+    features = run(head.prefix, images)
+    np.testing.assert_allclose(run(head.suffix, features), expected, atol=1e-5)
+
+    unfreezing.unfreeze(model, thawed)
+    cut = frontier.cut(model)
+    assert cut.levels >= 3 and len(cut.shape) == 1 and "pooled levels beside it" in str(cut)
+    activations = inference.fast(cut.prefix)(images)
+    assert activations.shape == (3, *cut.shape)
+    np.testing.assert_allclose(run(cut.suffix, activations), expected, atol=2e-3)
+    trained = {id(part) for part in model.trainable_variables}
+    assert {id(part) for part in cut.suffix.trainable_variables} == trained and not cut.prefix.trainable_variables
+    np.testing.assert_allclose(run(fast_layers.faster(cut.suffix), activations), expected, atol=2e-3)
+
+    unfreezing.unfreeze(model, "none")
+    middle = frontier.cut(cut.suffix).prefix
+    np.testing.assert_allclose(run(middle, activations), features, atol=1e-3 * np.abs(features).max())
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_allclose(run(keras.models.load_model(tmp_path / "model.keras"), images), expected, atol=1e-6)
+
+
+def test_the_bank_holds_a_map_and_its_levels_and_is_lifted_to_the_features(tmp_path):
+    model = build("efficientnet_lite0", 64, levels="all")
+    images = pictures(model, 5).astype("uint8")
+    given = Images(images, [str(number) for number in range(5)], np.arange(5) % 3)
+    unfreezing.unfreeze(model, "block6")
+    lower = frontier.cut(model)
+    below = bank.make(lower.prefix, given, tmp_path, dtype="float32")
+    unfreezing.unfreeze(model, "none")
+    lifted = bank.lift(below, frontier.cut(lower.suffix).prefix, tmp_path, label="images")
+    expected = run(frontier.cut(model).prefix, images.astype("float32"))
+    np.testing.assert_allclose(lifted.activations[0], expected, atol=1e-3)
+
+
+def test_training_the_suffix_is_training_the_model():
+    """One step each, from the same weights: of the whole model, and of the suffix on what the prefix gives."""
+    whole, cached = (build("efficientnet_lite0", 64, levels=SOME, pool="mean_std", dropout=0) for _ in range(2))
+    cached.set_weights(whole.get_weights())
+    for model in (whole, cached):
+        model.get_layer("head_scale").trainable = False
+        unfreezing.unfreeze(model, "block6")
+    cut, images = frontier.cut(cached), pictures(whole)
+    for model, values in ((whole, images), (cut.suffix, run(cut.prefix, images))):
+        model.compile(loss="categorical_crossentropy", optimizer=keras.optimizers.SGD(1e-3))
+        model.train_on_batch(values, np.eye(3))
+    for one, other in zip(whole.get_weights(), cached.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_what_pools_the_levels_is_no_layer_of_the_backbone():
+    """Layers are counted and named as without levels, and weights files fit both ways."""
+    plain, several = (build("mobilenet_v3_small", 32, levels=what) for what in ("top", "all"))
+    for what in (20, 0.3, {"from_index": 100}, "expanded_conv_8"):
+        tables = [unfreezing.unfreeze(model, what).drop(index="head") for model in (plain, several)]
+        assert tables[0].equals(tables[1])
+    bodies = [unfreezing.backbone_of(model) for model in (plain, several)]
+    assert [weight.path for weight in bodies[0].weights] == [weight.path for weight in bodies[1].weights]
+
+
+@pytest.mark.parametrize("given", ["all", "top"])
+def test_a_backbone_takes_its_weights_from_a_model_with_other_levels(given, tmp_path):
+    giver = build("mobilenet_v3_small", 32, levels=given)
+    giver.save(tmp_path / "giver.keras")
+    other = {"all": "top", "top": "all"}[given]
+    taker = classifier.build(
+        "mobilenet_v3_small", 3, image_size=32, levels=other, weights=str(tmp_path / "giver.keras")
+    )
+    bodies = [unfreezing.backbone_of(model).get_weights() for model in (giver, taker)]
+    assert all((one == two).all() for one, two in zip(*bodies, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("efficientnet_lite0", [*(f"block{number}" for number in range(1, 8)), "top"]),
+        ("mobilenet_v2", ["bn_Conv1", "block_2", "block_5", "block_12", "top"]),  # of 17 blocks, one a resolution
+        ("vgg16", ["block1", "block2", "block3", "block4", "top"]),
+    ],
+)
+def test_the_levels_are_the_ends_of_the_blocks(name, expected):
+    assert levels.names(backbones.build(name, 64, "none")) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("block9", r"no level 'block9'\. Did you mean block.*Its levels: block1, "),
+        (["block3", "tip"], "no level 'tip'"),
+        ([], "levels is top, all"),
+        (7, "levels is top, all"),
+    ],
+)
+def test_unknown_levels_are_told_before_a_run(given, said):
+    with pytest.raises(ValueError, match=said):
+        build("efficientnet_lite0", 32, levels=given)
+    (problem,) = checks.check_layers("efficientnet_lite0", 32, {}, given)
+    assert problem.startswith("head.levels: ")
+
+
+def test_constants_of_bare_operations_are_part_of_what_a_model_computes():
+    def adds(number: float) -> keras.Model:
+        inputs = keras.Input((2,))
+        return keras.Model(inputs, inputs + number)
+
+    model = adds(1.0)
+    before = graphs.signature(model)
+    inference.fold(model)  # calls its operations again
+    assert graphs.signature(model) == before == graphs.signature(adds(1.0)) != graphs.signature(adds(2.0))
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_03_standardises_and_04_trains_on_with_levels(views, by_hand, small_backbone, resized, tmp_path, monkeypatch):
+    """Through the notebooks, with the cache and without it."""
+    at = {"images": str(resized), "out": str(tmp_path / "head")}
+    how = {"views": views, "batch_size": 8, "epochs": 2}
+    left = by_hand("head", **at, **how, levels=["block2", "top"], pool="mean_std", next_unfreeze="block3")
+    scale = scaling.layer_of(left["model"])
+    if not views:
+        features = keras.Model(left["model"].input, scale.input)
+        plain = np.concatenate([run(features, np.asarray(batch, "float32")) for batch in left["train"].pixels])
+        assert np.allclose(scale.moving_mean, plain.mean(axis=0), atol=1e-3)
+    assert not scale.trainable and (keras.ops.convert_to_numpy(scale.moving_variance) > 0).all()
+    assert saving.read_history(tmp_path / "head")["val_loss"].notna().all()
+
+    at = {"images": str(resized), "head": str(tmp_path / "head"), "out": str(tmp_path / "fine_tune")}
+    left = by_hand("fine_tune", **at, **how, unfreeze="block3")
+    assert np.array_equal(scaling.layer_of(left["model"]).moving_mean, scale.moving_mean)
+    assert left["cut"].levels == 1
