@@ -1,5 +1,7 @@
 """Heads that read several levels: what they read, where the model is cut, and that training and files agree with it."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from helpers.compute import bank, fast_layers, frontier, graphs, inference
 from helpers.compute.views import Images
 from helpers.models import backbones, classifier, levels, unfreezing
-from helpers.training import checks, saving, scaling
+from helpers.training import checks, datasets, features, saving
 
 # Networks, their size here, and what of them is thawed.
 FAMILIES = {
@@ -28,9 +30,9 @@ def build(name: str, size: int, **settings) -> keras.Model:
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.set_weights([rng.uniform(0.5, 1.5, weight.shape) for weight in layer.get_weights()])
-    if scale := scaling.layer_of(model):
-        features = run(keras.Model(model.input, scale.input), pictures(model, 8))
-        mean, spread = scaling.statistics([features])
+    if scale := features.scale_of(model):
+        known = run(keras.Model(model.input, scale.input), pictures(model, 8))
+        mean, spread = features.statistics([known])
         scale.set_weights([mean, np.square(spread)])
     head.set_weights([rng.normal(size=weight.shape) / np.sqrt(head.kernel.shape[0]) for weight in head.get_weights()])
     return model
@@ -196,15 +198,36 @@ def test_03_standardises_and_04_trains_on_with_levels(views, by_hand, small_back
     at = {"images": str(resized), "out": str(tmp_path / "head")}
     how = {"views": views, "batch_size": 8, "epochs": 2}
     left = by_hand("head", **at, **how, levels=["block2", "top"], pool="mean_std", next_unfreeze="block3")
-    scale = scaling.layer_of(left["model"])
+    scale = features.scale_of(left["model"])
     if not views:
-        features = keras.Model(left["model"].input, scale.input)
-        plain = np.concatenate([run(features, np.asarray(batch, "float32")) for batch in left["train"].pixels])
+        below = keras.Model(left["model"].input, scale.input)
+        plain = np.concatenate([run(below, np.asarray(batch, "float32")) for batch in left["train"].pixels])
         assert np.allclose(scale.moving_mean, plain.mean(axis=0), atol=1e-3)
     assert not scale.trainable and (keras.ops.convert_to_numpy(scale.moving_variance) > 0).all()
     assert saving.read_history(tmp_path / "head")["val_loss"].notna().all()
 
     at = {"images": str(resized), "head": str(tmp_path / "head"), "out": str(tmp_path / "fine_tune")}
     left = by_hand("fine_tune", **at, **how, unfreeze="block3")
-    assert np.array_equal(scaling.layer_of(left["model"]).moving_mean, scale.moving_mean)
+    assert np.array_equal(features.scale_of(left["model"]).moving_mean, scale.moving_mean)
     assert left["cut"].levels == 1
+
+
+def test_validation_chooses_the_levels(by_hand, small_backbone, resized, tmp_path, capsys):
+    """Colours are told apart by the lowest level; random upper layers lose them."""
+    at = {"images": str(resized), "out": str(tmp_path / "head"), "views": 1, "batch_size": 8}
+    left = by_hand("head", **at, levels="auto", augmentation="none", solver="logistic", next_unfreeze="block3")
+    shown = capsys.readouterr().out
+    tried = re.findall(r"^ *(top|all) +\S+ +(\d\S+) +\S+$", shown, re.M)
+    assert [name for name, _ in tried] == ["top"] * 3 + ["all"] * 3
+    best = min(tried, key=lambda row: float(row[1]))[0]
+    assert f"levels: {best}, whose probe has the lowest loss on 6 validation images" in shown
+    assert left["read"] == best and (len(left["cut"].shape) == 1)
+    assert left["model"].get_layer("head_scale").moving_mean.shape == ({"all": 24, "top": 8}[best],)
+
+
+@pytest.mark.parametrize("levels", ["top", ["block1", "top"]])
+def test_levels_that_are_named_are_not_chosen(levels, resized):
+    """Nothing is read and no backbone is built: there is none of this name."""
+    train = datasets.read(resized, "train")
+    how = {"weights": "none", "pool": "mean", "seed": 1}
+    assert features.choose_levels(levels, "no such network", train, train, **how) == levels

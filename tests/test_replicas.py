@@ -18,7 +18,7 @@ from helpers.core import disk, progress
 HERE = Path(__file__)
 COUNTS = {"train": {"cat": 8, "dog": 8, "owl": 8}, "val": {"cat": 11, "dog": 11, "owl": 11}}  # 33 = 30 and a tail of 3
 ADAMW = {"name": "adamw", "weight_decay": 0.01}
-STEPS = [  # the first from activations that were computed once, the second with the whole model
+STEPS = [  # the first from a map and a pooled level that were computed once, the second with the whole model
     {"unfreeze": "block2", "epochs": 2, "optimizer": ADAMW | {"use_ema": True, "ema_momentum": 0.5}},
     {"unfreeze": "all", "epochs": 1, "optimizer": ADAMW},
 ]
@@ -141,7 +141,14 @@ def both_phases(home, devices, fine_tune):
     same = {"images": str(home / "images"), "views": 2, "batch_size": 8, "devices": devices, "keep_cache": True}
     same["precision"] = "float32"  # alone, "auto" may round what two devices do not
     same |= {"patience": 5, "imbalance": "class_weight"}
-    head = {"backbone": "small", "dropout": 0.0, "output": {"batch_norm": True}, "next_unfreeze": "block2"}
+    head = {
+        "backbone": "small",
+        "dropout": 0.0,
+        "levels": "all",
+        "pool": "mean_std",
+        "output": {"batch_norm": True},
+        "next_unfreeze": "block2",
+    }
     head |= {"augmentation": "none", "flip": "horizontal", "epochs": 9, "learning_rate": 0.01}
     head |= {"monitor": "val_macro_f1", "stop_smoothed": {"alpha": 0.3, "gain": 0.9, "epochs": 1}}  # stops after two
     run_notebook("head", "03-03", **same, **head, out=str(home / devices / "head"))

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from helpers.compute import bank
 from helpers.core import notebooks
 from helpers.models import classifier
-from helpers.training import checks, compiling, feeds, saving, scaling, solving
+from helpers.training import checks, compiling, features, feeds, saving, solving
 
 
 def activations(classes: int, views: int = 2, images: int = 90, width: int = 12, seed: int = 0):
@@ -40,7 +40,7 @@ def head_on(banks: feeds.Banks, classes: int) -> keras.Model:
     value = keras.layers.BatchNormalization(center=False, scale=False, epsilon=1e-6, name="head_scale")(inputs)
     value = keras.layers.Dropout(0.2)(value)
     model = keras.Model(inputs, keras.layers.Dense(classes, activation="softmax", name="probabilities")(value))
-    assert "12 features are standardised" in scaling.fit(model, None, banks, None)
+    assert "12 features are standardised" in features.standardise(model, None, banks, None)
     return model
 
 

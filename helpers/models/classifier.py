@@ -53,7 +53,7 @@ def build(
         pool: what is taken of each channel of a feature map: its mean, or also its maximum or its standard deviation,
             which makes twice as many features.
         standardised: with a layer ``head_scale`` that gives each feature mean 0 and standard deviation 1, once
-            `scaling.fit` has set it; several levels always have it.
+            `features.standardise` has set it; several levels always have it.
 
     Returns:
         keras.Model: (batch, height, width, 3), float32 or uint8 RGB 0-255 -> float32 probabilities (batch, n_classes).

@@ -105,7 +105,7 @@ def check_layers(
         except ValueError as error:
             found.append(f"{name}: {error}")
     try:
-        levels != "top" and levels_of.read(body, levels, "mean")
+        levels_of.read(body, "all" if levels == "auto" else levels, "mean")
     except ValueError as error:
         found.append(f"head.levels: {error}")
     return found

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from helpers.compute import inference
 from helpers.core import disk, progress
 from helpers.core.machine import free_memory
-from helpers.training import compiling, feeds, fitting, saving, scaling
+from helpers.training import compiling, features, feeds, fitting, saving
 
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-10, 3))  # scikit-learn's C, from strong to weak
 WORSE = 2  # so many strengths in a row without a better one end the path
@@ -72,7 +72,7 @@ def solve(
 
     Args:
         model: a classifier whose layer "probabilities" comes right after ``head_scale`` (and dropout), which
-            `scaling.fit` has set.
+            `features.standardise` has set.
         banks: the pooled features of all views, from `feeds.fill_banks`.
         labels, val_labels: class indices of the training and of the validation images.
         out: the stage's folder, which gets the path as solver.csv.
@@ -93,9 +93,9 @@ def solve(
         )
     views = _views_that_fit(banks)
     plain = banks.val.activations[0].astype(np.float32)
-    scale, shift = (part.astype(np.float32) for part in inference.scale_and_shift(scaling.layer_of(model)))
+    scale, shift = (part.astype(np.float32) for part in inference.scale_and_shift(features.scale_of(model)))
     plain = plain * scale + shift
-    features = np.concatenate([banks.train.activations[view] * scale + shift for view in range(views)])
+    known = np.concatenate([banks.train.activations[view] * scale + shift for view in range(views)])
     repeated = np.tile(labels, views)
     weights = fitting.class_weights(labels, imbalance)
     weights = np.ones(len(labels)) if weights is None else np.array([weights[label] for label in labels])
@@ -105,9 +105,9 @@ def solve(
         begin = time.monotonic()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the last step is reached changes hardly a class
-            solver.set_params(C=strength).fit(features, repeated, sample_weight=weights)
+            solver.set_params(C=strength).fit(known, repeated, sample_weight=weights)
         solution = _weights(solver)
-        row = {"strength": strength} | _measured(_logits(features, *solution), repeated, weights)
+        row = {"strength": strength} | _measured(_logits(known, *solution), repeated, weights)
         scores = _logits(plain, *solution)
         row |= {f"val_{name}": value for name, value in _measured(scores, val_labels).items()}
         row |= _monitored(monitor, scores, val_labels)
