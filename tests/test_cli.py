@@ -260,7 +260,14 @@ def test_new_explains_every_parameter_with_its_own_value(thaw, project, photos):
         expected = {p.name: p.default for p in stage.settings.values()}
         expected |= {"source": str(photos)} if name == "explore" else {}
         changed = {key for key, value in given.stages[name].items() if value != expected[key]}
-        assert set(given.stages[name]) == set(expected) and not changed - {"image_size", "imbalance", "batch_size"}
+        assert set(given.stages[name]) == set(expected) and not changed - {
+            "image_size",
+            "imbalance",
+            "batch_size",
+            "levels",
+            "pool",
+            "solver",
+        }
 
 
 def test_new_says_what_must_be_mended_before_it_can_run(thaw, project, tmp_path, image_folder):

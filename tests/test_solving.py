@@ -96,9 +96,13 @@ def test_the_same_images_give_the_same_head(tmp_path):
 
 def test_more_views_than_memory_holds_are_left_out(monkeypatch, capsys, tmp_path):
     banks, labels, val_labels = banks_of(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(solving, "ROWS", 100)
+        solving.solve(head_on(banks, 3), banks, labels, val_labels, tmp_path)
+    assert "Of 2 views, 1 are used" in capsys.readouterr().out
     monkeypatch.setattr(solving, "free_memory", lambda: 1.5 * 90 * 12 * 4 / solving.SHARE_OF_RAM)
     solving.solve(head_on(banks, 3), banks, labels, val_labels, tmp_path)
-    assert "Of 2 views, 1 fit into memory" in capsys.readouterr().out
+    assert "Of 2 views, 1 are used" in capsys.readouterr().out
     monkeypatch.setattr(solving, "free_memory", lambda: 0)
     with pytest.raises(ValueError, match=r"GB of free memory for 90 images\. Take solver: gradient"):
         solving.solve(head_on(banks, 3), banks, labels, val_labels, tmp_path)

@@ -25,6 +25,7 @@ STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-10, 3))  # scikit-lear
 WORSE = 2  # so many strengths in a row without a better one end the path
 STEPS = 300  # of L-BFGS at most, for each strength
 SHARE_OF_RAM = 0.3  # of the memory that is free, for the features
+ROWS = 20_000  # images times views: of more images than that, the plain view alone is used, for the time it takes
 
 
 def why_not(given: Mapping[str, Any]) -> str:
@@ -135,9 +136,10 @@ def _views_that_fit(banks: feeds.Banks) -> int:
             f"solver: logistic needs {images * shape[0] * 4 / SHARE_OF_RAM / 1e9:.3g} GB of free memory for {images:,}"
             " images. Take solver: gradient."
         )
-    if room < views:
-        print(f"Of {views} views, {int(room)} fit into memory and are used.")
-    return min(views, int(room))
+    fitting = min(views, int(room), max(1, ROWS // images))
+    if fitting < views:
+        print(f"Of {views} views, {fitting} are used: for the memory that is free, and for the time.")
+    return fitting
 
 
 def _weights(solver: LogisticRegression) -> tuple[np.ndarray, np.ndarray]:
