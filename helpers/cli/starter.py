@@ -15,7 +15,7 @@ from helpers.pipeline import recipes
 
 SAMPLE = 200  # images whose size is looked at
 SOLVED = 200_000  # images times classes up to which the head is solved rather than trained by epochs
-SECONDS = {"a run": 40, "an image": 0.16}  # measured on ELPV and two cores; an image's for each core
+SECONDS = {"a run": 40, "an image": 0.16}  # by one run, of ELPV on two cores; an image's on one core
 UNEQUAL = 3  # weigh the classes when the largest has more than so many times the images of the smallest
 
 

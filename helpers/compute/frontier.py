@@ -4,8 +4,9 @@ The frontier is the last tensor such that nothing below it changes while the mod
 prefix, gives the same output for the same image in every epoch, so it needs to run only once per image. What lies above
 it, the suffix, shares its layers with the model: to train the suffix is to train the model.
 
-Where a head reads pooled levels of the backbone, those below the frontier pass beside its tensor: a few hundred numbers
-an image. All of them are packed into one row, so that a cache holds one array whatever the head reads.
+Where a head reads pooled levels of the backbone, those below the frontier pass beside its tensor: some hundreds or
+thousands of numbers an image. All of them are packed into one row, so that a cache holds one array whatever the head
+reads.
 
     cut = frontier.cut(model)                # after the trainable flags are set
     activations = folding.fast(cut.prefix)(images)

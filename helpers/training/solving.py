@@ -25,7 +25,7 @@ STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-10, 3))  # scikit-lear
 WORSE = 2  # so many strengths in a row without a better one end the path
 STEPS = 300  # of L-BFGS at most, for each strength
 SHARE_OF_RAM = 0.3  # of the memory that is free, for the features
-ROWS = 20_000  # images times views: of more images than that, the plain view alone is used, for the time it takes
+ROWS = 20_000  # images times views that are used, for the time it takes; the plain view of every image always is
 
 
 def why_not(given: Mapping[str, Any]) -> str:
