@@ -43,7 +43,9 @@ def test_confidences_are_the_highest_probabilities():
 def test_point_values_are_those_of_scikit_learn(k):
     truth, probabilities = draw(500, k)
     table, names = table_of(truth, probabilities)
-    result, picked = metrics.metrics(table, names, n_bootstrap=20), probabilities.argmax(axis=1)
+    result, picked = metrics.metrics(table, names, n_bootstrap=20, beta=2.0), probabilities.argmax(axis=1)
+    one_hot = np.eye(k)[truth]
+    positive = (truth, probabilities[:, 1]) if k == 2 else (one_hot, probabilities)
     auc = {"y_score": probabilities[:, 1]} if k == 2 else {"y_score": probabilities, "multi_class": "ovr"}
     expected = {
         "accuracy": sklearn_metrics.accuracy_score(truth, picked),
@@ -51,9 +53,15 @@ def test_point_values_are_those_of_scikit_learn(k):
         "macro_f1": sklearn_metrics.f1_score(truth, picked, average="macro"),
         "log_loss": sklearn_metrics.log_loss(truth, probabilities, labels=range(k)),
         "auc": sklearn_metrics.roc_auc_score(truth, **auc),
+        "average_precision": sklearn_metrics.average_precision_score(*positive),
+        "macro_fbeta": sklearn_metrics.fbeta_score(truth, picked, beta=2.0, average="macro"),
+        "brier": sklearn_metrics.brier_score_loss(truth, positive[1], labels=range(k)),
+        "kappa": sklearn_metrics.cohen_kappa_score(truth, picked),
+        "matthews": sklearn_metrics.matthews_corrcoef(truth, picked),
     }
-    if k >= 4:
-        expected["top3_accuracy"] = sklearn_metrics.top_k_accuracy_score(truth, probabilities, k=3)
+    for count in (3, 5):
+        if k > count:
+            expected[f"top{count}_accuracy"] = sklearn_metrics.top_k_accuracy_score(truth, probabilities, k=count)
     assert {name: result[name]["value"] for name in expected} == pytest.approx(expected, abs=1e-9)
     assert ("top3_accuracy" in result) == (k >= 4)
     matrix = sklearn_metrics.confusion_matrix(truth, picked, labels=range(k))
@@ -66,7 +74,7 @@ def test_point_values_are_those_of_scikit_learn(k):
 def test_every_interval_holds_its_value_and_is_the_same_for_the_same_seed():
     table, names = table_of(*draw(300, 5))
     result = metrics.metrics(table, names, seed=3, n_bootstrap=300)
-    for name in metrics.NAMES:
+    for name in metrics.NAMES.keys() - {"top5_accuracy", "macro_fbeta"}:  # of more classes, of another beta
         assert result[name]["low"] <= result[name]["value"] <= result[name]["high"], name
     assert metrics.metrics(table, names, seed=3, n_bootstrap=300) == result
     assert metrics.metrics(table, names, seed=4, n_bootstrap=300)["accuracy"] != result["accuracy"]
@@ -95,10 +103,33 @@ def test_resampled_auc_is_that_of_the_resample():
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     scores = metrics._Scores(truth, probabilities.argmax(axis=1), probabilities)
     weights = next(metrics.resamples(truth, seed=0, n_bootstrap=5))
-    for row, value in zip(weights.astype(int), scores.auc(weights), strict=True):
+    for row, value in zip(weights.astype(int), scores.areas(weights)["auc"], strict=True):
         copies = np.repeat(np.arange(60), row)
         expected = sklearn_metrics.roc_auc_score(truth[copies], probabilities[copies], multi_class="ovr")
         assert value == pytest.approx(expected, abs=1e-12)
+
+
+def test_images_of_one_group_are_drawn_together_and_widen_the_interval():
+    truth, hits = np.repeat([0, 1], 100), np.tile(np.repeat([True, True, True, False], 10), 5)
+    groups = np.repeat(np.arange(20), 10)  # ten images each, all right or all wrong
+    weights = np.concatenate(list(metrics.resamples(truth, seed=0, n_bootstrap=50, groups=groups)))
+    assert (weights.reshape(50, 20, 10) == weights.reshape(50, 20, 10)[:, :, :1]).all()
+    assert (weights.sum(axis=1) == 200).all()
+    table, names = table_of(truth, np.where(np.eye(2)[np.where(hits, truth, 1 - truth)] == 1, 0.8, 0.2))
+    alone, together = (metrics.metrics(table, names, groups=given) for given in (None, groups))
+    widths = [result["accuracy"]["high"] - result["accuracy"]["low"] for result in (alone, together)]
+    assert widths[1] > 2.5 * widths[0]
+    assert together["interval"]["method"].endswith("by group")
+    with pytest.raises(ValueError, match="expected one for each"):
+        metrics.metrics(table, names, groups=groups[1:])
+
+
+def test_a_resample_by_group_that_loses_a_class_leaves_every_metric_defined():
+    truth = np.array([0, 0, 1, 0, 0, 1])
+    table, names = table_of(truth, np.where(np.eye(2)[truth] == 1, 0.7, 0.3))
+    result = metrics.metrics(table, names, groups=["a", "a", "a", "b", "c", "d"], n_bootstrap=200)
+    assert result["balanced_accuracy"]["value"] == 1
+    assert np.isfinite(result["brier"]["value"])
 
 
 def test_resamples_keep_the_class_counts():

@@ -40,7 +40,7 @@ def compare(
     gain = right[1].astype(float) - right[0]
     truth = pd.factorize(first["label"])[0]
     draws = np.concatenate([weights @ gain for weights in metrics.resamples(truth, seed, n_bootstrap)]) / len(gain)
-    low, high = np.quantile(draws, [(1 - metrics.LEVEL) / 2, (1 + metrics.LEVEL) / 2])
+    low, high = np.quantile(draws, metrics.ENDS)
     lost, won = int((gain < 0).sum()), int((gain > 0).sum())
     p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
     verdict = "more than chance explains" if p_value < 1 - metrics.LEVEL else "within what chance explains"

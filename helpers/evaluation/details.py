@@ -90,3 +90,72 @@ def confident_mistakes(predictions: pd.DataFrame, class_names: Sequence[str], n:
 def bins_of(confidence: np.ndarray, bins: int) -> np.ndarray:
     """Return the bin of each confidence (0-1), an index below `bins`; a bin holds its upper bound."""
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+
+def rank_curves(predictions: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:
+    """Return the ROC curve and that of precision and recall of each class against the rest.
+
+    Returns:
+        Columns label, kind ("roc" or "precision"), x, y, area (all 0-1): x and y are false and true positive rate, or
+        recall and precision; area is AUC or average precision. Of two classes, the second alone; classes without test
+        images are left out.
+    """
+    from sklearn import metrics as sklearn_metrics
+
+    truth, probabilities = tables.parse(predictions, class_names)
+    parts = []
+    for index in [1] if len(class_names) == 2 else np.unique(truth):
+        is_class, score = truth == index, probabilities[:, index]
+        if is_class.all() or not is_class.any():
+            continue
+        false, true, _ = sklearn_metrics.roc_curve(is_class, score)
+        precision, recall, _ = sklearn_metrics.precision_recall_curve(is_class, score)
+        areas = {"roc": sklearn_metrics.roc_auc_score, "precision": sklearn_metrics.average_precision_score}
+        for kind, x, y in (("roc", false, true), ("precision", recall, precision)):
+            area = float(areas[kind](is_class, score))
+            parts.append(pd.DataFrame({"label": str(class_names[index]), "kind": kind, "x": x, "y": y, "area": area}))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["label", "kind", "x", "y", "area"])
+
+
+def alike_first(matrix: np.ndarray) -> np.ndarray:
+    """Return an order of the classes in which those that are confused stand side by side, int64 (classes,).
+
+    Optimal leaf ordering (Bar-Joseph et al., 2001) of average linkage; fewer than eight classes stay in their order.
+
+    Args:
+        matrix: counts, (classes, classes), rows are true classes.
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+    from scipy.spatial.distance import squareform
+
+    matrix = np.asarray(matrix, float)
+    if len(matrix) < 8:
+        return np.arange(len(matrix))
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    distance = 1 - np.clip((shares + shares.T) / 2, 0, 1)
+    np.fill_diagonal(distance, 0)
+    flat = squareform(distance, checks=False)
+    return leaves_list(optimal_leaf_ordering(linkage(flat, "average"), flat))
+
+
+def telling(predictions: pd.DataFrame, class_names: Sequence[str], n: int = 24) -> pd.DataFrame:
+    """Return images worth a look, up to n: surest mistakes, least sure, best and worst of each class, each image once.
+
+    Returns:
+        Columns path, label, predicted, confidence (0-1) and why.
+    """
+    truth, probabilities = tables.parse(predictions, class_names)
+    table = predictions[list(tables.KEYS)].assign(confidence=probabilities.max(axis=1))
+    table["of_truth"] = probabilities[np.arange(len(truth)), truth]
+    share = max(1, n // 4)
+    by_class = table.sort_values("of_truth", kind="stable").groupby("label", sort=False)
+    each = max(1, share // max(1, len(by_class)))
+    wrong = table[table["label"] != table["predicted"]].sort_values("confidence", ascending=False, kind="stable")
+    parts = {
+        "sure, and wrong": wrong.head(share),
+        "least sure": table.sort_values("confidence", kind="stable").head(share),
+        "worst of its class": by_class.head(each).head(share),
+        "best of its class": by_class.tail(each).head(share),
+    }
+    joined = pd.concat([part.assign(why=why) for why, part in parts.items()])
+    return joined.drop_duplicates("path").drop(columns="of_truth").reset_index(drop=True)

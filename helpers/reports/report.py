@@ -113,7 +113,7 @@ def _results(run: Path, stages: dict) -> dict | None:
     return {
         "metrics": result,
         "kind": "validation" if result.get("part") == "val" else "test",
-        "cards": [(key, metrics.NAMES[key], result[key]) for key in metrics.NAMES if key in result],
+        "cards": [(key, title, result[key]) for key, title in metrics.CARDS.items() if key in result],
         "published": _published(result["accuracy"], _recipe(run).get("published") or {}),
         "confusion": _svg(charts.confusion_matrix, result["confusion_matrix"], names),
         "per_class_figure": _svg(charts.per_class, frame) if len(names) > 2 else None,

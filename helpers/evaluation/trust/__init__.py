@@ -1,0 +1,1 @@
+"""What should be known before a classifier is believed: calibration, promises, novelty, explanation, cheats."""

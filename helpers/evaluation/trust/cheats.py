@@ -1,0 +1,230 @@
+"""Is the model cheating? What can be predicted from what should not matter.
+
+Two small classifiers learn the classes from facts about the files alone (size, JPEG compression, date, camera,
+colour) and from the border of the images alone. What they can tell apart, a network can learn in place of the object.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import ExifTags, Image
+
+from helpers.core import disk, linear, words
+from helpers.data import images as files
+from helpers.data import inventory
+from helpers.evaluation import metrics
+
+MOST = 1000  # images that are looked at
+TREES = 40
+FOLDS = 5
+RING = 16  # the image is made this small; its outermost ring of pixels is the border
+FACTS = {
+    "width": "width",
+    "height": "height",
+    "aspect": "ratio of width to height",
+    "bytes": "file size",
+    "bytes_per_pixel": "file size by pixel",
+    "quality": "JPEG compression",
+    "format": "file format",
+    "mode": "colour mode",
+    "taken": "date",
+    "hour": "time of day",
+    "camera": "camera",
+    "brightness": "brightness",
+    "red": "redness",
+    "blue": "blueness",
+    "contrast": "contrast",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a probe tells apart.
+
+    Attributes:
+        what: it has seen: "facts" or "border".
+        value, low, high: balanced accuracy on images that it has not learned from, with its 95 % interval.
+        chance: what guessing gives.
+        fields: the facts that alone beat chance, the strongest first, each with its balanced accuracy.
+    """
+
+    what: str
+    value: float
+    low: float
+    high: float
+    chance: float
+    fields: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def is_suspicious(self) -> bool:
+        return self.low > self.chance
+
+    def __str__(self) -> str:
+        seen = {"facts": "only facts about the files", "border": "only the border of the images"}[self.what]
+        numbers = (
+            f"{words.percent(self.value)} balanced accuracy ({words.percent(self.low)} to {words.percent(self.high)})"
+        )
+        if not self.is_suspicious:
+            return f"A probe that sees {seen} does not beat chance: {numbers}; chance is {words.percent(self.chance)}."
+        named = ", ".join(f"{FACTS[name]} ({words.percent(value)})" for name, value in self.fields[:4])
+        gives = f" What gives it away: {named}." if named else ""
+        return (
+            f"Caution: a probe that sees {seen} reaches {numbers}, where chance is {words.percent(self.chance)}.{gives}"
+        )
+
+
+def sample(listed: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Return up to 1,000 rows of train and val of an images.csv, each image once; test stays closed."""
+    rows = listed[(listed["part"] != "test") & ~listed.duplicated("source")]
+    return rows.sample(min(MOST, len(rows)), random_state=seed).sort_index().reset_index(drop=True)
+
+
+def examine(resized: Path, explored: Path, seed: int = 0) -> list[Verdict]:
+    """Return the verdicts on both probes, on up to 1,000 images of train and val.
+
+    Args:
+        resized: folder of 02_resize.
+        explored: the folder of the inventory, of 00_explore or 00b_crop; its `source` leads to the files as they came.
+        seed: of the choice of images, of folds and trees.
+
+    Raises:
+        ValueError: as `judge`.
+    """
+    rows = sample(disk.read_table(resized / "images.csv"), seed)
+    groups = inventory.read(explored).drop_duplicates("path").set_index("path")["group"].reindex(rows["source"])
+    seen = [resized / path for path in rows["path"]]
+    known = {"facts": facts([explored / "source" / path for path in rows["source"]], seen), "border": border(seen)}
+    return [judge(what, numbers, rows["label"], groups, seed=seed) for what, numbers in known.items()]
+
+
+def facts(raw: Sequence[str | Path], seen: Sequence[str | Path]) -> pd.DataFrame:
+    """Return what is known of image files but for what they show: the columns of FACTS, NaN or "" where unknown.
+
+    Args:
+        raw: the files as they came.
+        seen: the same images as the model sees them, for colours and contrast, which are fractions of white.
+    """
+    return pd.DataFrame(
+        [_facts(Path(path)) + _colours(own) for path, own in zip(raw, seen, strict=True)], columns=[*FACTS]
+    )
+
+
+def border(paths: Sequence[str | Path]) -> np.ndarray:
+    """Return the outermost ring of each image, made 16 x 16 pixels small, float32 (images, 180), 0 to 1."""
+    return np.stack([_ring(path) for path in paths])
+
+
+def judge(
+    what: str, features: pd.DataFrame | np.ndarray, labels: Sequence[str], groups: Sequence[str], *, seed: int = 0
+) -> Verdict:
+    """Return what a probe tells apart that learns from some groups of images and is asked about others.
+
+    Facts are given to a forest of trees, which finds ranges and combinations, the border to a logistic regression.
+
+    Args:
+        what: "facts", with a table of FACTS, or "border", with numbers (images, n).
+        labels: class of each image.
+        groups: images of one group are never on both sides.
+        seed: of folds, trees and resamples.
+
+    Raises:
+        ValueError: fewer than two classes, or too few groups to hold some back.
+    """
+    labels, groups = np.asarray(labels).astype(str), np.asarray(groups).astype(str)
+    names, target = np.unique(labels, return_inverse=True)
+    folds = min(FOLDS, int(pd.DataFrame({"l": target, "g": groups}).groupby("l")["g"].nunique().min()))
+    if len(names) < 2 or folds < 2:
+        raise ValueError(
+            f"A probe needs two classes of two groups each; got {len(names)} classes, {folds} groups in one."
+        )
+    numbers = _numbers(features) if what == "facts" else pd.DataFrame(np.asarray(features))
+    whole = _held_out(what, numbers, target, groups, folds, seed)
+    fields = []
+    if what == "facts" and whole[1] > 1 / len(names):
+        for name in numbers:
+            value, low, _ = _held_out(what, numbers[[name]], target, groups, folds, seed)
+            fields += [(name, value)] if low > 1 / len(names) else []
+    return Verdict(what, *whole, 1 / len(names), tuple(sorted(fields, key=lambda field: -field[1])))
+
+
+def _held_out(what, numbers: pd.DataFrame, target, groups, folds: int, seed: int) -> tuple[float, float, float]:
+    """Return balanced accuracy on held-out images, with its interval."""
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    values, picked = numbers.to_numpy(np.float32), np.zeros(len(target), int)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer groups than folds
+        rounds = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(values, target, groups))
+    for learned, asked in rounds:
+        if what == "facts":
+            how = {"class_weight": "balanced_subsample", "min_samples_leaf": 3, "random_state": seed}
+            model = RandomForestClassifier(TREES, **how).fit(values[learned], target[learned])
+        else:
+            counts = np.bincount(target[learned])
+            weights = len(learned) / (np.count_nonzero(counts) * counts[target[learned]])
+            model = linear.fit(linear.classifier(1e-3, 1e-2), values[learned], target[learned], weights)
+        picked[asked] = model.predict(values[asked])
+    is_correct, classes = picked == target, np.unique(target)
+    value = np.mean([is_correct[target == one].mean() for one in classes])
+    chunks = metrics.resamples(target, seed, 500, groups)
+    recalls = [[(w * is_correct)[:, target == one].sum(axis=1) / np.maximum(w[:, target == one].sum(axis=1), 1)
+                for one in classes] for w in chunks]  # fmt: skip
+    low, high = np.quantile(np.concatenate([np.mean(part, axis=0) for part in recalls]), metrics.ENDS)
+    return float(value), float(low), float(high)
+
+
+def _numbers(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the facts that differ between images, as numbers; what is unknown is -1."""
+    kept = {}
+    for name in table:
+        column = table[name]
+        as_numbers = column if pd.api.types.is_numeric_dtype(column) else pd.Series(pd.factorize(column, sort=True)[0])
+        if as_numbers.nunique(dropna=False) > 1:
+            kept[name] = as_numbers.astype(float).fillna(-1.0)
+    return pd.DataFrame(kept if kept else {"nothing": np.zeros(len(table))})
+
+
+def _facts(path: Path) -> list:
+    data = files.read_bytes(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 00_explore has told of what is odd in a file
+        image = files.open_image(data, max_pixels=None)
+        (width, height), about = image.size, image.getexif()
+        taken = about.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal) or about.get(
+            ExifTags.Base.DateTime
+        )
+    camera = f"{about.get(ExifTags.Base.Make, '')} {about.get(ExifTags.Base.Model, '')}".strip()
+    moment = pd.to_datetime(str(taken), format="%Y:%m:%d %H:%M:%S", errors="coerce")
+    day, hour = (moment.toordinal(), moment.hour + moment.minute / 60) if pd.notna(moment) else (np.nan, np.nan)
+    sizes = [width, height, width / height, len(data), len(data) / (width * height)]
+    return [*sizes, _quality(image), image.format or "", image.mode, day, hour, camera]
+
+
+def _colours(path: str | Path) -> list[float]:
+    small = _small(path, 2 * RING)
+    brightness = small.mean()
+    red, _, blue = small.mean(axis=(0, 1)) - brightness
+    return [*map(float, (brightness, red, blue, small.mean(axis=2).std()))]
+
+
+def _quality(image: Image.Image) -> float:
+    """Return the mean of a JPEG's quantisation tables, which grows as its quality falls; NaN for other files."""
+    found = getattr(image, "quantization", None)
+    return float(np.mean([np.mean(values) for values in found.values()])) if found else np.nan
+
+
+def _small(path: str | Path, side: int) -> np.ndarray:
+    opened = files.open_image(files.read_bytes(path), max_pixels=None)
+    array = files.decode(opened, at_least=(side, side))
+    picture = Image.fromarray(np.asarray(array, np.uint8))
+    return np.asarray(picture.resize((side, side), Image.Resampling.BOX), np.float32) / 255
+
+
+def _ring(path: str | Path) -> np.ndarray:
+    small = _small(path, RING)
+    return np.concatenate([small[0], small[-1], small[1:-1, 0], small[1:-1, -1]]).ravel()
