@@ -169,8 +169,8 @@ def predict(
         table, unreadable = prediction.predict(run, images, hosts)
     if caution := table.attrs.get("caution"):
         console.print(caution, style="yellow", markup=False)
-    for path, predicted, confidence in zip(table["path"], table["predicted"], table["confidence"], strict=True):
-        console.print(f"{path}  {predicted}  {confidence:.3f}", markup=False)
+    for line in prediction.lines(table):
+        console.print(line, markup=False)
     for path, reason in unreadable.items():
         console.print(f"{path}  not read: {reason}", style="yellow", markup=False)
     if csv:

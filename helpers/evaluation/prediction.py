@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
@@ -13,8 +13,16 @@ from helpers.core import disk, notebooks, parallel, progress, project
 from helpers.data import crop, images
 from helpers.data.formats import deep
 from helpers.data.labelling import folders
+from helpers.evaluation.trust import novelty, promises
 
 BATCH = 32
+UNSURE = "unsure"
+NOTES = {
+    "answer": "the predicted class, or that the promise of 05 cannot be kept",
+    "second": "the class next in probability",
+    "set": "the classes that keep a promise of coverage",
+    "novel": "yes where the image looks like none of the classes",
+}
 PIECE = 16 * BATCH  # images that a host is given at a time; whole batches, so that hosts change no digit
 
 
@@ -104,8 +112,9 @@ def predict(run: str | Path, paths: Iterable[str | Path], hosts: str = "") -> tu
             same paths.
 
     Returns:
-        A table with the columns path, predicted, confidence and one probability per class, and a mapping of each file
-        that is not a readable image to the reason. `attrs["caution"]` of the table says what should be known about it.
+        A table with the columns path, predicted, confidence, what the run has learned to say of it (`NOTES`), and one
+        probability per class; and a mapping of each file that is not a readable image to the reason. `attrs["caution"]`
+        of the table says what should be known about it.
 
     Raises:
         FileNotFoundError: the run, its model, or a path does not exist.
@@ -120,12 +129,16 @@ def predict(run: str | Path, paths: Iterable[str | Path], hosts: str = "") -> tu
         reads = [folder / "model.keras", *map(os.path.abspath, paths)]
         parts = list(parallel.spread(work, pieces, address=hosts, reads=reads))
     else:
-        parts = [_classify(_load(str(folder)), folder, files)]
-    reasons = [reason for _, found, _ in parts for reason in found]
-    scores, beyond = np.concatenate([scores for scores, _, _ in parts]), sum(count for _, _, count in parts)
+        parts = [_classify(*_load(str(folder)), folder, files)]
+    reasons = [reason for _, _, found, _ in parts for reason in found]
+    scores, beyond = np.concatenate([scores for scores, *_ in parts]), sum(count for *_, count in parts)
+    distances = np.concatenate([far for _, far, *_ in parts])
     read = [str(path) for path, reason in zip(files, reasons, strict=True) if not reason]
     unreadable = {str(path): reason for path, reason in zip(files, reasons, strict=True) if reason}
     table = pd.DataFrame(scores, columns=class_names)
+    for place, (column, values) in enumerate(_notes(folder, scores, distances, class_names).items()):
+        table.insert(place, column, values)
+    table.attrs["class_names"] = class_names
     table.insert(0, "confidence", scores.max(axis=1) if len(scores) else [])
     table.insert(0, "predicted", [class_names[index] for index in scores.argmax(axis=1)])
     table.insert(0, "path", read)
@@ -143,10 +156,26 @@ def predict(run: str | Path, paths: Iterable[str | Path], hosts: str = "") -> tu
     return table, unreadable
 
 
+def lines(table: pd.DataFrame) -> list[str]:
+    """Return a line for each row of a table of `predict`, for a terminal."""
+    said = []
+    for row in table.to_dict("records"):
+        line = f"{row['path']}  {row['predicted']}  {row['confidence']:.3f}"
+        if row.get("answer") == UNSURE:
+            line += f"  {UNSURE}, or {row['second']}"
+        said.append(line + ("  looks like none of the classes" if row.get("novel") else ""))
+    return said
+
+
 def _load(folder: str):
+    """Return the model in a folder, and a function of images that says how far each is from all that was learned."""
     from helpers.compute import hardware  # takes seconds, which a wrong path need not
 
-    return hardware.load(Path(folder) / "model.keras")
+    model, known = hardware.load(Path(folder) / "model.keras"), novelty.read(Path(folder))
+    if known is None:
+        return model, lambda images: np.zeros(len(images), np.float32)
+    run = novelty.features_of(model)
+    return model, lambda images: known.distance(run(images))
 
 
 @lru_cache(maxsize=1)
@@ -154,20 +183,42 @@ def _loaded(folder: str, modified: int):
     return _load(folder)
 
 
-def _classify_with(folder: str, modified: int, files: list[str]) -> tuple[np.ndarray, list[str], int]:
+def _notes(folder: Path, scores: np.ndarray, distances: np.ndarray, class_names: Sequence[str]) -> dict[str, list]:
+    """Return the columns of what 05 promised and remembers; none for a model that has no such thing."""
+    decided = folder / "decision.json"
+    kept = disk.read_json(decided)["promise"] if decided.is_file() else {}
+    notes: dict[str, list] = {}  # a class called "novel" keeps its name, and the note has another one
+    if kept:
+        order = np.argsort(-scores, axis=1)
+        notes["answer"] = np.where(promises.answered(kept, scores), "", UNSURE).tolist()
+        notes["second"] = [class_names[index] for index in order[:, 1]]
+        for row, best in enumerate(order[:, 0]):
+            notes["answer"][row] = notes["answer"][row] or class_names[best]
+        if kept["kind"] == "coverage":
+            chosen = promises.sets(kept, scores)
+            notes["set"] = ["|".join(class_names[index] for index in np.flatnonzero(row)) for row in chosen]
+    if known := novelty.read(folder):
+        notes["novel"] = ["yes" if far else "" for far in distances > known.threshold]
+    return {f"{column}_" if column in class_names else column: values for column, values in notes.items()}
+
+
+def _classify_with(folder: str, modified: int, files: list[str]) -> tuple[np.ndarray, np.ndarray, list[str], int]:
     """Classify files on a host, which keeps the model for its next piece."""
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the host's worker lives on beside what comes next
-    return _classify(_loaded(folder, modified), Path(folder), files)
+    return _classify(*_loaded(folder, modified), Path(folder), files)
 
 
-def _classify(model, folder: Path, files: Sequence[str | Path]) -> tuple[np.ndarray, list[str], int]:
-    """Return the probabilities of the files that are readable images, for each file why it is none, or "", and how many
-    of them hold values beyond the range that the model knows.
+def _classify(
+    model, distance: Callable, folder: Path, files: Sequence[str | Path]
+) -> tuple[np.ndarray, np.ndarray, list[str], int]:
+    """Return the probabilities of the files that are readable images, how far each is from all that was learned, for
+    each file why it is none, or "", and how many of them hold values beyond the range that the model knows.
     """
     about, class_names = disk.read_json(folder / "model.json"), disk.read_json(folder / "class_names.json")
     part_of = crop.cutter(about["crop"]) if "crop" in about else lambda path: None
     levels = deep.Levels(*about["levels"]) if "levels" in about else None
     scores, reasons, beyond = [np.zeros((0, len(class_names)), np.float32)], [], 0
+    distances = [np.zeros(0, np.float32)]
     for start in range(0, len(files), BATCH):
         pixels = []
         for path in map(Path, files[start : start + BATCH]):
@@ -181,7 +232,8 @@ def _classify(model, folder: Path, files: Sequence[str | Path]) -> tuple[np.ndar
                 reasons.append(str(error))
         if pixels:
             scores.append(model.predict_on_batch(np.stack(pixels)))
-    return np.concatenate(scores), reasons, beyond
+            distances.append(distance(np.stack(pixels)))
+    return np.concatenate(scores), np.concatenate(distances), reasons, beyond
 
 
 def submission(predictions: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -200,7 +252,8 @@ def submission(predictions: pd.DataFrame, columns: Sequence[str]) -> pd.DataFram
         raise ValueError(
             f"columns: {list(columns)}; expected the image's column and one more at least, as in id,breed."
         )
-    class_names = [name for name in predictions if name not in ("path", "predicted", "confidence")]
+    own = ("path", "predicted", "confidence")
+    class_names = predictions.attrs.get("class_names") or [name for name in predictions if name not in own]
     identity, *rest = (name for column in columns for name in (class_names if column == "*" else [column]))
     paths = predictions["path"]
     filled = {identity: paths if identity == "path" else [PurePosixPath(path).stem for path in paths]}

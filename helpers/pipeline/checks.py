@@ -6,8 +6,9 @@ This is the only module of the pipeline that names stages: each check belongs to
 import importlib
 import os
 from collections.abc import Callable
+from typing import Any
 
-from helpers.core import child, disk, notebooks, project, stages
+from helpers.core import child, disk, notebooks, project, promise, stages, words
 from helpers.data import crop, links, sources, splits
 from helpers.models import backbones
 from helpers.models.families import family
@@ -18,6 +19,8 @@ TRAINED = ("head", "fine_tune")  # the stages that Keras is asked about
 CHECKED = ("augmentation", "backbone", "dense", "epochs", "flip", "from_run", "imbalance", "label_smoothing", "levels")
 CHECKED += ("loss", "mix", "monitor", "next_unfreeze", "optimizer", "output", "profile_steps", "schedule", "steps")
 CHECKED += ("solver", "stop_smoothed", "unfreeze", "views")
+
+ADDED = ("group", "format", "width", "height", "mode", "orientation", "taken")  # columns that 00_explore finds
 
 
 def check(recipe: recipes.Recipe, steps: list[planning.Step], backend: str = "") -> None:
@@ -38,6 +41,8 @@ def check(recipe: recipes.Recipe, steps: list[planning.Step], backend: str = "")
     for stage, one in CHECKS.items():
         if stage in stages_of_run:
             one(recipe)
+    if "explore" in todo:
+        _check_subgroups(recipe, sources.read(recipe.resolved("explore")).table)
     if "split" in todo:
         labelled, settings = sources.read(recipe.resolved("explore")).table, recipe.resolved("split")
         splits.rehearse(labelled, settings)
@@ -50,6 +55,15 @@ def check(recipe: recipes.Recipe, steps: list[planning.Step], backend: str = "")
         _fetch_weights(recipe.resolved("head")["backbone"])
     if todo & set(TRAINED):
         _check_training(recipe, backend)
+
+
+def _check_subgroups(recipe: recipes.Recipe, labelled: Any) -> None:
+    known = [*labelled.columns, *ADDED]
+    for name in recipe.resolved("evaluate")["subgroups"] if "evaluate" in recipe.chain() else ():
+        if name not in known:
+            raise notebooks.RecipeError(
+                f"evaluate.subgroups: the source has no column {name!r}.{words.did_you_mean(name, known)}"
+            )
 
 
 def _check_split(recipe: recipes.Recipe) -> None:
@@ -78,6 +92,7 @@ def _check_head(recipe: recipes.Recipe) -> None:
 
 
 def _check_evaluate(recipe: recipes.Recipe) -> None:
+    promise.check(recipe.resolved("evaluate")["promise"])
     split, part = recipe.resolved("split"), recipe.resolved("evaluate")["part"]
     shares = {"ratio": split["ratio"], "hash": split["ratio"], "fixed": split["counts"]}.get(split["method"])
     if shares and not shares[splits.PARTS.index(part)]:

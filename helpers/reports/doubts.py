@@ -124,10 +124,10 @@ def explained(
 
 
 def captions(table: pd.DataFrame) -> list[str]:
-    """Return two lines for each image of a table as `details.telling` returns it."""
+    """Return three lines for each image of a table as `details.telling` returns it."""
     theme.require(table, "label", "predicted", "confidence", "why")
     rows = table.itertuples(index=False)
-    return [f"{row.why}: is {row.label}\nsaid {row.predicted} {100 * row.confidence:.0f} %" for row in rows]
+    return [f"{row.why}\nis {row.label}\nsaid {row.predicted} {100 * row.confidence:.0f} %" for row in rows]
 
 
 def over(image: np.ndarray, heat: np.ndarray) -> np.ndarray:

@@ -208,7 +208,7 @@ def _facts(path: Path) -> list:
 def _colours(path: str | Path) -> list[float]:
     small = _small(path, 2 * RING)
     brightness = small.mean()
-    red, _, blue = small.mean(axis=(0, 1)) - brightness
+    red, _, blue = (small.mean(axis=(0, 1)) - brightness).round(4)  # exactly 0 for grey
     return [*map(float, (brightness, red, blue, small.mean(axis=2).std()))]
 
 

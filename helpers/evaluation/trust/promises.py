@@ -10,42 +10,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
+from helpers.core import promise as asked_for
 from helpers.core import words
 from helpers.evaluation import metrics, tables
 
 DOUBT = 0.05  # the chance, over validation parts, that a threshold does not keep what is promised
 STARTS = (0.2, 0.4, 0.6, 0.8)  # shares of the validation images at which the search for a threshold begins
 STEPS = 50  # thresholds tried from 0 to all images
-KINDS = ("precision", "risk", "coverage")
-
-
-def check(promise: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a promise asks for: "kind", "wanted" and, for precision and risk, "by" ("all" or "class"); {} for none.
-
-    Args:
-        promise: {"precision": 0.95} (share of the answers that are correct), {"risk": 0.02} (share that is wrong),
-            either also with "by": "class", or {"coverage": 0.95} (share of the images whose set holds their class).
-
-    Raises:
-        ValueError: it asks for none or several of these, for another key, or for a share outside (0, 1).
-    """
-    if not promise:
-        return {}
-    kinds = [name for name in promise if name in KINDS]
-    if unknown := [name for name in promise if name not in (*KINDS, "by")]:
-        raise ValueError(
-            f"promise has no {unknown[0]!r}.{words.near(str(unknown[0]), KINDS)} It takes one of {', '.join(KINDS)},"
-            " and by."
-        )
-    if len(kinds) != 1:
-        raise ValueError(f"promise takes exactly one of {', '.join(KINDS)}; got {dict(promise)}.")
-    (kind,), by = kinds, promise.get("by", "all")
-    wanted = promise[kind]
-    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted < 1:
-        raise ValueError(f"promise: {kind} is a share between 0 and 1, such as 0.95; got {wanted!r}.")
-    if by not in ("all", "class") or (kind == "coverage" and "by" in promise):
-        raise ValueError(f"promise: by is all or class, for precision and risk; got {dict(promise)}.")
-    return {"kind": kind, "wanted": float(wanted)} | ({} if kind == "coverage" else {"by": by})
 
 
 def make(promise: Mapping[str, Any], probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -61,15 +32,15 @@ def make(promise: Mapping[str, Any], probabilities: np.ndarray, labels: np.ndarr
     parts (split conformal prediction; Sadinle et al., "Least Ambiguous Set-Valued Classifiers", 2019).
 
     Args:
-        promise: see `check`.
+        promise: see `core.promise.check`.
         probabilities: (images, classes), calibrated as they will be in use.
         labels: true classes, integers (images,).
 
     Returns:
-        What `check` returns and "thresholds" (a number for each class, None for one that can never be answered) or
+        What was asked for and "thresholds" (a number for each class, None for one that can never be answered) or
         "level"; {} where nothing is promised.
     """
-    asked = check(promise)
+    asked = asked_for.check(promise)
     if not asked:
         return {}
     rows, count = np.arange(len(labels)), probabilities.shape[1]
@@ -146,7 +117,7 @@ def outcome(kept: Mapping[str, Any], predictions: pd.DataFrame, class_names: Seq
             f"Promised: {what}. {words.percent(share)} of the images are answered, {_said(value)} of them correctly."
         )
         if never:
-            sentence += f" Never answered, since nothing can be promised: {words.listing(never)}."
+            sentence += f" Never answered, since nothing can be promised: {', '.join(never)}."
     return {**kept, **value, "answered": share, "never_answered": never, "sentence": sentence}
 
 
