@@ -101,7 +101,7 @@ def test_resampled_auc_is_that_of_the_resample():
     truth, probabilities = draw(60, 3)
     probabilities = probabilities.round(1) + 1e-3  # many ties
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    scores = metrics._Scores(truth, probabilities.argmax(axis=1), probabilities)
+    scores = metrics.Scores(truth, probabilities.argmax(axis=1), probabilities)
     weights = next(metrics.resamples(truth, seed=0, n_bootstrap=5))
     for row, value in zip(weights.astype(int), scores.areas(weights)["auc"], strict=True):
         copies = np.repeat(np.arange(60), row)

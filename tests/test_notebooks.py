@@ -209,7 +209,11 @@ def test_a_lesson_says_what_to_look_for_and_what_to_try(notebook):
     cells = notebook.cells
     kinds = [cell.cell_type for cell in cells]
     assert kinds.count("markdown") >= 0.5 * kinds.count("code")
-    figures = [i for i, cell in enumerate(cells) if re.search(r"^(\w+ = )?(sheets|curves|charts)\.", cell.source, re.M)]
+    figures = [
+        i
+        for i, cell in enumerate(cells)
+        if re.search(r"^(\w+ = )?(sheets|curves|charts|doubts|rivals)\.", cell.source, re.M)
+    ]
     for index in figures:
         assert cells[index + 1].cell_type == "markdown" and "**Look " in cells[index + 1].source, cells[index].source
     assert cells[-2].source.startswith("## Try it\n") and cells[-2].source.count("\n- ") == 2

@@ -149,6 +149,18 @@ def new(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Finished runs; the others are compared with the first.")],
+    common: Annotated[bool, typer.Option(help="Where test parts differ, compare on the images in common.")] = False,
+) -> None:
+    """Say which of RUNS is better, by how much, and whether it is more than chance."""
+    from helpers.cli import compare as study
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console.print(f"Page: {project.display_path(study.run(runs, console, common=common))}", markup=False)
+
+
+@app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")],
     images: Annotated[list[Path], typer.Argument(help="Images, or folders that are searched for images.")],

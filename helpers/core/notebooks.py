@@ -16,6 +16,7 @@ A comment line in the cell says that a stage is optional, so that it runs only f
     # optional, in place of explore
 
 With the second, the stages after it read its folder in place of the one named, which must be one that it reads itself.
+A line `# study` says that the notebook belongs to no chain: it answers a question about finished runs.
 """
 
 import ast
@@ -42,6 +43,7 @@ NUMBER = r"[-+]?(?:inf|[\d.][\d.e+-]*)"
 INTERVAL = re.compile(rf"^(?P<text>.*?)\s*(?P<left>[\[(])(?P<low>{NUMBER}),\s*(?P<high>{NUMBER})(?P<right>[\])])$")
 FOLLOWS = re.compile(r"\(as (?P<stage>\w+)\.(?P<name>\w+)\)$")
 OPTIONAL = re.compile(r"^# optional(?:, in place of (?P<replaces>\w+))?$", re.MULTILINE)
+STUDY = re.compile(r"^# study$", re.MULTILINE)
 TITLE = re.compile(r"# (?:\w+ · )?(?P<title>.+)")
 CHOICES = re.compile(r"^(?P<text>.*?)\s*\{(?P<choices>\w+(?:,\s*\w+)*)\}$")
 
@@ -112,6 +114,7 @@ class Stage:
         title: of the notebook's first cell, without its number.
         optional: whether it runs only for a recipe that has its section.
         replaces: the stage whose place it takes for all that come after it, "" for none.
+        is_study: whether it belongs to no chain.
     """
 
     name: str
@@ -122,11 +125,17 @@ class Stage:
     title: str = ""
     optional: bool = False
     replaces: str = ""
+    is_study: bool = False
 
     @property
     def number(self) -> str:
         """The number of the notebook, such as "03" or "00b"."""
         return self.notebook.name.split("_")[0]
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """What it may be called: its name, its notebook's name or number."""
+        return self.name, self.notebook.stem, self.number, self.number.removeprefix("0")
 
     @property
     def trains(self) -> bool:
@@ -144,22 +153,23 @@ def stages() -> dict[str, Stage]:
     """Return the stages in the notebooks' order, each read from its notebook's parameters cell."""
     paths = [path for path in NOTEBOOKS.glob("*_*.ipynb") if re.match(r"\d\d[a-z]?_", path.name)]
     found = [_read_stage(path) for path in sorted(paths)]
-    return {stage.name: stage for stage in found}
+    return {stage.name: stage for stage in found if not stage.is_study}
 
 
 def studies() -> dict[str, Stage]:
-    """Return the notebooks that belong to no chain: those without a number, which answer a question about a recipe."""
-    found = [_read_stage(path) for path in sorted(NOTEBOOKS.glob("[a-z]*.ipynb"))]
-    return {study.name: study for study in found}
+    """Return the notebooks that belong to no chain: those without a number and those that say `# study`."""
+    found = [_read_stage(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    return {study.name: study for study in found if study.is_study}
 
 
 def find_notebook(text: str) -> Stage:
-    """Return a study by its name, or a stage as `find_stage` does.
+    """Return a study by its name, notebook or number, or a stage as `find_stage` does.
 
     Raises:
         RecipeError: there is neither.
     """
-    return studies()[text] if text in studies() else find_stage(text)
+    named = (study for study in studies().values() if text in study.called)
+    return next(named, None) or find_stage(text)
 
 
 def find_stage(text: str) -> Stage:
@@ -169,7 +179,7 @@ def find_stage(text: str) -> Stage:
         RecipeError: there is no such stage.
     """
     for stage in stages().values():
-        if text in (stage.name, stage.notebook.stem, stage.number, stage.number.removeprefix("0")):
+        if text in stage.called:
             return stage
     raise RecipeError(f"There is no stage {text!r}.{words.did_you_mean(text, stages())}")
 
@@ -284,6 +294,7 @@ def _read_stage(notebook: Path) -> Stage:
         title=title["title"] if title else name,
         optional=optional is not None,
         replaces=replaces,
+        is_study=STUDY.search(source) is not None or not notebook.name[0].isdigit(),
     )
 
 

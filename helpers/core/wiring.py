@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+LEVEL = "level_"  # first part of the name of what pools a level for the head: no layer of the backbone's own
+
 
 def nodes_of(graph: Any) -> Iterator[Any]:
     """Yield the calls of a graph, each after those that it needs."""

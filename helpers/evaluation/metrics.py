@@ -81,7 +81,7 @@ def metrics(
     truth, probabilities = tables.parse(predictions, class_names)
     picked = tables.picked(predictions, class_names)
     names = [str(name) for name in class_names]
-    scores = _Scores(truth, picked, probabilities, beta)
+    scores = Scores(truth, picked, probabilities, beta)
     every = np.ones((1, len(truth)))
     once = scores.of(every) | scores.areas(every)
     resampled = _bootstrap(scores, truth, seed=seed, n_bootstrap=n_bootstrap, groups=groups)
@@ -144,7 +144,7 @@ def as_fraction(value: float) -> float:
     return float(value) / 100 if float(value) > 1 else float(value)
 
 
-class _Scores:
+class Scores:
     """The metrics of any number of weighted copies of one test part at once, as matrix products."""
 
     def __init__(self, truth: np.ndarray, picked: np.ndarray, probabilities: np.ndarray, beta: float = 1.0):
@@ -258,7 +258,7 @@ def resamples(truth: np.ndarray, seed: int, n_bootstrap: int, groups: Sequence[s
 
 
 def _bootstrap(
-    scores: _Scores, truth: np.ndarray, seed: int, n_bootstrap: int, groups: Sequence[str] | None
+    scores: Scores, truth: np.ndarray, seed: int, n_bootstrap: int, groups: Sequence[str] | None
 ) -> dict[str, np.ndarray]:
     """Name -> values (resamples,). The areas, which sort by every class, stop early where that would take minutes."""
     chunks, areas = [], []

@@ -34,8 +34,8 @@ def read(backbone: keras.Model, levels: str | Sequence[str], pool: Pool) -> kera
     """
     ends = _ends(backbone)
     chosen = [*ends] if levels == "all" else check(levels, ends)
-    vectors = [pooled(ends[name], pool, unfreezing.LEVEL + name) for name in ends if name in chosen]
-    joined = keras.layers.Concatenate(name=unfreezing.LEVEL + "features")(vectors) if vectors[1:] else vectors[0]
+    vectors = [pooled(ends[name], pool, wiring.LEVEL + name) for name in ends if name in chosen]
+    joined = keras.layers.Concatenate(name=wiring.LEVEL + "features")(vectors) if vectors[1:] else vectors[0]
     return keras.Model(backbone.input, joined, name="backbone")
 
 

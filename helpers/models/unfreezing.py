@@ -6,11 +6,10 @@ from collections.abc import Sequence
 import keras
 import pandas as pd
 
-from helpers.core import words
+from helpers.core import wiring, words
 from helpers.models import backbones
 from helpers.models.families import family
 
-LEVEL = "level_"  # first part of the name of what pools a level for the head: no layer of the backbone's own
 SHOWN_BLOCKS = 20  # of those, a message lists the last: NASNet has some seventy
 
 
@@ -117,7 +116,7 @@ def backbone_of(model: keras.Model) -> keras.Model:
 
 def layers_of(backbone: keras.Model) -> list[keras.layers.Layer]:
     """The backbone's own layers, without what pools its levels for the head."""
-    return [layer for layer in backbone.layers if not layer.name.startswith(LEVEL)]
+    return [layer for layer in backbone.layers if not layer.name.startswith(wiring.LEVEL)]
 
 
 def first_trainable(backbone: keras.Model, what: str | int | float | dict) -> int:

@@ -8,14 +8,12 @@ is escaped by Jinja, and the notebooks' own HTML is cleaned by nbconvert.
 import base64
 import io
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -27,19 +25,12 @@ from helpers.data.formats import deep
 from helpers.data.labelling import fixes
 from helpers.data.splits import PARTS, UNUSED, dropped, listed
 from helpers.evaluation import details, metrics, tables
-from helpers.reports import charts, curves, sheets
+from helpers.evaluation.trust import promises
+from helpers.reports import charts, curves, doubts, pages, sheets
 
 GROUPS, PER_GROUP = 3, 2  # groups of look-alikes shown, and pictures of each
 MISTAKES = 18  # pictures in the gallery: three rows of six
 ROWS = 20  # of a table that could grow without end, such as the quarantine
-
-# What a notebook's own HTML may hold: structure, tables and pictures; no style, no script, nothing that loads.
-# fmt: off
-TAGS = {
-    "a", "abbr", "b", "blockquote", "br", "caption", "code", "dd", "del", "details", "div", "dl", "dt", "em",
-    "figcaption", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "li", "ol", "p", "pre", "s", "span",
-    "strong", "sub", "summary", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
-}
 
 
 def build_report(run_folder: str | os.PathLike) -> Path:
@@ -63,13 +54,7 @@ def build_report(run_folder: str | os.PathLike) -> Path:
 def render(run: Path, stages: dict[str, dict | None]) -> str:
     """The report as a string of HTML."""
     recipe = _recipe(run)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = pages.environment()
     environment.filters |= {"percent": _percent, "duration": words.duration, "figure": _figure, "moment": _moment}
     return environment.get_template("report.html.j2").render(
         name=recipe.get("name", run.name),
@@ -77,7 +62,7 @@ def render(run: Path, stages: dict[str, dict | None]) -> str:
         now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         steps=_steps(stages),
         seconds=sum(stage.get("seconds", 0) for stage in stages.values() if stage),
-        code_style=_code_style(),
+        code_style=pages.code_style(),
         **{section: make(run, stages) for section, make in SECTIONS.items()},
     )
 
@@ -119,8 +104,23 @@ def _results(run: Path, stages: dict) -> dict | None:
         "per_class_figure": _svg(charts.per_class, frame) if len(names) > 2 else None,
         "per_class": frame.astype(object).where(frame.notna(), None).to_dict("records"),
         "reliability": _svg(charts.reliability, pd.DataFrame(result["reliability"])),
+        "trust": _trust(run, result, predictions, names),
         "mistakes": [_picture(run, row) for row in mistakes.to_dict("records")],
         "n_mistakes": result["n"] - result["n_correct"],
+    }
+
+
+def _trust(run: Path, result: dict, predictions: pd.DataFrame, names: list[str]) -> dict | None:
+    """What 05 says of doubts: sentences, the curve of risk and coverage, and images with what speaks for a class."""
+    if "calibration" not in result:  # measured by an earlier Thaw
+        return None
+    outcome, (_, gaps) = result["promise"], result["subgroups"]
+    said = [result["calibration"]["sentence"], metrics.errors_text(result["calibration"]["errors"])]
+    shown = run / "evaluate" / "explained.png"
+    return {
+        "sentences": [*said, *([outcome["sentence"]] if outcome else []), *gaps, *result["cheats"]],
+        "risk": _svg(doubts.risk_and_coverage, promises.risk_and_coverage(predictions, names), outcome),
+        "explained": _uri("image/png", shown.read_bytes()) if shown.is_file() else None,
     }
 
 
@@ -278,7 +278,7 @@ def _versions(run: Path, stages: dict) -> dict[str, str]:
 
 
 def _notebooks(run: Path, stages: dict) -> list[dict]:
-    exporter = _exporter()
+    exporter = pages.exporter()
     executed = []
     for name, stage in notebooks.stages().items():
         places = (run / name / "notebook.ipynb", run / stage.notebook.name)
@@ -288,52 +288,6 @@ def _notebooks(run: Path, stages: dict) -> list[dict]:
             html = Markup(body)  # cleaned by the exporter
             executed.append({"name": stage.notebook.stem, "title": stage.title, "html": html})
     return executed
-
-
-def _exporter():
-    """nbconvert's barest HTML: no style, script or font of its own, and the cells' HTML cleaned."""
-    from nbconvert import HTMLExporter
-
-    exporter = HTMLExporter(template_name="basic", sanitize_html=True, embed_images=True, exclude_anchor_links=True)
-    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    exporter.register_preprocessor(_tidy, enabled=True)
-    exporter.register_filter("clean_html", _clean)  # nbconvert's own lets neither headings nor table heads through
-    return exporter
-
-
-def _clean(html: str) -> str:
-    import bleach
-
-    def allowed(tag: str, name: str, value: str) -> bool:
-        if tag == "img":
-            return name in ("alt", "width", "height") or (name == "src" and value.startswith("data:image/"))
-        return name in ("class", "colspan", "rowspan", "title") or (tag == "a" and name == "href")
-
-    protocols = ("http", "https", "mailto", "data")
-    return bleach.clean(str(html), tags=TAGS, attributes=allowed, protocols=protocols)
-
-
-def _tidy(notebook, resources):
-    """Drop what says nothing: style sheets, which the cleaner would turn into text, and TensorFlow's start-up notes."""
-    for cell in notebook.cells:
-        cell.metadata.setdefault("alt", "figure drawn by the cell above")
-        for output in cell.get("outputs", []):
-            if html := output.get("data", {}).get("text/html"):
-                text = re.sub(r"<(style|script)\b.*?</\1\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)
-                output["data"]["text/html"] = text
-            elif output.get("name") == "stderr":
-                output["text"] = re.sub(
-                    r"(?m)^(I0000 00:|WARNING: All log messages before absl).*\n?", "", output["text"]
-                )
-        if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if output.get("text", "kept").strip()]
-    return notebook, resources
-
-
-def _code_style() -> Markup:
-    from pygments.formatters import HtmlFormatter
-
-    return Markup(HtmlFormatter(style="friendly").get_style_defs(".highlight"))
 
 
 def _svg(draw: Callable, *values, **options) -> str:
@@ -375,7 +329,6 @@ def _figure(value: float | None, key: str) -> str:
 
 def _moment(iso: str) -> str:
     return datetime.fromisoformat(iso).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
-
 
 
 # What each stage adds to the section on data, over what stands there without it.

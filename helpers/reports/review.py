@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
@@ -20,7 +19,7 @@ from PIL import Image
 from helpers.core import disk, parallel, project, stages
 from helpers.data import images, inventory
 from helpers.evaluation import label_errors
-from helpers.reports import sheets
+from helpers.reports import pages, sheets
 
 SHOWN = 200  # cards in a section at most
 TOGETHER = 8  # cards of one group of look-alikes at most
@@ -113,28 +112,25 @@ def render(run: Path, source: Path, evidence: Evidence, found: list[dict[str, An
     pictures = parallel.for_each(_jpeg, [source / card["path"] for card in cards], label="pictures")
     for card, picture in zip(cards, pictures, strict=True):
         card["picture"] = picture
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     script = (TEMPLATES / "review.js").read_text(encoding="utf-8")
     # The page's policy allows this very script and no other, so not even a hole in the escaping could run one.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("review.html.j2").render(
-        name=run.name,
-        sections=found,
-        class_names=evidence.class_names,
-        images=len(evidence.table),
-        unjudged=int(np.isnan(evidence.probabilities[:, 0]).sum()),
-        accuracy=_accuracy(evidence),
-        recipe=project.display_path(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else "",
-        style=Markup((TEMPLATES / "review.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        digest=digest,
-        **about,
+    return (
+        pages.environment()
+        .get_template("review.html.j2")
+        .render(
+            name=run.name,
+            sections=found,
+            class_names=evidence.class_names,
+            images=len(evidence.table),
+            unjudged=int(np.isnan(evidence.probabilities[:, 0]).sum()),
+            accuracy=_accuracy(evidence),
+            recipe=project.display_path(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else "",
+            style=Markup((TEMPLATES / "review.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            digest=digest,
+            **about,
+        )
     )
 
 

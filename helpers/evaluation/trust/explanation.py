@@ -16,7 +16,6 @@ import tensorflow as tf
 from helpers.compute import frontier
 from helpers.core import wiring
 from helpers.evaluation.trust import novelty
-from helpers.models import unfreezing
 
 BATCH = 16
 
@@ -45,7 +44,7 @@ class _Parts:
         nodes, last = [*wiring.nodes_of(base)], base.get_layer(novelty.LAST)
         place = next(number for number, node in enumerate(nodes) if frontier.graph_of(node.operation) is not None)
         graph = frontier.graph_of(nodes[place].operation)
-        pooling = [node for node in wiring.nodes_of(graph) if node.operation.name.startswith(unfreezing.LEVEL)]
+        pooling = [node for node in wiring.nodes_of(graph) if node.operation.name.startswith(wiring.LEVEL)]
         read = [tensor for node in pooling for tensor in node.input_tensors if not wiring.is_vector(tensor)]
         maps = [*{id(tensor): tensor for tensor in read}.values()] or [graph.output]
         self.below = keras.Model(graph.inputs[0], maps)

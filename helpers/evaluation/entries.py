@@ -1,0 +1,223 @@
+"""Runs side by side: what each is, what it gave on validation, what it costs, and in which parameters they differ."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from helpers.core import disk, notebooks, project, stages, words
+from helpers.evaluation import metrics, tables
+
+SEED = "seed"  # parameters of this name make members of one entry, not rivals
+SHOWN = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")
+FILES = ("predictions.csv", "val_predictions.csv", "metrics.json", "class_names.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        name: of the run's folder.
+        part: what its predictions are of, "test" or "val".
+        predictions, validation: as `tables.predictions_table` makes them; `path` is that of the file as it came, so
+            that runs with other image sizes can be compared.
+        shown: the resized file of each of `predictions`.
+        groups: group of each of `predictions`.
+        parameters: stage -> parameters, without folders.
+        history: the epochs of both phases.
+        seconds: that its phases took.
+        megabytes: of its model's file.
+    """
+
+    name: str
+    part: str
+    class_names: list[str]
+    predictions: pd.DataFrame
+    validation: pd.DataFrame
+    shown: dict[str, Path]
+    groups: dict[str, str]
+    parameters: dict[str, dict[str, Any]]
+    history: pd.DataFrame
+    seconds: float
+    megabytes: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Runs that differ in their seeds only."""
+
+    name: str
+    runs: list[Run] = field(default_factory=list)
+
+
+def read(names: Sequence[str]) -> list[Run]:
+    """Return finished runs, in the order given.
+
+    Args:
+        names: of runs, or folders of runs or of their stage evaluate.
+
+    Raises:
+        FileNotFoundError: one of them is no run that 05_evaluate has measured.
+        ValueError: fewer than two, or one of them twice.
+    """
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"Name at least two runs to compare, and each once; got {', '.join(names) or 'none'}.")
+    return [_read(name) for name in names]
+
+
+def grouped(runs: Sequence[Run]) -> list[Entry]:
+    """Return the runs as entries: those that differ in nothing but seeds are one, unless all of them are."""
+    found: dict[str, Entry] = {}
+    for run in runs:
+        same = {stage: {k: v for k, v in given.items() if k != SEED} for stage, given in run.parameters.items()}
+        found.setdefault(str(same), Entry(run.name)).runs.append(run)
+    if len(found) == 1:
+        return [Entry(run.name, [run]) for run in runs]
+    return [
+        Entry(entry.name if len(entry.runs) == 1 else f"{entry.name} ({len(entry.runs)} seeds)", entry.runs)
+        for entry in found.values()
+    ]
+
+
+def leaderboard(entries: Sequence[Entry], by: str = "log_loss", seed: int = 0) -> pd.DataFrame:
+    """Return what the entries gave on validation, the best first; test plays no part in the order.
+
+    Args:
+        entries: from `grouped`.
+        by: what decides, one of accuracy, balanced_accuracy, macro_f1, log_loss.
+        seed: of the resamples.
+
+    Returns:
+        Columns entry, runs (how many), accuracy with low and high (95 % interval of the images), spread (between the
+        lowest and the highest run), balanced_accuracy, macro_f1, log_loss, minutes (of both phases) and megabytes (of
+        the model), all of them means over runs.
+    """
+    rows = []
+    for entry in entries:
+        every = [metrics.metrics(run.validation, run.class_names, seed=seed, n_bootstrap=500) for run in entry.runs]
+        accuracy = pd.DataFrame([one["accuracy"] for one in every])
+        row = {"entry": entry.name, "runs": len(entry.runs), **accuracy.mean().rename({"value": "accuracy"})}
+        row["spread"] = accuracy["value"].max() - accuracy["value"].min()
+        row |= {name: sum(one[name]["value"] for one in every) / len(every) for name in SHOWN[1:]}
+        row["minutes"] = sum(run.seconds for run in entry.runs) / len(entry.runs) / 60
+        row["megabytes"] = sum(run.megabytes for run in entry.runs) / len(entry.runs)
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values(by, ascending=by == "log_loss", kind="stable").reset_index(drop=True)
+
+
+def differing(entries: Sequence[Entry]) -> pd.DataFrame:
+    """Return the parameters in which the entries differ and nothing else: a row each, a column for each entry.
+
+    The index is stage.parameter; a stage that an entry has not run is "–".
+    """
+    table = {
+        entry.name: {
+            f"{stage}.{name}": value
+            for stage, given in entry.runs[0].parameters.items()
+            for name, value in given.items()
+        }
+        for entry in entries
+    }
+    rows = list(dict.fromkeys(row for given in table.values() for row in given))
+    kept = [row for row in rows if len({str(given.get(row, "–")) for given in table.values()}) > 1]
+    return pd.DataFrame({name: [given.get(row, "–") for row in kept] for name, given in table.items()}, index=kept)
+
+
+def same_images(entries: Sequence[Entry], common: bool = False) -> list[str]:
+    """Return the paths of the images on which the runs can be compared.
+
+    Args:
+        entries: from `grouped`.
+        common: where the measured images differ, take those that all have.
+
+    Raises:
+        ValueError: the runs have other classes, or other labels for an image; they were measured on other images and
+            `common` is not asked for; or they have no image in common.
+    """
+    runs = [run for entry in entries for run in entry.runs]
+    first = runs[0]
+    for other in runs[1:]:
+        if set(other.class_names) != set(first.class_names):
+            raise ValueError(f"{first.name} and {other.name} have other classes, so they cannot be compared.")
+        if other.part != first.part:
+            raise ValueError(f"{first.name} was measured on {first.part}, {other.name} on {other.part}.")
+    each = [set(run.predictions["path"]) for run in runs]
+    shared = set.intersection(*each)
+    apart = next((number for number, own in enumerate(each) if own != each[0]), None)
+    if apart is not None and not common:
+        raise ValueError(
+            f"{first.name} was measured on {len(each[0]):,} images, {runs[apart].name} on {len(each[apart]):,};"
+            f" {len(each[0] & each[apart]):,} are the same. A difference would be one of images, not of models. Give"
+            " both runs the same split (split.seed, split.ratio), or compare on the common images: --common."
+        )
+    if not shared:
+        raise ValueError(f"{first.name} and the others have no measured image in common.")
+    labels = first.predictions.set_index("path")["label"]
+    for other in runs[1:]:
+        own = other.predictions.set_index("path")["label"]
+        if wrong := [path for path in sorted(shared) if own[path] != labels[path]]:
+            raise ValueError(f"{first.name} and {other.name} give {wrong[0]} other labels; compare like with like.")
+    return sorted(shared)
+
+
+def _read(name: str) -> Run:
+    folder = stages.of_run(name, "evaluate", "predictions.csv", "metrics.json", parameter="runs")
+    missing = [file for file in FILES if not (folder / file).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{project.display_path(folder)} has no {', '.join(missing)}: it was made by an earlier Thaw. Run its"
+            " recipe again; only 05 is made anew."
+        )
+    place = Path(name.rstrip("/"))
+    given = disk.read_json(folder / stages.STAGE_FILE)["parameters"]
+    reads = {stage: project.resolve(given[p]) for p, stage in notebooks.stages()["evaluate"].inputs.items()}
+    records = {"evaluate": folder, **{stage: path for stage, path in reads.items() if path.is_dir()}}
+    about = {stage: disk.read_json(path / stages.STAGE_FILE) for stage, path in records.items()}
+    listed = disk.read_table(reads["resize"] / "images.csv").set_index("path")
+    known = listed["source"] + (":" + listed["box"] if "box" in listed else "")
+    predictions, validation = (tables.read_predictions(folder / file) for file in FILES[:2])
+    shown = {known.get(path, path): reads["resize"] / path for path in predictions["path"]}
+    about |= _earlier(about)
+    trained = [stage for stage, made in notebooks.stages().items() if made.trains and stage in records]
+    histories = [pd.read_csv(records[stage] / "history.csv") for stage in trained]
+    groups = disk.read_table(reads["explore"] / "inventory.csv").drop_duplicates("path").set_index("path")["group"]
+    return Run(
+        name=place.parent.name if place.name == "evaluate" else place.name,
+        part=disk.read_json(folder / "metrics.json").get("part", "test"),
+        class_names=disk.read_json(folder / "class_names.json"),
+        predictions=predictions.assign(path=[known.get(path, path) for path in predictions["path"]]),
+        validation=validation,
+        shown=shown,
+        groups={path: groups.get(path.split(":")[0], path) for path in shown},
+        parameters={stage: _settings(stage, made) for stage, made in about.items()},
+        history=pd.concat(histories, ignore_index=True) if histories else pd.DataFrame(),
+        seconds=sum(about[stage].get("seconds", 0.0) for stage in trained),
+        megabytes=(folder / "model.keras").stat().st_size / 1e6,
+    )
+
+
+def _earlier(about: dict[str, dict]) -> dict[str, dict]:
+    """Return the records of the stages that those of `about` have read, such as the split."""
+    found: dict[str, dict] = {}
+    for stage, made in about.items():
+        for parameter, other in notebooks.stages()[stage].inputs.items():
+            path = project.resolve(str(made["parameters"].get(parameter, "")))
+            if other not in about and (path / stages.STAGE_FILE).is_file():
+                found[other] = disk.read_json(path / stages.STAGE_FILE)
+    return found
+
+
+def _settings(stage: str, made: dict) -> dict[str, Any]:
+    known = notebooks.stages()[stage].settings if stage in notebooks.stages() else {}
+    return {name: value for name, value in made["parameters"].items() if name in known}
+
+
+def sentence(entries: Sequence[Entry], runs: Sequence[Run]) -> str:
+    """Return how many runs make how many entries."""
+    several = [entry.name for entry in entries if len(entry.runs) > 1]
+    beside = f"; runs that differ in their seeds only count as one: {', '.join(several)}" if several else ""
+    first = words.shorten(entries[0].name, 60)
+    return f"{len(runs)} runs, {len(entries)} entries{beside}. The others are compared with {first}."
