@@ -39,11 +39,10 @@ def run(runs: Sequence[str], console: Console, *, common: bool = False) -> Path:
 
 def _step(runs: Sequence[str], common: bool) -> planning.Step:
     study = notebooks.studies()[STUDY]
-    measured = [stages.of_run(run, "evaluate", "metrics.json", parameter="runs") for run in runs]
     parameters = {name: p.default for name, p in study.settings.items()} | {"runs": list(runs), "common": common}
     ingredients = {"parameters": parameters, "code": fingerprints.code_of(study.notebook)}
     ingredients["inputs"] = {
-        f"evaluate {number}": disk.sha256_of(folder / stages.STAGE_FILE) for number, folder in enumerate(measured)
+        f"run {number}": disk.sha256_of(entries.measured(run) / stages.STAGE_FILE) for number, run in enumerate(runs)
     }
     fingerprint = fingerprints.fingerprint(ingredients)
     folder = project.runs_folder() / ".store" / f"{study.name}-{fingerprint}"

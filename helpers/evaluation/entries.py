@@ -163,8 +163,17 @@ def same_images(entries: Sequence[Entry], common: bool = False) -> list[str]:
     return sorted(shared)
 
 
+def measured(name: str) -> Path:
+    """Return the folder that 05_evaluate has written for a run, given by its name, its folder or that of the stage.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    return stages.of_run(name, "evaluate", "predictions.csv", "metrics.json", parameter="runs")
+
+
 def _read(name: str) -> Run:
-    folder = stages.of_run(name, "evaluate", "predictions.csv", "metrics.json", parameter="runs")
+    folder = measured(name)
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
         raise FileNotFoundError(

@@ -41,7 +41,6 @@ def curves(histories: Mapping[str, pd.DataFrame]) -> np.ndarray:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         theme.grid(axis, "y")
     axes[0].yaxis.set_major_formatter(theme.PERCENT)
-    axes[1].set_ylim(bottom=0)
     names = axes[0].get_legend_handles_labels()
     axes[0].figure.legend(*names, loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
     return axes
