@@ -8,6 +8,7 @@ import pytest
 
 from helpers.compute import bank, fast_layers, frontier, graphs, inference
 from helpers.compute.views import Images
+from helpers.evaluation.trust import explanation
 from helpers.models import backbones, classifier, levels, unfreezing
 from helpers.training import checks, datasets, features, saving
 
@@ -85,6 +86,8 @@ def test_suffix_of_prefix_is_the_model_in_every_family(name, tmp_path):
     assert head.shape == head.model.get_layer("backbone").output.shape[1:] and head.levels == 0
     features = run(head.prefix, images)
     np.testing.assert_allclose(run(head.suffix, features), expected, atol=1e-5)
+    heat = explanation.heat(model, images)
+    assert heat.shape == images.shape[:3] and np.isfinite(heat).all() and np.ptp(heat) > 0
 
     unfreezing.unfreeze(model, thawed)
     cut = frontier.cut(model)
