@@ -1,4 +1,4 @@
-# Thaw in a container: JupyterLab by default, `thaw ...` for batch. The README's section on Docker has the commands.
+# Thaw in a container: JupyterLab by default, `thaw ...` for batch. docs/docker.md has the commands.
 #
 # The lock decides what the image is: requirements-gpu.lock brings CUDA and cuDNN as wheels, so that the base can be any
 # plain Debian or Ubuntu whose Python suits pyproject.toml; with LOCK=requirements.lock the same file makes the image

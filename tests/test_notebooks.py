@@ -274,12 +274,21 @@ def test_every_command_that_is_named_exists():
         *NOTEBOOKS,
         *ROOT.glob("helpers/**/*.py"),
         *ROOT.glob("recipes/**/*.yaml"),
+        *ROOT.glob("docs/*.md"),
         ROOT / "README.md",
         ROOT / "Makefile",
     ]
     for file in files:
         for command in re.findall(r"`thaw ([a-z]+)|(?:Run|Next|try): thaw ([a-z]+)", file.read_text(encoding="utf-8")):
             assert (name := "".join(command)) in commands, f"{file.name} names `thaw {name}`"
+
+
+def test_the_readme_is_read_in_minutes_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1200
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).is_file(), f"{page.name} links to {link}"
 
 
 # Start-up

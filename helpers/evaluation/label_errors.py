@@ -37,8 +37,7 @@ def embed(head: Path, resized: Path) -> tuple[pd.DataFrame, np.ndarray]:
     for part in [name for name in ("train", "val", "test") if (listed["part"] == name).any()]:
         folder = datasets.read(resized, part)
         tables.append(listed[listed["part"] == part])
-        batches = progress.track(folder.pixels, total=len(folder), label=part, step=32)
-        features += [np.asarray(run(batch), np.float32) for batch in batches]
+        features.append(datasets.through(run, folder, part).astype(np.float32))
     table = pd.concat(tables, ignore_index=True)[["path", "label", "part", "sha256"]]
     once = ~table.duplicated("path").to_numpy()  # oversampling lists an image several times
     return table[once].reset_index(drop=True), np.concatenate(features)[once]

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from helpers.core import disk, notebooks, parallel, progress, project
+from helpers.core import disk, notebooks, parallel, project
 from helpers.data import crop, images
 from helpers.data.formats import deep
 from helpers.data.labelling import folders
@@ -76,10 +76,9 @@ def probabilities(model, images) -> np.ndarray:
         images: datasets.Folder.
     """
     from helpers.compute import inference
+    from helpers.training import datasets
 
-    run = inference.fast(model)
-    batches = progress.track(images.pixels.prefetch(2), total=len(images), step=BATCH, label="predict")
-    return np.concatenate([run(batch) for batch in batches])
+    return datasets.through(inference.fast(model), images, "predict")
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:

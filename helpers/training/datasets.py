@@ -4,7 +4,7 @@ Every draw (order, augmentation, sampling) follows from the seed, the epoch and 
 training that was interrupted and goes on at epoch k sees what an undisturbed one would have seen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 import tensorflow as tf
 
 from helpers.compute import bank, hardware, ranks, views
-from helpers.core import disk, project
+from helpers.core import disk, progress, project
 from helpers.training import transforms
 
 
@@ -72,6 +72,18 @@ def read(folder: str | Path, part: str) -> Folder:
         class_names=class_names,
         image_size=about["image_size"],
     )
+
+
+def through(run: Callable[[np.ndarray], np.ndarray], images: Folder, label: str) -> np.ndarray:
+    """Return what a model gives for every image, in their order, (n, ...) in the dtype that it gives.
+
+    Args:
+        run: images (batch, H, W, 3) -> (batch, ...), as `inference.fast` returns it.
+        images: the images.
+        label: of the progress.
+    """
+    tracked = progress.track(images.pixels.prefetch(2), total=len(images), step=bank.GROUP, label=label)
+    return np.concatenate([run(batch) for batch in tracked])
 
 
 def decode(path: tf.Tensor, image_size: int) -> tf.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from helpers.compute import frontier, inference
-from helpers.core import linear, progress
+from helpers.core import linear
 from helpers.models import backbones, classifier
 from helpers.models import levels as levels_of
 from helpers.training import datasets, feeds
@@ -66,8 +66,7 @@ def _of_some(run, images: datasets.Folder, seed: int) -> tuple[np.ndarray, np.nd
     """Return the features of up to SAMPLE images, float32 (n, features), and their labels."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(images))[:SAMPLE])
     some = datasets.at(images, rows)
-    tracked = progress.track(some.pixels, total=len(some), step=32, label="choose levels")
-    return np.concatenate([run(batch) for batch in tracked]), some.labels
+    return datasets.through(run, some, "choose levels"), some.labels
 
 
 def standardise(model: keras.Model, cut: frontier.Cut, banks: feeds.Banks | None, train: datasets.Folder) -> str:
@@ -91,7 +90,7 @@ def standardise(model: keras.Model, cut: frontier.Cut, banks: feeds.Banks | None
         return "The features are standardised as in the run that the head comes from."
     if banks is None:
         run = inference.fast(cut.prefix)
-        mean, spread = statistics([np.concatenate([run(batch) for batch in train.pixels])])
+        mean, spread = statistics([datasets.through(run, train, "standardise")])
     else:
         mean, spread = statistics(banks.train.activations)
     layer.set_weights([mean.astype("float32"), np.square(spread).astype("float32")])

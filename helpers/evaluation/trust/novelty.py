@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers.core import progress, words
+from helpers.core import words
 
 FILE = "novelty.npz"
 KNOWN = 1000  # training images that are remembered
@@ -115,16 +115,10 @@ def fit(model, train, val, *, false_alarms: float, seed: int = 0) -> Novelty:
         return Novelty(np.zeros((0, 1), np.float32), np.inf, 0.0)
     run = features_of(model)
     some = np.sort(np.random.default_rng(seed).permutation(len(train))[:KNOWN])
-    known = _unit(embed(run, datasets.at(train, some)))
+    known = _unit(datasets.through(run, datasets.at(train, some), "features"))
     draft = Novelty(known, np.inf, false_alarms)
-    distances = draft.distance(embed(run, val))
+    distances = draft.distance(datasets.through(run, val, "features"))
     return Novelty(known, float(np.quantile(distances, 1 - false_alarms, method="higher")), false_alarms)
-
-
-def embed(run, images) -> np.ndarray:
-    """Return the features of all images of a datasets.Folder, float32 (images, n)."""
-    tracked = progress.track(images.pixels.prefetch(2), total=len(images), step=32, label="features")
-    return np.concatenate([run(batch) for batch in tracked])
 
 
 def _unit(features: np.ndarray) -> np.ndarray:
