@@ -232,11 +232,31 @@ def test_a_change_of_phase_two_would_run_phase_two_and_evaluation(done):
 
 def test_a_run_that_evaluates_otherwise_shares_all_before(done):
     stamps = {name: (done.run / name).resolve() for name in STAGES}
-    shown = done.thaw("run", done.recipe, "--set", "evaluate.mirror=horizontal", "--name", "mirrored")
+    changed = ("evaluate.mirror=horizontal", "evaluate.promise={coverage: 0.9}", "evaluate.subgroups=[width]")
+    shown = done.thaw("run", done.recipe, *(part for one in changed for part in ("--set", one)), "--name", "mirrored")
     assert re.findall(r"^\d/6 (\w+) ", shown, re.M) == ["evaluate"]
     other = done.folder / "mirrored"
     assert [name for name in STAGES if (other / name).resolve() == stamps[name]] == STAGES[:-1]
     assert {name: (done.run / name).resolve() for name in STAGES} == stamps
+    kept = disk.read_json(other / "evaluate/decision.json")["promise"]
+    assert kept["kind"] == "coverage" and 0 <= kept["level"] <= 1
+    assert "the set holds the class" in (other / "report.html").read_text()
+
+
+def test_two_runs_are_compared_on_the_same_images(done):
+    """It needs the run of the test before."""
+    shown = done.thaw("compare", "tiny", "mirrored")
+    assert re.search(r"1/1 compare .*mirrored against tiny: .* points of accuracy", shown)
+    page = (done.run / "compare.html").read_text()
+    assert (
+        "evaluate.mirror" in page and "The leaderboard" in page and "epochs" not in page.split("What differs")[1][:900]
+    )
+    table = pd.read_csv(done.run / "compare/differences.csv")
+    assert set(table["metric"]) == {"accuracy", "balanced_accuracy", "macro_f1", "log_loss"} and len(table) == 4
+    first, second = (pd.read_csv(run / "evaluate/predictions.csv") for run in (done.run, done.folder / "mirrored"))
+    gain = (second["label"] == second["predicted"]).mean() - (first["label"] == first["predicted"]).mean()
+    assert table.set_index("metric")["difference"]["accuracy"] == pytest.approx(gain)
+    assert "1/1" not in done.thaw("compare", "tiny", "mirrored")  # nothing is made twice
 
 
 # Killed, in a fresh store

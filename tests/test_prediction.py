@@ -7,20 +7,31 @@ import pytest
 
 from helpers.core import disk
 from helpers.evaluation import prediction
+from helpers.evaluation.trust import novelty
 from helpers.models import classifier
 
 SIZE = 64
 
 
+def noise():
+    rng = np.random.default_rng(1)
+    return np.stack([rng.integers(0, most, (SIZE, SIZE, 3), dtype=np.uint8) for most in (256, 180, 90, 30)])
+
+
 @pytest.fixture(scope="module")
 def model():
     keras.utils.set_random_seed(3)
-    return classifier.build("efficientnet_lite0", 3, image_size=SIZE, weights="none")
+    built = classifier.build("efficientnet_lite0", 3, image_size=SIZE, weights="none")
+    head, rng = built.get_layer("probabilities"), np.random.default_rng(0)
+    features = keras.Model(built.input, head.input).predict(noise(), verbose=0)
+    kernel = rng.normal(size=head.kernel.shape) / np.ptp(features, axis=0).max()
+    head.set_weights([kernel, -(features.mean(axis=0) @ kernel)])  # answers that differ from image to image
+    return built
 
 
 @pytest.fixture(scope="module")
 def pixels():
-    return np.random.default_rng(1).integers(0, 256, (4, SIZE, SIZE, 3), dtype=np.uint8)
+    return noise()
 
 
 @pytest.fixture
@@ -112,3 +123,41 @@ def test_an_empty_folder_is_an_error(run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no images"):
         prediction.predict(run, [tmp_path / "empty"])
+
+
+def test_a_promise_and_what_is_novel_are_told_beside_the_prediction(run, model, pixels, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, image in enumerate([*pixels, np.zeros_like(pixels[0])]):
+        cv2.imwrite(str(folder / f"{number}.png"), image[:, :, ::-1])
+    plain, _ = prediction.predict(run, [folder])
+    assert not {"answer", "second", "novel"} & set(plain)
+
+    least = float(plain["confidence"].median())
+    promise = {"kind": "precision", "wanted": 0.9, "by": "all", "thresholds": [least] * 3}
+    disk.write_json(run / "evaluate" / "decision.json", {"promise": promise})
+    known = novelty.features_of(model)(pixels)
+    known /= np.linalg.norm(known, axis=1, keepdims=True)
+    near = novelty.Novelty(known, 1.0, 0.05).distance(novelty.features_of(model)(pixels)).max()
+    novelty.Novelty(known, float(near) + 1e-3, 0.05).write(run / "evaluate")
+    table, _ = prediction.predict(run, [folder])
+    is_sure = table["confidence"] >= least - 1e-6
+    assert (table["answer"][is_sure] == table["predicted"][is_sure]).all() and 0 < is_sure.sum() < 5
+    assert (table["answer"][~is_sure] == "unsure").all() and (table["second"] != table["predicted"]).all()
+    assert (table["novel"][:4] == "").all()
+    lines = prediction.lines(table)
+    assert sum("unsure, or " in line for line in lines) == (~is_sure).sum()
+    np.testing.assert_allclose(table[["a", "b", "c"]], plain[["a", "b", "c"]], atol=1e-6)
+    assert list(prediction.submission(table, ["id", "*"])) == ["id", "a", "b", "c"]
+
+
+def test_a_class_called_like_a_note_keeps_its_column(run, pixels, tmp_path):
+    cv2.imwrite(str(tmp_path / "one.png"), pixels[0])
+    disk.write_json(run / "evaluate" / "class_names.json", ["novel", "answer", "c"])
+    promise = {"kind": "coverage", "wanted": 0.9, "level": 0.2}
+    disk.write_json(run / "evaluate" / "decision.json", {"promise": promise})
+    table, _ = prediction.predict(run, [tmp_path / "one.png"])
+    assert table[["novel", "answer", "c"]].sum(axis=1)[0] == pytest.approx(1, abs=1e-4)
+    chosen = [name for name in ("novel", "answer", "c") if table[name][0] >= 0.2]
+    assert table["set"][0] == "|".join(chosen) and table["answer_"][0] in ("novel", "answer", "c", "unsure")
+    assert list(prediction.submission(table, ["id", "*"])) == ["id", "novel", "answer", "c"]
