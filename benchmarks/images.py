@@ -190,7 +190,7 @@ def compare_memory(folder: Path, few: int, many: int) -> None:
 
 
 def make_small(folder: Path, count: int) -> None:
-    """Write `count` pictures of 64 x 64 pixels in two folders."""
+    """Write `count` images of 64 x 64 pixels in two folders."""
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What several test modules share: small pictures, toy notebooks, and a place for runs that is not the project's."""
+"""What several test modules share: small images, toy notebooks, and a place for runs that is not the project's."""
 
 import os
 import signal
@@ -38,9 +38,9 @@ def runs_folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def image_folder() -> Callable[..., Path]:
-    """A function (folder, {class: count}) that fills `folder` with a sub-folder of small pictures per class.
+    """A function (folder, {class: count}) that fills `folder` with a sub-folder of small images per class.
 
-    The classes differ in colour and shape, so that a network can learn them; no two pictures look alike to a perceptual
+    The classes differ in colour and shape, so that a network can learn them; no two images look alike to a perceptual
     hash.
     """
     return _image_folder
@@ -67,7 +67,7 @@ SHAPES = ["disc", "square", "cross"]
 
 @pytest.fixture(scope="module")
 def resized(tmp_path_factory, image_folder):
-    """A folder as 02_resize writes it: 24 training and 6 validation pictures, 32 px."""
+    """A folder as 02_resize writes it: 24 training and 6 validation images, 32 px."""
     folder = tmp_path_factory.mktemp("resized") / "resize"
     rows = []
     for part, count in (("train", 8), ("val", 2)):

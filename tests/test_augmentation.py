@@ -17,7 +17,7 @@ SIZE = 32
 
 @pytest.fixture(scope="module")
 def pixels(tmp_path_factory, image_folder):
-    """Smooth pictures, float32 (6, SIZE, SIZE, 3)."""
+    """Smooth images, float32 (6, SIZE, SIZE, 3)."""
     folder = image_folder(tmp_path_factory.mktemp("pictures"), {"cat": 3, "dog": 3}, size=SIZE)
     return np.stack([cv2.imread(str(path)) for path in sorted(folder.rglob("*.png"))]).astype("float32")
 

@@ -49,7 +49,7 @@ class Outcome:
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """A picture that looks like no other: soft coloured clouds."""
+    """An image that looks like no other: soft coloured clouds."""
     noise = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), np.uint8)
     return Image.fromarray(cv2.resize(noise, size, interpolation=cv2.INTER_CUBIC))
 

@@ -148,7 +148,7 @@ def test_without_mistakes_accuracy_has_the_exact_interval_and_nothing_is_made_up
 
 
 def test_calibration_error_by_hand():
-    # 10 pictures called with 80 %, 6 of them right: 20 points off. 10 called with 60 %, 6 right: none off.
+    # 10 images called with 80 %, 6 of them right: 20 points off. 10 called with 60 %, 6 right: none off.
     truth = np.array([0] * 6 + [1] * 4 + [0] * 6 + [1] * 4)
     first = np.array([0.8] * 10 + [0.6] * 10)
     table, names = table_of(truth, np.stack([first, 1 - first], axis=1))
@@ -221,7 +221,7 @@ def test_compare_counts_only_disagreements():
 
 def test_compare_refuses_other_pictures_and_other_labels():
     first, names = of_hits(np.ones(10, bool))
-    with pytest.raises(ValueError, match="same pictures"):
+    with pytest.raises(ValueError, match="same images"):
         comparison.compare(first, first.head(9), names)
     with pytest.raises(ValueError, match="different labels"):
         comparison.compare(first, first.assign(label=first["label"].to_numpy()[::-1]), names)
@@ -252,7 +252,7 @@ def test_without_phase_2_the_head_is_the_model():
 def test_headline_names_the_published_figures():
     table, names = table_of(*draw(200, 2))
     text = metrics.headline(metrics.metrics(table, names, n_bootstrap=50), {"CNN": 88.42, "SVM": 0.8244})
-    assert "95 % interval" in text and "200 test pictures" in text
+    assert "95 % interval" in text and "200 test images" in text
     assert text.endswith("published: CNN 88.42 %, SVM 82.44 %")
 
 
@@ -262,7 +262,7 @@ GOOD = np.array([[0.7, 0.3], [0.2, 0.8]])
 @pytest.mark.parametrize(
     ("paths", "labels", "probabilities", "names", "message"),
     [
-        ([], [], np.zeros((0, 2)), ["a", "b"], "no picture"),
+        ([], [], np.zeros((0, 2)), ["a", "b"], "no image"),
         (["x", "y"], [0, 2], GOOD, ["a", "b"], "labels go from 0 to 2"),
         (["x", "y"], ["a", "z"], GOOD, ["a", "b"], "'z' is a label but not one of the class names"),
         (["x", "y"], ["a", "b"], GOOD * np.nan, ["a", "b"], "NaN or infinite, first 'x'"),

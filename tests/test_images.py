@@ -15,14 +15,14 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 @pytest.fixture
 def corners():
-    """An upright 64 x 96 picture whose four quarters differ: red, green / blue, white."""
+    """An upright 64 x 96 image whose four quarters differ: red, green / blue, white."""
     pixels = np.zeros((64, 96, 3), np.uint8)
     pixels[:32, :48], pixels[:32, 48:], pixels[32:, :48], pixels[32:, 48:] = RED, GREEN, BLUE, WHITE
     return Image.fromarray(pixels)
 
 
 def as_stored(upright, orientation):
-    """Return the picture as a camera stores it that writes this orientation beside it."""
+    """Return the image as a camera stores it that writes this orientation beside it."""
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions
     return upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
 

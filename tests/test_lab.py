@@ -1,6 +1,6 @@
 """By hand: every notebook opened in a real JupyterLab, run from top to bottom by its menu, compared with headless.
 
-Not part of `make test`; `python -m pytest -m browser -s` runs it. THAW_SCREENSHOTS=folder keeps a picture of each
+Not part of `make test`; `python -m pytest -m browser -s` runs it. THAW_SCREENSHOTS=folder keeps an image of each
 notebook as a reader sees it when it has run.
 """
 
@@ -156,7 +156,7 @@ def wait_until(happens, limit: float = 180) -> None:
 
 
 def screenshot(page, name: str) -> None:
-    """Keep a picture of the whole notebook, without the panels at its side, where one is asked for."""
+    """Keep an image of the whole notebook, without the panels at its side, where one is asked for."""
     if folder := os.environ.get("THAW_SCREENSHOTS"):
         panel = page.locator(".jp-WindowedPanel-outer")
         for _ in range(3):  # what comes into view is drawn only then, and changes the height

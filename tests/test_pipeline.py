@@ -1,4 +1,4 @@
-"""The main job, end to end: all notebooks through `thaw run`, on a few dozen small pictures and real weights.
+"""The main job, end to end: all notebooks through `thaw run`, on a few dozen small images and real weights.
 
 A process with TensorFlow takes seconds to start, so the runs are few and each is looked at by many tests.
 """
@@ -60,7 +60,7 @@ class Workplace:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, image_folder):
-    """48 pictures in three classes, and one file that is none."""
+    """48 images in three classes, and one file that is none."""
     folder = tmp_path_factory.mktemp("photos")
     photos = image_folder(folder / "photos", {"disc": 16, "square": 16, "cross": 16})
     (photos / "disc" / "broken.png").write_bytes((photos / "disc" / "disc-00.png").read_bytes()[:200])

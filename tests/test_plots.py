@@ -83,7 +83,7 @@ def test_before_and_after_stand_side_by_side():
     middle = canvas.shape[1] // 2
     assert (canvas[:160, :160] == 40).all() and (canvas[:160, -160:] == 200).all() and (canvas[:, middle] == 255).all()
     assert not (canvas[:, :middle] == 200).any() and (canvas[170:, 330:400] == 255).all()
-    with pytest.raises(ValueError, match="as many pictures before as after, at least one; got 8, 7"):
+    with pytest.raises(ValueError, match="as many images before as after, at least one; got 8, 7"):
         sheets.before_and_after(before, after[:7])
 
 
@@ -182,13 +182,13 @@ def test_contact_sheet_takes_arrays_and_files_of_every_kind(tmp_path):
 
 
 def test_contact_sheet_refuses_what_it_cannot_draw():
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         sheets.contact_sheet([])
     with pytest.raises(ValueError, match="one caption for each"):
         sheets.contact_sheet([np.zeros((4, 4))], ["a", "b"])
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 5\)"):
         sheets.contact_sheet([np.zeros((2, 3, 4, 5))])
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         sheets.class_sheet({"a": []})
 
 
@@ -219,7 +219,7 @@ def test_mistakes_name_both_classes(tmp_path):
 def test_sizes_of_one_and_of_many_kinds():
     drawn(charts.image_sizes([300] * 5, [300] * 5))
     drawn(charts.image_sizes(RNG.integers(10, 900, 300), RNG.integers(10, 900, 300)))
-    with pytest.raises(ValueError, match="no picture sizes"):
+    with pytest.raises(ValueError, match="no image sizes"):
         charts.image_sizes([], [])
 
 

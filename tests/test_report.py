@@ -163,7 +163,7 @@ def test_images_that_are_not_used_are_counted_and_are_no_leak(tmp_path):
     split.to_csv(tmp_path / "split" / "split.csv", index=False)
     text = report.build_report(tmp_path).read_text()
     assert "No identical files and no groups in more than one" in text and "too good to be true" not in text
-    assert '<th class="n">unused</th>' in text and "60 pictures of 3 classes" in text
+    assert '<th class="n">unused</th>' in text and "60 images of 3 classes" in text
 
 
 def test_what_a_naive_split_would_have_flattered_is_told_when_it_was_measured(tmp_path):
@@ -198,7 +198,7 @@ def test_a_run_that_stopped_early_says_what_is_missing(tmp_path, done):
 def test_a_perfect_run_has_no_gallery(tmp_path):
     add_evaluation(tmp_path, names=["0", "NA"], n=20, perfect=True)
     text = report.build_report(tmp_path).read_text()
-    assert "every test picture was classified rightly" in text
+    assert "every test image was classified rightly" in text
     assert "no interval: it never varied" in text
 
 
@@ -211,7 +211,7 @@ def test_pictures_that_are_gone_are_named(tmp_path):
     add_evaluation(tmp_path)
     for path in (tmp_path / "resize").rglob("*.png"):
         path.unlink()
-    assert "picture no longer there" in report.build_report(tmp_path).read_text()
+    assert "image no longer there" in report.build_report(tmp_path).read_text()
 
 
 def test_a_stage_that_the_report_knows_nothing_of_is_named(tmp_path, toy_notebooks, notebook):

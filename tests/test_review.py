@@ -45,12 +45,12 @@ def write_fixes(file: Path, root: Path, *rows: tuple[str, str]) -> Path:
     return file
 
 
-# A run of 60 pictures, of which five lie in the wrong folder, without TensorFlow
+# A run of 60 images, of which five lie in the wrong folder, without TensorFlow
 
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory, image_folder) -> tuple[Path, dict[str, str]]:
-    """A folder per class with five pictures in the wrong one, and the right label of each path."""
+    """A folder per class with five images in the wrong one, and the right label of each path."""
     root = image_folder(tmp_path_factory.mktemp("raw") / "photos", {"cat": 30, "dog": 30})
     truth = {f"{name}/{name}-{index:02}.png": name for name in ("cat", "dog") for index in range(30)}
     for name, other, index in [

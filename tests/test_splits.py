@@ -399,7 +399,7 @@ def test_an_impossible_limit_is_refused(unequal, limit):
 
 @pytest.fixture
 def laid(tmp_path: Path):
-    """A split of 40 small pictures laid out on disk: folder, split, table."""
+    """A split of 40 small images laid out on disk: folder, split, table."""
     rng = np.random.default_rng(0)
     table = inventory_of(["a"] * 20 + ["b"] * 20)
     table["phash"] = [rng.bytes(32).hex() for _ in range(40)]

@@ -325,7 +325,7 @@ def test_a_competition_ends_in_its_submission(
     run = runs_folder / "dogs"
     metrics = disk.read_json(run / "evaluate" / "metrics.json")
     assert metrics["part"] == "val" and metrics["n"] == 6
-    assert "validation pictures" in disk.read_json(run / "evaluate" / "stage.json")["headline"]
+    assert "validation images" in disk.read_json(run / "evaluate" / "stage.json")["headline"]
     command = [
         "predict",
         str(run),

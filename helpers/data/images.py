@@ -343,7 +343,7 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _inner_size(size: tuple[int, int], image_size: int, fit: str) -> tuple[int, int]:
-    """Return the (width, height) that the picture itself gets; for "crop", of the whole picture before it is cut."""
+    """Return the (width, height) that the image itself gets; for "crop", of the whole image before it is cut."""
     if fit == "squash":
         return image_size, image_size
     scale = image_size / (min(size) if fit == "crop" else max(size))

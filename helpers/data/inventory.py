@@ -21,7 +21,7 @@ from helpers.data.images import ImageError
 
 HASH_SIDE = 16  # a perceptual hash has 16 x 16 bits: 64 bits cannot tell apart images that are all alike by nature
 BLOCK = 2**19  # pairs compared at a time: what stays in a processor's cache
-SHOWN_SIZE = 160  # pixels: a picture on a contact sheet
+SHOWN_SIZE = 160  # pixels: an image on a contact sheet
 QUARANTINE = ["path", "label", "reason", "detail"]
 EXIF_TAKEN, EXIF_DIRECTORY, EXIF_ORIENTATION = 0x9003, 0x8769, 0x0112
 
@@ -199,7 +199,7 @@ def _exif(image: Image.Image) -> dict[str, Any]:
         exif = image.getexif()
         taken = exif.get_ifd(EXIF_DIRECTORY).get(EXIF_TAKEN, "")
         orientation = int(exif.get(EXIF_ORIENTATION, 1))
-    except Exception:  # metadata can be damaged in any way; the picture may still be sound
+    except Exception:  # metadata can be damaged in any way; the image may still be sound
         return {"orientation": 1, "taken": ""}
     return {"orientation": orientation if 1 <= orientation <= 8 else 1, "taken": str(taken)}
 

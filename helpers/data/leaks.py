@@ -55,7 +55,7 @@ def settle(table: pd.DataFrame) -> pd.DataFrame:
 def honest_gap(table: pd.DataFrame, root: Path, ratio: Sequence[float], *, seed: int = 0) -> pd.DataFrame:
     """Score a linear probe on splits that keep groups together and on naive ones that do not.
 
-    The probe is a logistic regression on gradients and colours of small pictures (no network, so this takes seconds);
+    The probe is a logistic regression on gradients and colours of small images (no network, so this takes seconds);
     its level means little, the difference shows how much a naive split would have flattered.
 
     Args:

@@ -16,7 +16,7 @@ BINS = 15  # equal-width bins of confidence, as in Guo et al., "On Calibration o
 def per_class(predictions: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:
     """Columns label, precision, recall, f1 (0-1), support, in the order of the class names.
 
-    Precision is 0 for a class that was never predicted; recall and F1 are NaN for a class without test pictures.
+    Precision is 0 for a class that was never predicted; recall and F1 are NaN for a class without test images.
     """
     matrix = tables.confusion_matrix(predictions, class_names)
     hits, support, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
@@ -78,7 +78,7 @@ def confidences(predictions: pd.DataFrame, class_names: Sequence[str]) -> pd.Dat
 def confident_mistakes(predictions: pd.DataFrame, class_names: Sequence[str], n: int = 24) -> pd.DataFrame:
     """The n mistakes of which the model was surest: columns path, label, predicted, confidence (0-1).
 
-    They are the first place to look for wrong labels, for pictures that show two classes, and for what the model
+    They are the first place to look for wrong labels, for images that show two classes, and for what the model
     really looks at.
     """
     _, probabilities = tables.parse(predictions, class_names)

@@ -133,7 +133,7 @@ def headline(result: dict, published: dict[str, float] | None = None) -> str:
         f"accuracy {value} (95 % interval {low} to {high})",
         f"balanced accuracy {words.percent(result['balanced_accuracy']['value'])}",
         f"macro F1 {words.percent(result['macro_f1']['value'])}",
-        f"{result['n']:,} {'validation' if result.get('part') == 'val' else 'test'} pictures",
+        f"{result['n']:,} {'validation' if result.get('part') == 'val' else 'test'} images",
     ]
     known = [f"{name} {words.percent(as_fraction(value), 2)}" for name, value in (published or {}).items()]
     return ", ".join(parts) + (f"; published: {', '.join(known)}" if known else "")
@@ -227,7 +227,7 @@ AREAS = ("auc", "average_precision")
 
 
 def resamples(truth: np.ndarray, seed: int, n_bootstrap: int, groups: Sequence[str] | None = None):
-    """Weights of stratified bootstrap resamples: chunks of float64 (resamples, pictures), about 32 MB each.
+    """Weights of stratified bootstrap resamples: chunks of float64 (resamples, images), about 32 MB each.
 
     Args:
         truth: class of each image, integers.

@@ -7,7 +7,7 @@ def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: st
     """Which phase gives the run's model: the one whose best epoch is better on the validation part, never on test.
 
     The default is the validation loss: it counts how sure each prediction was, so on a validation part of a few
-    hundred pictures it tells two models apart where accuracy moves in steps of a whole picture. Where the two phases
+    hundred images it tells two models apart where accuracy moves in steps of a whole image. Where the two phases
     minimise different losses (label smoothing or focal loss in one of them), use "val_accuracy". Equal values keep
     the head: fine-tuning then gained nothing.
 

@@ -19,9 +19,9 @@ def predictions_table(
     """The table that predictions.csv holds.
 
     Args:
-        paths: one per picture, as in images.csv.
-        labels: the true class of each picture: names, or integers that count into `class_names`.
-        probabilities: (pictures, classes), each row adding up to 1, columns in the order of `class_names`.
+        paths: one per image, as in images.csv.
+        labels: the true class of each image: names, or integers that count into `class_names`.
+        probabilities: (images, classes), each row adding up to 1, columns in the order of `class_names`.
         class_names: in the model's order.
 
     Raises:
@@ -30,7 +30,7 @@ def predictions_table(
     """
     names, probabilities = [str(name) for name in class_names], np.asarray(probabilities, dtype=np.float64)
     if len(paths) == 0:
-        raise ValueError("no picture to evaluate; expected at least one row of predictions")
+        raise ValueError("no image to evaluate; expected at least one row of predictions")
     if probabilities.shape != (len(paths), len(names)) or len(labels) != len(paths):
         raise ValueError(
             f"{len(paths)} paths, {len(labels)} labels and {len(names)} class names do not fit probabilities of shape "
@@ -62,10 +62,10 @@ def confusion_matrix(predictions: pd.DataFrame, class_names: Sequence[str]) -> n
 
 
 def parse(predictions: pd.DataFrame, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Check the table; give the true class of each row as an index (pictures,) and the probabilities."""
+    """Check the table; give the true class of each row as an index (images,) and the probabilities."""
     names = [str(name) for name in class_names]
     if len(predictions) == 0:
-        raise ValueError("no picture to evaluate; expected at least one row of predictions")
+        raise ValueError("no image to evaluate; expected at least one row of predictions")
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"expected at least two different class names; got {names}")
     if missing := [column for column in (*KEYS, *names) if column not in predictions]:

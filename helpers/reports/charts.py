@@ -2,7 +2,7 @@
 
 Each function takes data and an optional `ax`, draws, and returns the Axes: nothing is computed that a table does not
 already hold, nothing is written, and `show()` is never called. Without `ax` a figure is made whose size follows from
-its content. In a notebook, end the line with a semicolon so that only the picture appears:
+its content. In a notebook, end the line with a semicolon so that only the image appears:
 
     charts.class_counts(inventory);
 
@@ -21,17 +21,17 @@ from helpers.reports import theme
 
 
 def class_counts(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Pictures per class as bars, stacked by train, val and test where the table has a column `part`.
+    """Images per class as bars, stacked by train, val and test where the table has a column `part`.
 
     Args:
-        table: one row per picture, with the column `label` and, if the split is known, `part`.
+        table: one row per image, with the column `label` and, if the split is known, `part`.
     """
     theme.require(table, "label")
     if "part" in table:
         counts = pd.crosstab(table["label"].astype(str), table["part"])
         counts = counts[[part for part in theme.PARTS if part in counts]]
     else:
-        counts = table["label"].astype(str).value_counts().to_frame("pictures")
+        counts = table["label"].astype(str).value_counts().to_frame("images")
     counts = counts.loc[counts.sum(axis=1).sort_values(kind="stable").index]
     ax = theme.new(ax, (theme.WIDTH, theme.tall(len(counts))))
     left = np.zeros(len(counts))
@@ -59,7 +59,7 @@ def class_counts(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
             )
         ax.set_xlim(0, left.max() * 1.08)
     ax.set_ylim(-0.6, len(counts) - 0.4)
-    ax.set_xlabel("pictures")
+    ax.set_xlabel("images")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     theme.grid(ax, "x")
@@ -67,10 +67,10 @@ def class_counts(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def image_sizes(widths: Sequence[int], heights: Sequence[int], ax: Axes | None = None) -> Axes:
-    """Width against height in pixels, a disc for each distinct size, its area the number of pictures of that size."""
+    """Width against height in pixels, a disc for each distinct size, its area the number of images of that size."""
     sizes = pd.DataFrame({"width": np.asarray(widths), "height": np.asarray(heights)}).value_counts().reset_index()
     if sizes.empty:
-        raise ValueError("no picture sizes to draw; got none")
+        raise ValueError("no image sizes to draw; got none")
     ax = theme.new(ax, (5.2, 4.2))
     largest = 400 if len(sizes) <= 10 else 120  # points squared; many sizes need small discs to be told apart
     area = 12 + largest * sizes["count"] / sizes["count"].max()
@@ -138,7 +138,7 @@ def confusion_matrix(
     bar.ax.tick_params(labelsize=8, colors=theme.GREY, length=0)
     if normalised:
         bar.ax.yaxis.set_major_formatter(theme.PERCENT)
-    bar.set_label("share of the true class" if normalised else "pictures", fontsize=8, color=theme.GREY)
+    bar.set_label("share of the true class" if normalised else "images", fontsize=8, color=theme.GREY)
     return ax
 
 
@@ -160,7 +160,7 @@ def per_class(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.scatter(table["f1"], rows, s=70, color=theme.INK, label="F1", zorder=2, marker="|", clip_on=False)
     names = [f"{words.shorten(name, 26)} ({int(support):,})" for name, support in table["support"].items()]
     theme.name_axis(ax, "y", names, limit=40)
-    ax.set(xlim=(0, 1.0), ylim=(-0.6, len(table) - 0.4), xlabel="score (pictures in brackets)")
+    ax.set(xlim=(0, 1.0), ylim=(-0.6, len(table) - 0.4), xlabel="score (images in brackets)")
     ax.xaxis.set_major_formatter(theme.PERCENT)
     theme.grid(ax, "both")
     return theme.legend(ax)
@@ -182,7 +182,7 @@ def reliability(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.scatter(table["confidence"], table["accuracy"], s=area, color=theme.BLUE, alpha=0.75, linewidths=0, zorder=3)
     ax.text(0.97, 0.03, "below the line: too sure", transform=ax.transAxes, fontsize=8, color=theme.GREY, ha="right")
     ax.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal", ylabel="share that was right",
-           xlabel="confidence (disc area: pictures)")  # fmt: skip
+           xlabel="confidence (disc area: images)")  # fmt: skip
     ax.xaxis.set_major_formatter(theme.PERCENT)
     ax.yaxis.set_major_formatter(theme.PERCENT)
     theme.grid(ax, "both")

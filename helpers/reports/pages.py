@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from helpers.core import disk
 
-# What a notebook's own HTML may hold: structure, tables and pictures; no style, no script, nothing that loads.
+# What a notebook's own HTML may hold: structure, tables and images; no style, no script, nothing that loads.
 # fmt: off
 TAGS = {
     "a", "abbr", "b", "blockquote", "br", "caption", "code", "dd", "del", "details", "div", "dl", "dt", "em",

@@ -1,7 +1,7 @@
 """The report of a run: one HTML file that needs no network, the answer first and then everything behind it.
 
 `build_report` reads only what lies in the run's folder, so a report can be made again at any time, and of a run that
-stopped early. Figures, pictures and style sheets are inside the file; text from data (class names, file names, notes)
+stopped early. Figures, images and style sheets are inside the file; text from data (class names, file names, notes)
 is escaped by Jinja, and the notebooks' own HTML is cleaned by nbconvert.
 """
 
@@ -28,8 +28,8 @@ from helpers.evaluation import details, metrics, tables
 from helpers.evaluation.trust import promises
 from helpers.reports import charts, curves, doubts, pages, sheets
 
-GROUPS, PER_GROUP = 3, 2  # groups of look-alikes shown, and pictures of each
-MISTAKES = 18  # pictures in the gallery: three rows of six
+GROUPS, PER_GROUP = 3, 2  # groups of look-alikes shown, and images of each
+MISTAKES = 18  # images in the gallery: three rows of six
 ROWS = 20  # of a table that could grow without end, such as the quarantine
 
 
@@ -163,7 +163,7 @@ def _training(run: Path, stages: dict) -> dict | None:
 
 
 def _data(run: Path, stages: dict) -> dict | None:
-    """What went in: pictures per class and part, what was set aside and why, and whether the parts are apart."""
+    """What went in: images per class and part, what was set aside and why, and whether the parts are apart."""
     data = _NO_DATA.copy()
     for name, add in DATA.items():
         if stages[name]:
@@ -213,7 +213,7 @@ def _divided(run: Path, stages: dict) -> dict:
 
 
 def _alike(run: Path, figures: Path, inventory: pd.DataFrame) -> tuple[dict, list[dict]]:
-    """What must stay together: the figures of groups.json, and the largest groups as pictures."""
+    """What must stay together: the figures of groups.json, and the largest groups as images."""
     if not figures.is_file():
         return {}, []
     sizes = inventory["group"].value_counts()
@@ -302,7 +302,7 @@ def _svg(draw: Callable, *values, **options) -> str:
 
 
 def _picture(run: Path, row: dict) -> dict:
-    """A row of the mistakes with its picture; without one if the file is no longer there."""
+    """A row of the mistakes with its image; without one if the file is no longer there."""
     places = (run / "resize" / row["path"], run / "explore" / "source" / row["path"])
     path = next((place for place in places if place.is_file()), None)
     return row | {"image": _jpeg(path) if path else None}

@@ -23,7 +23,7 @@ from helpers.reports import pages, sheets
 
 SHOWN = 200  # cards in a section at most
 TOGETHER = 8  # cards of one group of look-alikes at most
-SIDE = 320  # pixels of a picture's longer side
+SIDE = 320  # pixels of an image's longer side
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -107,9 +107,9 @@ def sections(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def render(run: Path, source: Path, evidence: Evidence, found: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Return the page as HTML; every text from the data is escaped, and every picture is inside."""
+    """Return the page as HTML; every text from the data is escaped, and every image is inside."""
     cards = [card for section in found for group in section["groups"] for card in group]
-    pictures = parallel.for_each(_jpeg, [source / card["path"] for card in cards], label="pictures")
+    pictures = parallel.for_each(_jpeg, [source / card["path"] for card in cards], label="images")
     for card, picture in zip(cards, pictures, strict=True):
         card["picture"] = picture
     script = (TEMPLATES / "review.js").read_text(encoding="utf-8")
@@ -174,7 +174,7 @@ def _earlier(explore: Path) -> list[list[str]]:
 
 
 def _jpeg(path: Path) -> str:
-    """Return the picture as a data URI, "" when it cannot be read."""
+    """Return the image as a data URI, "" when it cannot be read."""
     try:
         pixels = sheets.thumbnail(path, SIDE)
     except images.ImageError:

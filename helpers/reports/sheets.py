@@ -14,8 +14,8 @@ from helpers.core import words
 from helpers.data.images import decode, open_image, read_bytes
 from helpers.reports import theme
 
-TILE = 160  # pixels of one picture on a contact sheet
-GAP, LINE = 10, 17  # pixels between pictures, and of a line of caption
+TILE = 160  # pixels of one image on a contact sheet
+GAP, LINE = 10, 17  # pixels between images, and of a line of caption
 
 
 def contact_sheet(
@@ -26,21 +26,21 @@ def contact_sheet(
     heading: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Lay pictures out in rows, whole and undistorted, with an optional caption under each.
+    """Lay images out in rows, whole and undistorted, with an optional caption under each.
 
     Args:
         images: RGB (height, width, 3) or grey (height, width) arrays in 0-255, or paths of image files.
-        titles: a caption of one or two lines for each picture.
-        columns: pictures in a row.
+        titles: a caption of one or two lines for each image.
+        columns: images in a row.
         heading: a line above the sheet.
 
     Raises:
-        ValueError: there is no picture, or not one caption for each picture.
+        ValueError: there is no image, or not one caption for each image.
     """
     if len(images) == 0:
-        raise ValueError("a contact sheet needs at least one picture; got none")
+        raise ValueError("a contact sheet needs at least one image; got none")
     if titles is not None and len(titles) != len(images):
-        raise ValueError(f"expected one caption for each of {len(images)} pictures; got {len(titles)}")
+        raise ValueError(f"expected one caption for each of {len(images)} images; got {len(titles)}")
     columns = max(1, min(columns, len(images)))
     lines = max((str(title).count("\n") + 1 for title in titles), default=0) if titles is not None else 0
     rows = [images[start : start + columns] for start in range(0, len(images), columns)]
@@ -53,14 +53,14 @@ def contact_sheet(
 def class_sheet(
     images_by_class: Mapping[str, Sequence[np.ndarray | str | Path]], *, heading: str = "", ax: Axes | None = None
 ) -> Axes:
-    """One row of pictures for each class, its name at the left: what the classes look like, side by side.
+    """One row of images for each class, its name at the left: what the classes look like, side by side.
 
     Args:
-        images_by_class: class name -> pictures (arrays or paths, as in `contact_sheet`), in the order of the rows.
+        images_by_class: class name -> images (arrays or paths, as in `contact_sheet`), in the order of the rows.
     """
     columns = max((len(images) for images in images_by_class.values()), default=0)
     if columns == 0:
-        raise ValueError("a class sheet needs at least one picture; got none")
+        raise ValueError("a class sheet needs at least one image; got none")
     ax = _mosaic(list(images_by_class.values()), columns=columns, caption_lines=0, ax=ax, names=True)
     for row, name in enumerate(images_by_class):
         y = row * _pitch(0)[1] + TILE / 2
@@ -71,15 +71,15 @@ def class_sheet(
 def before_and_after(
     before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, columns: int = 6, heading: str = ""
 ) -> Axes:
-    """Two sheets of pictures side by side: as they were at the left, what became of each at the right.
+    """Two sheets of images side by side: as they were at the left, what became of each at the right.
 
     Args:
-        before, after: as many pictures each, arrays as in `contact_sheet`.
-        columns: pictures in a row of each sheet.
+        before, after: as many images each, arrays as in `contact_sheet`.
+        columns: images in a row of each sheet.
         heading: a line above the sheets.
     """
     if len(before) == 0 or len(before) != len(after):
-        raise ValueError(f"expected as many pictures before as after, at least one; got {len(before)}, {len(after)}")
+        raise ValueError(f"expected as many images before as after, at least one; got {len(before)}, {len(after)}")
     columns, gap = min(columns, len(before)), np.full((1, 1, 3), 255, np.uint8)
     empty = [gap] * (-len(before) % columns)
     left, right = ([*images, *empty] for images in (before, after))
@@ -106,7 +106,7 @@ def write_before_and_after(folder: Path, pairs: Iterable[tuple[str, np.ndarray, 
 
 
 def mistakes(table: pd.DataFrame, root: str | Path = "", *, columns: int = 6, ax: Axes | None = None) -> Axes:
-    """Wrongly classified pictures, each with its true class and what the model said instead, and how surely.
+    """Wrongly classified images, each with its true class and what the model said instead, and how surely.
 
     Args:
         table: columns path (relative to `root`), label, predicted, confidence (0-1); drawn in the order of its rows.
@@ -115,7 +115,7 @@ def mistakes(table: pd.DataFrame, root: str | Path = "", *, columns: int = 6, ax
         ax = theme.new(ax, (theme.WIDTH, 0.8))
         ax.set_axis_off()
         theme.text(
-            ax, 0, 0.5, "No mistakes: every picture was classified rightly.", fontsize=10, color=theme.GREY, va="center"
+            ax, 0, 0.5, "No mistakes: every image was classified rightly.", fontsize=10, color=theme.GREY, va="center"
         )
         return ax
     paths = [Path(root) / path for path in table["path"]]
@@ -153,7 +153,7 @@ def thumbnail(image: np.ndarray | str | Path, side: int = TILE) -> np.ndarray:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or 0 in array.shape:
-        raise ValueError(f"expected a picture of shape (height, width, 3) or (height, width); got {array.shape}")
+        raise ValueError(f"expected an image of shape (height, width, 3) or (height, width); got {array.shape}")
     picture = Image.fromarray(np.clip(np.nan_to_num(array), 0, 255).astype(np.uint8)).convert("RGB")
     scale = side / max(picture.size)
     size = tuple(max(1, round(length * scale)) for length in picture.size)
@@ -161,12 +161,12 @@ def thumbnail(image: np.ndarray | str | Path, side: int = TILE) -> np.ndarray:
 
 
 def _pitch(caption_lines: int) -> tuple[int, int]:
-    """Pixels from one picture to the next, across and down, on the canvas of a contact sheet."""
+    """Pixels from one image to the next, across and down, on the canvas of a contact sheet."""
     return TILE + GAP, TILE + GAP + LINE * caption_lines + (GAP if caption_lines else 0)
 
 
 def _mosaic(rows, *, columns: int, caption_lines: int, ax: Axes | None, names: bool = False) -> Axes:
-    """All pictures on one canvas in one Axes: an Axes each would take seconds, and line up less well."""
+    """All images on one canvas in one Axes: an Axes each would take seconds, and line up less well."""
     across, down = _pitch(caption_lines)
     canvas = np.full((len(rows) * down - GAP, columns * across - GAP, 3), 255, np.uint8)
     for row, images in enumerate(rows):
@@ -179,7 +179,7 @@ def _mosaic(rows, *, columns: int, caption_lines: int, ax: Axes | None, names: b
     inch = min((theme.WIDTH - margin) / columns, 1.7, max(0.6, 60 / len(rows)))
     ax = theme.new(ax, (margin + columns * inch, len(rows) * inch * down / across + 0.1))
     ax.imshow(canvas, interpolation="antialiased")
-    # Names stand left of the pictures, inside the Axes, where no layout can cut them off.
+    # Names stand left of the images, inside the Axes, where no layout can cut them off.
     ax.set_xlim(-margin / inch * across, canvas.shape[1])
     ax.set_axis_off()
     return ax
