@@ -178,12 +178,12 @@ def add(
     formats.check(list(kinds))
     classes, proved, missed = disk.read_json(folder / "classes.json"), [], []
     for kind in kinds:
-        file = formats.write(model, kind, folder, representative)
+        formats.write(model, kind, folder, representative)
         _describe(folder, name, [*(one.format for one in proved), kind])
         parity, answers = certificate.compare(folder, kind, proof.files, given, proof.labels, classes)
         if why := certificate.judge(parity, answers, given, proof.files, tolerance):
             missed.append(why)
-            for part in folder.glob(file.stem + ".*"):
+            for part in formats.FORMATS[kind].parts(folder):
                 part.unlink()
         else:
             proved.append(parity)
@@ -196,10 +196,9 @@ def add(
 
 
 def _describe(folder: Path, name: str, kinds: Sequence[str]) -> None:
-    files = {kind: formats.FORMATS[kind].file for kind in kinds}
-    weights = {kind: Path(file).with_suffix(".bin") if file.endswith(".xml") else file for kind, file in files.items()}
+    chosen = {kind: formats.FORMATS[kind] for kind in kinds}
     about = {
-        kind: {"file": file, "version": disk.sha256_of(folder / weights[kind])[:12]} for kind, file in files.items()
+        kind: {"file": one.file, "version": disk.sha256_of(folder / one.weights)[:12]} for kind, one in chosen.items()
     }
     disk.write_json(folder / "model.json", {"name": name, "formats": about})
 
@@ -279,7 +278,7 @@ def headline(folder: Path, parities: Sequence[certificate.Parity]) -> str:
     )
 
 
-def changed_answers(folder: Path) -> pd.DataFrame:
+def answers(folder: Path) -> pd.DataFrame:
     """Return the golden images with their file, and for each format its most probable class and its probability."""
     golden, rows = disk.read_json(folder / "golden.json"), []
     for file, said in golden["images"].items():

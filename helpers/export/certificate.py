@@ -108,7 +108,7 @@ def compare(
     both = [tables.predictions_table(names, labels, chances, class_names) for chances in (expected, _whole(given))]
     paired = comparison.compare(*both, class_names)
     distance = np.abs(given - expected)
-    size = sum(path.stat().st_size for path in bundle.glob(Path(FORMATS[kind].file).stem + ".*"))
+    size = sum(path.stat().st_size for path in FORMATS[kind].parts(bundle))
     return Parity(
         format=kind,
         images=len(files),
@@ -126,9 +126,7 @@ def compare(
     ), given
 
 
-def judge(
-    parity: Parity, given: np.ndarray, expected: np.ndarray, files: list[Path], tolerance: float
-) -> str:
+def judge(parity: Parity, given: np.ndarray, expected: np.ndarray, files: list[Path], tolerance: float) -> str:
     """Return why a format misses what is asked of it, and on which images; "" where it does not.
 
     Args:
@@ -149,7 +147,9 @@ def judge(
             return ""
         other = given.argmax(axis=1) != expected.argmax(axis=1)
         worst = [row for row in np.argsort(-distance) if other[row]]
-        said = f"{words.percent(changed)} of the answers differ from Keras and {words.percent(lost)} of accuracy is lost"
+        said = (
+            f"{words.percent(changed)} of the answers differ from Keras and {words.percent(lost)} of accuracy is lost"
+        )
         said += f", where tolerance allows {words.percent(tolerance)} of each"
     named = ", ".join(f"{files[row].name} ({distance[row]:.2g})" for row in worst[:MOST_NAMED])
     return f"{parity.format} is not written: {said}. It concerns {len(worst):,} of {len(files):,} images: {named}."

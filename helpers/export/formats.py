@@ -49,6 +49,15 @@ class Format:
     needs: tuple[str, ...] = ()
     requirements: str = "litert"
 
+    @property
+    def weights(self) -> str:
+        """The file that holds the weights: for OpenVINO, one beside the network's."""
+        return str(Path(self.file).with_suffix(".bin")) if self.file.endswith(".xml") else self.file
+
+    def parts(self, folder: Path) -> list[Path]:
+        """Return the files of the network in a bundle."""
+        return [folder / name for name in dict.fromkeys([self.file, self.weights])]
+
 
 def write(model: keras.Model, kind: str, folder: Path, samples: np.ndarray) -> Path:
     """Write a model in one format and return its file.

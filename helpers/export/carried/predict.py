@@ -117,9 +117,9 @@ def find(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
     """
     for path in map(Path, paths):
         if path.is_dir():
-            entries = sorted(entry for entry in os.scandir(path) if not entry.name.startswith("."))
-            yield from find(e.path for e in entries if e.is_dir() or Path(e.name).suffix.lower() in images.SUFFIXES)
-        elif path.exists():
+            below = sorted((path / name for name in os.listdir(path) if not name.startswith(".")), key=str)
+            yield from find(one for one in below if one.is_dir() or one.suffix.lower() in images.SUFFIXES)
+        elif path.exists() or path.is_symlink():
             yield path
         else:
             raise FileNotFoundError(f"There is no image or folder {path}.")
