@@ -15,6 +15,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console
 
+from helpers.cli import quiet
 from helpers.core import project, words
 from helpers.export import loading
 
@@ -24,6 +25,11 @@ UNFINISHED = ".unfinished"
 
 Bundle = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Predict by a bundle of `thaw export`, without TensorFlow.")
+]
+Formats = Annotated[str, typer.Option(metavar="A,B,...", help="See `thaw params 07`; the first one is used.")]
+Serve = Annotated[bool, typer.Option("--serve", help="Also write a function that answers over HTTP.")]
+More = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PARAMETER=VALUE", help="A parameter of 07; may be repeated.")
 ]
 
 
@@ -42,7 +48,8 @@ def predict(bundle: Path, paths: Sequence[Path], file: Path | None, console: Con
     """
     folder = bundle if bundle.is_dir() else project.resolve(bundle)
     used = loading.load(folder)
-    model = used.Model(folder)
+    with quiet.native_log():
+        model = used.Model(folder)
     if file is None:
         return _print(used.rows(model, paths), console)
     partial = file.with_name(file.name + UNFINISHED)

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 
 from helpers.cli import terminal
@@ -13,12 +12,6 @@ from helpers.pipeline import chain, fingerprints, planning
 
 STAGE = "export"
 CUT = "crop"  # takes the place of the stage that 07 reads the raw files of
-
-Formats = Annotated[str, typer.Option(metavar="A,B,...", help="See `thaw params 07`; the first one is used.")]
-Serve = Annotated[bool, typer.Option("--serve", help="Also write a function that answers over HTTP.")]
-More = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PARAMETER=VALUE", help="A parameter of 07; may be repeated.")
-]
 
 
 def run(text: str, given: Mapping[str, Any], console: Console) -> Path:

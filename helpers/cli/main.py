@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from helpers.cli import bundles, export
+from helpers.cli import bundles
 from helpers.core import disk, notebooks, project
 from helpers.pipeline import recipes
 
@@ -193,11 +193,13 @@ def predict(
 @app.command("export")
 def export_run(
     run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")],
-    formats: export.Formats = "",
-    serve: export.Serve = False,
-    overrides: export.More = None,
+    formats: bundles.Formats = "",
+    serve: bundles.Serve = False,
+    overrides: bundles.More = None,
 ) -> None:
     """Write the model of RUN as a bundle that needs neither Thaw nor TensorFlow, and prove it."""
+    from helpers.cli import export
+
     folder = export.run(run, export.parameters(formats, serve, overrides), console)
     console.print(f"Bundle: {project.display_path(folder)}", markup=False)
 

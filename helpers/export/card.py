@@ -3,6 +3,7 @@
 Its header is that of the Hugging Face Hub (https://huggingface.co/docs/hub/model-cards).
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ def write(folder: Path, evaluated: Path, parities: Sequence[certificate.Parity],
     measured, about = disk.read_json(evaluated / "metrics.json"), disk.read_json(evaluated / "model.json")
     facts = _facts(folder, evaluated, measured, about, licence)
     certified = certificate.table(list(parities)).rename_axis("format").reset_index()
-    text = "\n".join([_header(name, measured, licence), f"# {name}", "", *facts, "", "## Proof", "",
-        f"Each format was asked about {parities[0].images:,} images as files, in a process without Thaw, beside the Keras"
-        " model.", "", _markdown(certified), "", "`python verify.py` repeats it on the golden images.", "",
-        "## Recipe", "", "```yaml", _recipe(evaluated), "```", ""])  # fmt: skip
+    asked = f"{parities[0].images:,} images as files, in a process without Thaw, beside the Keras model"
+    proof = [f"Each format was asked about {asked}.", "", _markdown(certified), ""]
+    proof += ["`python verify.py` repeats it on the golden images.", "", "## Recipe", ""]
+    lines = [_header(name, measured, licence), f"# {name}", "", *facts, "", "## Proof", "", *proof]
+    text = "\n".join([*lines, "```yaml", _recipe(evaluated), "```", ""])
     return disk.write_text(folder / "README.md", text)
 
 
@@ -117,8 +119,6 @@ def _recipe(evaluated: Path) -> str:
 
 
 def _yaml(content: dict) -> str:
-    import io
-
     stream = io.StringIO()
     notebooks.yaml().dump(content, stream)
     return stream.getvalue().rstrip()

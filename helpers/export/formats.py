@@ -1,7 +1,6 @@
 """The formats that a model is delivered in: how each is written, what it needs to run, how exact it has to be.
 
-All but `keras` are made of the same frozen graph, in which weights are constants. Whether a file is right is not decided
-here: the certificate asks it.
+Whether a file is right is not decided here: the certificate asks it.
 """
 
 import logging

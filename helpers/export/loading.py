@@ -28,11 +28,13 @@ def _loaded(folder: Path) -> ModuleType:
     """Import the bundle's modules under their own names, and leave none of these behind for another bundle."""
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in NAMES}
     sys.path.insert(0, str(folder))
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a stored bundle stays as it was made
     try:
         spec = util.spec_from_file_location("predict", folder / "predict.py")
         module = util.module_from_spec(spec)
         spec.loader.exec_module(module)
     finally:
+        sys.dont_write_bytecode = writes
         sys.path.remove(str(folder))
         for name in [name for name in sys.modules if name.split(".")[0] in NAMES]:
             del sys.modules[name]
