@@ -20,6 +20,7 @@ from helpers.cli import bundles, main
 from helpers.core import disk, stages
 from helpers.data import images
 from helpers.export import bundle, card, certificate, formats, function, loading
+from helpers.export.carried import networks
 from helpers.models import classifier
 
 CLASSES = ["cross", "disc", "square"]
@@ -207,60 +208,18 @@ def test_a_model_that_needs_a_detector_is_refused(tmp_path, run):
         bundle.begin(tmp_path / "bundle", tmp_path / "evaluate")
 
 
-def test_a_real_network_of_several_levels_is_carried(tmp_path):
-    family_is_carried(tmp_path, "efficientnet_lite0", "all", "litert")
+def test_a_real_network_of_several_levels_is_carried(tmp_path, monkeypatch):
+    """With random weights, under a head that spreads its answers; the other families: benchmarks/export.py."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import export as benchmark
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["litert", "onnx", "openvino"])
-@pytest.mark.parametrize("levels", ["top", "all"])
-@pytest.mark.parametrize(
-    "name",
-    ["efficientnet_lite0", "efficientnet_b0", "efficientnet_v2_b0", "resnet50", "mobilenet_v3_small", "xception", "densenet121",
-     "convnext_tiny", "vgg16"],
-)  # fmt: skip
-def test_every_family_is_carried_or_refused(tmp_path, name, levels, kind):
-    """docs/export.md holds the table that this makes."""
-    refused = kind == "onnx" and name == "convnext_tiny"
-    if refused:
-        with pytest.raises((formats.FormatError, certificate.ParityError)):
-            family_is_carried(tmp_path, name, levels, kind)
-    else:
-        family_is_carried(tmp_path, name, levels, kind)
-
-
-def spread_answers(model: keras.Model, pixels: np.ndarray) -> None:
-    """Give normalising layers the statistics of these images, and scale the head, so that the answers differ."""
-    body, norm, last = model.get_layer("backbone"), model.get_layer(classifier.SCALE), model.layers[-1]
-    body.trainable = True
-    for layer in body._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.0
-    body(pixels, training=True)
-    body.trainable = False
-    found = keras.Model(model.input, norm.input).predict(pixels, verbose=0)
-    norm.moving_mean.assign(found.mean(axis=0))
-    norm.moving_variance.assign(found.var(axis=0))
-    logits = keras.Model(model.input, last.input).predict(pixels, verbose=0) @ last.kernel.numpy()
-    last.kernel.assign(last.kernel / logits.std())
-    last.bias.assign(-logits.mean(axis=0) / logits.std())
-
-
-def family_is_carried(folder: Path, name: str, levels: str, kind: str) -> None:
-    """Export a backbone with random weights under a head that spreads its answers, and compare."""
-    keras.utils.set_random_seed(0)
-    model = classifier.build(name, 3, image_size=96, weights="none", levels=levels, standardised=True)
+    model = classifier.build("efficientnet_lite0", 3, image_size=96, weights="none", levels="all", standardised=True)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
-    pixels = np.stack([cv2.resize(one, (96, 96), interpolation=cv2.INTER_CUBIC) for one in pixels])
-    spread_answers(model, pixels.astype(np.float32))
-    expected = model.predict(pixels.astype(np.float32), verbose=0)
+    pixels = np.stack([cv2.resize(one, (96, 96), interpolation=cv2.INTER_CUBIC) for one in pixels]).astype(np.float32)
+    expected = benchmark.spread(model, pixels).predict(pixels, verbose=0)
     assert np.ptp(expected, axis=0).max() > 0.1
-    file = formats.write(model, kind, folder, pixels.astype(np.float32))
-    from helpers.export.carried import networks
-
-    run = networks.load(file)
-    given = np.concatenate([run(one[None].astype(np.float32)) for one in pixels])
-    assert np.abs(given - expected).max() < 1e-3
+    run = networks.load(formats.write(model, "litert", tmp_path, pixels))
+    assert np.abs(np.concatenate([run(one[None]) for one in pixels]) - expected).max() < 1e-4
 
 
 # The bundle alone

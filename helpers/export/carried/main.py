@@ -11,6 +11,7 @@ Nothing of a request is kept, and no answer holds anything of the host.
 
 import base64
 import binascii
+import io
 import json
 import logging
 import os
@@ -61,6 +62,7 @@ class Refused(Exception):
 
 def classify(request) -> tuple[str, int, dict[str, str]]:
     """Answer a flask.Request."""
+    request.max_content_length, request.max_form_parts = MAX_BYTES + 1, MAX_FILES + 8
     paths = {"/": _page, "/health": _health, "/metrics": _metrics, "/predict": _predict}
     path = request.path.rstrip("/") or "/"
     try:
@@ -77,6 +79,7 @@ def classify(request) -> tuple[str, int, dict[str, str]]:
     except Exception:
         logging.exception("An error of the function itself")
         body, status, headers = _json({"error": "internal", "detail": "The function failed; its log says why."}, 500)
+    _drain(request)
     REQUESTS.labels(path if path in paths else "other", status).inc()
     cross = {"Access-Control-Allow-Origin": ORIGIN, "Access-Control-Allow-Headers": "Content-Type", "Vary": "Origin"}
     return body, status, HEADERS | headers | (cross if ORIGIN else {})
@@ -130,7 +133,6 @@ def _files(request) -> list[tuple[str, bytes]]:
     Raises:
         Refused: there is none, there are too many, they are too large, or the body is not what its type says.
     """
-    request.max_content_length, request.max_form_parts = MAX_BYTES, MAX_FILES + 8
     if (request.content_length or 0) > MAX_BYTES:
         raise Refused(413, "too large", _too_large())
     kind = (request.mimetype or "").lower()
@@ -139,15 +141,30 @@ def _files(request) -> list[tuple[str, bytes]]:
         if not found:
             raise Refused(400, "no image", "The form holds no file.")
     elif kind == "application/json":
-        found = [("", data) for data in _base64(request.get_data())]
+        found = [("", data) for data in _base64(_body(request))]
     elif kind.startswith("image/") or kind == "application/octet-stream":
-        found = [("", request.get_data())]
+        found = [("", _body(request))]
     else:
         taken = "image/..., application/octet-stream, multipart/form-data or application/json"
         raise Refused(415, "content type", f"Send {taken}.")
     if len(found) > MAX_FILES:
         raise Refused(413, "too many images", f"{len(found)} images came; at most {MAX_FILES} are taken at once.")
     return found
+
+
+def _body(request) -> bytes:
+    data = request.get_data()
+    if len(data) > MAX_BYTES:  # a body in chunks says no length, and is cut off behind the limit
+        raise Refused(413, "too large", _too_large())
+    return data
+
+
+def _drain(request) -> None:
+    """Read what is left of a body, up to the limit: the framework would do it after us, and fail beyond the limit."""
+    try:
+        request.get_data()
+    except HTTPException:
+        request.stream = io.BytesIO()
 
 
 def _base64(body: bytes) -> list[bytes]:
