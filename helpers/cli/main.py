@@ -190,17 +190,17 @@ def predict(
         raise typer.Exit(1)
 
 
-@app.command("export")
-def export_run(
+@app.command()
+def export(
     run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")],
     formats: bundles.Formats = "",
     serve: bundles.Serve = False,
     overrides: bundles.More = None,
 ) -> None:
     """Write the model of RUN as a bundle that needs neither Thaw nor TensorFlow, and prove it."""
-    from helpers.cli import export
+    from helpers.cli import export as stage
 
-    folder = export.run(run, export.parameters(formats, serve, overrides), console)
+    folder = stage.run(run, stage.parameters(formats, serve, overrides), console)
     console.print(f"Bundle: {project.display_path(folder)}", markup=False)
 
 
