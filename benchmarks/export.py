@@ -20,6 +20,7 @@ import keras
 import numpy as np
 import setting
 
+from helpers.compute import inference
 from helpers.core import disk, project
 from helpers.export import bundle, certificate, formats
 from helpers.export.carried import networks
@@ -52,7 +53,7 @@ def of_run(run: Path, kinds: list[str], checked: int) -> None:
     few, found, said = bundle.samples(run / "resize"), [], []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "bundle")
-        given = bundle.expected(model, proof.files, bundle.begin(folder, run / "evaluate"))
+        given = bundle.expected(inference.fast(model), proof.files, bundle.begin(folder, run / "evaluate"))
         classes = disk.read_json(folder / "classes.json")
         for kind in kinds:
             formats.write(model, kind, folder, few)

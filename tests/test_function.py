@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 import requests
 from PIL import Image
 
+from helpers.compute import inference
 from helpers.core import disk
 from helpers.data import images
 from helpers.export import bundle, function
@@ -50,7 +52,7 @@ def folder(tmp_path_factory):
     disk.write_json(place / "decision.json", {"promise": promise})
     made = place / "bundle"
     about, proof = bundle.begin(made, place), bundle.asked(place, place, "val")
-    given = bundle.expected(model, proof.files, about)
+    given = bundle.expected(inference.fast(model), proof.files, about)
     few = np.zeros((1, SIZE, SIZE, 3), np.float32)
     bundle.add(made, ["litert"], model, proof, given, name="toy", representative=few, tolerance=0)
     function.write(place / "function", made)
@@ -297,6 +299,30 @@ def test_cors_is_off_unless_a_site_is_named(address, folder):
     finally:
         server.terminate()
         server.wait(10)
+
+
+@pytest.mark.browser
+def test_a_photo_dropped_on_the_page_is_classified(address, tmp_path):
+    from playwright import sync_api
+
+    chromium = shutil.which("chromium") or pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
+    (tmp_path / "<b>bright.png").write_bytes(picture(250, (300, 200)))
+    (tmp_path / "grey.png").write_bytes(picture(130, (300, 200)))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 720, "height": 900})
+        problems = []
+        page.on(
+            "console", lambda message: problems.append(message.text) if "Failed to load" not in message.text else None
+        )
+        page.goto(address)
+        page.set_input_files("#file", sorted(map(str, tmp_path.glob("*.png"))))
+        page.locator("article").nth(2).wait_for()
+        headings = page.locator("article h2").all_text_contents()
+        page.screenshot(path=os.environ.get("SCREENSHOT", tmp_path / "page.png"))
+        browser.close()
+    assert sorted(headings) == ["bright", "not an image", "unsure"] and not problems
 
 
 def test_many_at_once_get_each_their_own_answer(address):

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from helpers.compute import inference
 from helpers.core import disk, progress, project
 from helpers.data import images
 from helpers.data.formats import deep, jpeg, png
@@ -36,6 +35,9 @@ IMPORTS = {
     r"from helpers\.export\.carried import": "import",
 }
 SAMPLES = 50  # training images by which int8 chooses its ranges
+
+
+Predict = Callable[[np.ndarray], np.ndarray]  # images (n, H, W, 3) -> probabilities (n, classes)
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,16 @@ def asked(resized: Path, explored: Path, part: str, *, limit: int = 0, seed: int
     return Asked([file.absolute() for file in files], list(table["label"]), part)
 
 
-def expected(model: keras.Model, files: Sequence[Path], about: Mapping[str, Any]) -> np.ndarray:
-    """Return what the Keras model says of files, run as in 05 and read as in `thaw predict`: float32 (files, classes).
+def expected(run: Predict, files: Sequence[Path], about: Mapping[str, Any]) -> np.ndarray:
+    """Return what the Keras model says of files, read as `thaw predict` reads them: float32 (files, classes).
 
     Args:
-        model: as 05_evaluate keeps it.
+        run: the model as `inference.fast` returns it, by which 05 predicts.
         files: images.
         about: model.json beside it.
     """
     levels = deep.Levels(*about["levels"]) if "levels" in about else None
-    run, given = inference.fast(model), []
+    given = []
     for start in progress.track(range(0, len(files), BATCH), total=len(files), step=BATCH, label="ask Keras"):
         batch = [images.load(file, about["image_size"], about["fit"], levels=levels) for file in files[start:][:BATCH]]
         given.append(run(np.stack(batch)))
@@ -212,10 +214,11 @@ def requirements(lists: Sequence[str]) -> str:
     return "\n".join(blocks[name] for name in sorted(blocks)) + "\n"
 
 
-def write_golden(folder: Path, proof: Asked, model: keras.Model, about: Mapping[str, Any], count: int) -> list[Path]:
+def write_golden(folder: Path, proof: Asked, run: Predict, about: Mapping[str, Any], count: int) -> list[Path]:
     """Write golden images and what each format says of them, and return their files.
 
-    They are PNG files without metadata, up to 1.5 times as large as what the network takes.
+    `run` and `about` are those of `expected`. They are PNG files without metadata, up to 1.5 times as large as what the
+    network takes.
 
     Raises:
         certificate.ParityError: a format fails on them.
@@ -234,7 +237,7 @@ def write_golden(folder: Path, proof: Asked, model: keras.Model, about: Mapping[
         image.save(stream, "PNG")
         files[-1].write_bytes(stream.getvalue())
     kinds = list(disk.read_json(folder / "model.json")["formats"])
-    said = {"keras_model": expected(model, files, about)}
+    said = {"keras_model": expected(run, files, about)}
     said |= {kind: certificate.ask(folder, kind, files)[0] for kind in kinds}
     answers = {
         project.relative(file, folder): {who: [float(p) for p in rows[number]] for who, rows in said.items()}
