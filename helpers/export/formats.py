@@ -102,21 +102,19 @@ def _installed(package: str) -> bool:
         return False
 
 
-def _traced(model: keras.Model, batch: int | None) -> Any:
-    """Return the model as a tf.function of float32 images."""
+def _frozen(model: keras.Model, batch: int | None) -> Any:
+    """Return the model as one graph whose weights are constants, float32 images -> probabilities."""
     signature = [tf.TensorSpec((batch, *model.input_shape[1:]), tf.float32, name="image")]
 
     @tf.function(input_signature=signature, jit_compile=False)
     def predict(image):
-        return {"probabilities": model(image, training=False)}
+        return model(image, training=False)
 
-    return predict
+    return convert_variables_to_constants_v2(predict.get_concrete_function())
 
 
 def _converter(model: keras.Model) -> Any:
-    return tf.lite.TFLiteConverter.from_concrete_functions(
-        [convert_variables_to_constants_v2(_traced(model, 1).get_concrete_function())]
-    )
+    return tf.lite.TFLiteConverter.from_concrete_functions([_frozen(model, 1)])
 
 
 def _litert(model: keras.Model, file: Path, samples: np.ndarray) -> None:
@@ -151,8 +149,16 @@ def _onnx(model: keras.Model, file: Path, samples: np.ndarray) -> None:
     import tf2onnx
 
     logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # its optimiser prints tracebacks, and goes on
-    traced = _traced(model, None)
-    tf2onnx.convert.from_function(traced, traced.input_signature, opset=OPSET, output_path=str(file))
+    graph = _frozen(model, None)
+    # Not from_function: it makes inputs of constants that a model holds, such as those of Normalization.
+    tf2onnx.convert.from_graph_def(
+        graph.graph.as_graph_def(),
+        input_names=[graph.inputs[0].name],
+        output_names=[graph.outputs[0].name],
+        tensors_to_rename={graph.inputs[0].name: "image", graph.outputs[0].name: "probabilities"},
+        opset=OPSET,
+        output_path=str(file),
+    )
     onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
 
