@@ -54,8 +54,8 @@ $(READY): $(LOCK) pyproject.toml
 
 lock: env  ## write both lock files anew from pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip compile pyproject.toml --extra data --extra weights --extra dev $(LOCK_OPTIONS) --output-file requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --extra data --extra weights --extra dev --extra gpu $(LOCK_OPTIONS) --output-file requirements-gpu.lock
+	$(BIN)/uv pip compile pyproject.toml --extra data --extra weights --extra formats --extra dev $(LOCK_OPTIONS) --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra data --extra weights --extra formats --extra dev --extra gpu $(LOCK_OPTIONS) --output-file requirements-gpu.lock
 
 LOCK_OPTIONS := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-find-links \
 	--custom-compile-command "make lock"

@@ -12,7 +12,7 @@ from helpers.core import notebooks, project
 from helpers.pipeline import fingerprints
 
 ROOT = Path(__file__).parents[1]
-DEPARTMENTS = ("cli", "pipeline", "reports", "evaluation", "training", "compute", "data", "models", "core")
+DEPARTMENTS = ("cli", "export", "pipeline", "reports", "evaluation", "training", "compute", "data", "models", "core")
 CODE = sorted((ROOT / "helpers").rglob("*.py"))
 
 
@@ -52,7 +52,7 @@ def test_no_department_is_imported_as_a_name():
                 assert not {alias.name for alias in node.names} & {"helpers", *packages}, ast.unparse(node)
 
 
-NAMED_BY = ("pipeline/checks.py", "cli/starter.py", "cli/bakeoff.py")  # they are about single stages
+NAMED_BY = ("pipeline/checks.py", "cli/starter.py", "cli/bakeoff.py", "cli/export.py")  # they are about single stages
 
 
 def test_the_chain_knows_no_stage_by_name():
@@ -147,8 +147,8 @@ def stale_after(tmp_path, monkeypatch):
         ("helpers/training/compiling.py", {"head", "fine_tune", "evaluate"}),
         ("helpers/models/families/kerashub.py", {"head", "fine_tune", "bakeoff"}),
         ("helpers/models/fetching.py", set()),
-        ("helpers/evaluation/metrics.py", {"evaluate", "compare", "bakeoff"}),
-        ("helpers/evaluation/details.py", {"evaluate", "compare", "bakeoff"}),
+        ("helpers/evaluation/metrics.py", {"evaluate", "compare", "bakeoff", "export"}),
+        ("helpers/evaluation/details.py", {"evaluate", "compare", "bakeoff", "export"}),
         ("helpers/data/splits.py", {"split", "resize"}),
         ("helpers/data/crop.py", {"crop", "evaluate"}),
         ("helpers/reports/theme.py", set()),

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from helpers.cli import bundles
 from helpers.core import disk, notebooks, project
 from helpers.pipeline import recipes
 
@@ -162,16 +163,24 @@ def compare(
 
 @app.command()
 def predict(
-    run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")],
-    images: Annotated[list[Path], typer.Argument(help="Images, or folders that are searched for images.")],
+    run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv; left out with --bundle.")],
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Images, or folders that are searched for images.")
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the predictions to this CSV file.")] = None,
     columns: Annotated[
         str, typer.Option(metavar="A,B,...", help="What a competition asks for, as in id,breed; * is every class.")
     ] = "",
     hosts: Hosts = "",
+    bundle: bundles.Bundle = None,
 ) -> None:
-    """Classify IMAGES with the model of RUN."""
+    """Classify IMAGES with the model of RUN, or with --bundle FOLDER in its place."""
     from helpers.cli import quiet
+
+    if bundle:
+        raise typer.Exit(bundles.predict(bundle, [Path(run), *(images or [])], csv, console))
+    if not images:
+        raise ValueError("Name images or folders after the run: thaw predict runs/elpv photo.png")
 
     if columns and not csv:
         raise ValueError("--columns says how the CSV is to be written: give --csv FILE too.")
@@ -191,6 +200,20 @@ def predict(
         console.print(f"Written: {csv}", markup=False)
     if unreadable:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")],
+    formats: bundles.Formats = "",
+    serve: bundles.Serve = False,
+    overrides: bundles.More = None,
+) -> None:
+    """Write the model of RUN as a bundle that needs neither Thaw nor TensorFlow, and prove it."""
+    from helpers.cli import export as stage
+
+    folder = stage.run(run, stage.parameters(formats, serve, overrides), console)
+    console.print(f"Bundle: {project.display_path(folder)}", markup=False)
 
 
 @app.command()

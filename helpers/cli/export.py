@@ -1,0 +1,91 @@
+"""`thaw export`: notebook 07 on a run that is done, kept in the store like every other stage."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from helpers.cli import terminal
+from helpers.core import disk, notebooks, project, stages, words
+from helpers.pipeline import chain, fingerprints, planning
+
+STAGE = "export"
+CUT = "crop"  # takes the place of the stage that 07 reads the raw files of
+
+
+def run(text: str, given: Mapping[str, Any], console: Console) -> Path:
+    """Export a run as it is and return the folder of the bundle.
+
+    Args:
+        text: the run, such as runs/elpv.
+        given: parameters of 07 that differ from its own.
+        console: where progress is shown.
+
+    Raises:
+        FileNotFoundError: the run lacks a stage that 07 reads.
+        RecipeError: a parameter is wrong.
+        planning.StageError: the notebook failed, such as for a format that does not predict the same.
+    """
+    step = _step(project.run_folder(text), given)
+    for event in chain.make([step], **terminal.following(console)):
+        terminal.show_made(event, console)
+    from helpers.reports import report
+
+    report.build_report(step.link.parent)
+    return step.link / "bundle"
+
+
+def parameters(formats: str, serve: bool, more: list[str] | None) -> dict[str, Any]:
+    """Return what the command line says as parameters of 07.
+
+    Raises:
+        RecipeError: a part of `more` is not PARAMETER=VALUE.
+    """
+    found: dict[str, Any] = {"formats": [part.strip() for part in formats.split(",")]} if formats else {}
+    found |= {"serve": True} if serve else {}
+    for text in more or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise notebooks.RecipeError(f"--set {text}: expected PARAMETER=VALUE, such as checked=100.")
+        found[name.removeprefix(f"{STAGE}.")] = notebooks.yaml().load(value)
+    return found
+
+
+def _step(folder: Path, given: Mapping[str, Any]) -> planning.Step:
+    stage = notebooks.stages()[STAGE]
+    if unknown := [name for name in given if name not in stage.settings]:
+        raise notebooks.RecipeError(f"07 has no {unknown[0]!r}.{words.did_you_mean(unknown[0], stage.settings)}")
+    values = {name: p.default for name, p in stage.settings.items()} | {"title": folder.name} | dict(given)
+    if wrong := notebooks.problems(stage, values):
+        raise notebooks.RecipeError("\n".join(wrong))
+    replaced = notebooks.stages()[CUT].replaces if stages.status(folder / CUT) == "done" else ""
+    made_by = {name: CUT if made == replaced else made for name, made in stage.inputs.items()}
+    inputs = {name: folder / made for name, made in made_by.items()}
+    for path in inputs.values():
+        if stages.status(path) != "done":
+            raise FileNotFoundError(
+                f"{project.display_path(folder)} has no finished {path.name}, which the export reads. Make it with"
+                " `thaw run`."
+            )
+    ingredients = {"parameters": values, "code": fingerprints.code_of(stage.notebook)}
+    ingredients["inputs"] = {path.name: _fingerprint(path) for path in inputs.values()}
+    fingerprint = fingerprints.fingerprint(ingredients)
+    kept = folder.parent / ".store" / f"{STAGE}-{fingerprint}"
+    done = (kept / stages.STAGE_FILE).is_file()
+    return planning.Step(
+        stage=stage,
+        parameters=values,
+        ingredients=ingredients,
+        fingerprint=fingerprint,
+        folder=kept,
+        link=folder / STAGE,
+        state="done" if done else "to do",
+        why="done" if done else "not made yet",
+        input_folders={name: path.resolve() for name, path in inputs.items()},
+    )
+
+
+def _fingerprint(folder: Path) -> str:
+    """Return the fingerprint of a stage; of one made by hand, the hash of its record."""
+    return disk.read_json(folder / stages.STAGE_FILE).get("fingerprint") or disk.sha256_of(folder / stages.STAGE_FILE)

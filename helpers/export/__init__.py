@@ -1,0 +1,1 @@
+"""What is delivered: a model as a bundle that needs neither Thaw nor TensorFlow, and its proof."""

@@ -1,0 +1,62 @@
+"""A network in any format of a bundle: a float32 image in, probabilities out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+Network = Callable[[np.ndarray], np.ndarray]  # (1, height, width, 3) float32, RGB 0-255 -> (1, classes)
+
+
+def load(file: Path, threads: int = 1) -> Network:
+    """Return the network of a file by its suffix; it is not to be called by two threads at once.
+
+    Raises:
+        ValueError: the suffix is of no format.
+    """
+    if file.suffix not in LOADERS:
+        raise ValueError(f"{file.name} is of no format that is read here: {', '.join(LOADERS)}.")
+    return LOADERS[file.suffix](str(file), threads)
+
+
+def _litert(file: str, threads: int) -> Network:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(file, num_threads=threads)
+    interpreter.allocate_tensors()
+    (image,), (answer,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        interpreter.set_tensor(image["index"], batch)
+        interpreter.invoke()
+        return interpreter.get_tensor(answer["index"])
+
+    return run
+
+
+def _onnx(file: str, threads: int) -> Network:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda batch: session.run(None, {name: batch})[0]
+
+
+def _openvino(file: str, threads: int) -> Network:
+    import openvino
+
+    # Some CPUs would round products to bfloat16.
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(file, "CPU", options)
+    return lambda batch: compiled(batch)[0]
+
+
+def _keras(file: str, threads: int) -> Network:
+    import keras
+
+    return keras.saving.load_model(file).predict_on_batch
+
+
+LOADERS = {".tflite": _litert, ".onnx": _onnx, ".xml": _openvino, ".keras": _keras}

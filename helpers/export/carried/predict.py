@@ -1,0 +1,167 @@
+"""Classify images with the model of this folder. It needs nothing but this folder and its requirements.txt.
+
+python predict.py photo.jpg folder/ --csv answers.csv
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helpers.data import images
+from helpers.data.formats.deep import Levels
+from helpers.export.carried import networks
+
+FOLDER = Path(__file__).resolve().parent
+UNSURE = "unsure"
+
+
+class Model:
+    """The model of a bundle, ready to classify; each thread needs its own.
+
+    Attributes:
+        name: of the run that it comes from.
+        version: the beginning of the sha256 of the network's file.
+        classes: names in the order of the probabilities.
+        how: preprocessing.json.
+    """
+
+    def __init__(self, folder: str | os.PathLike = FOLDER, kind: str = "", threads: int = 1) -> None:
+        """Load the network.
+
+        Args:
+            folder: the bundle.
+            kind: one of its formats; "" for the first.
+            threads: of one prediction.
+
+        Raises:
+            ValueError: the bundle does not hold this format.
+        """
+        folder = Path(folder)
+        about, self.classes = _read(folder / "model.json"), _read(folder / "classes.json")
+        self.how = _read(folder / "preprocessing.json")
+        self.decision = _read(folder / "decision.json") if (folder / "decision.json").is_file() else {}
+        kind = kind or next(iter(about["formats"]))
+        if kind not in about["formats"]:
+            raise ValueError(f"This bundle has no format {kind!r}; it has {', '.join(about['formats'])}.")
+        self.name, self.version = about["name"], about["formats"][kind]["version"]
+        self.network = networks.load(folder / about["formats"][kind]["file"], threads)
+        self.levels = Levels(*self.how["levels"]) if self.how["levels"] else None
+
+    def pixels(self, data: bytes, max_pixels: int | None = None) -> np.ndarray:
+        """Return the content of an image file as the network sees it: uint8 RGB, (size, size, 3).
+
+        Args:
+            data: of any format that `images.FORMATS` names.
+            max_pixels: refuse a larger image; None for the bundle's own limit.
+
+        Raises:
+            images.ImageError: it cannot be read.
+        """
+        size, fit = self.how["image_size"], self.how["fit"]
+        image = images.open_image(data, max_pixels=max_pixels or self.how["max_pixels"])
+        enough = images._inner_size(image.size, size, fit)
+        return images.resize(images.decode(image, at_least=enough, levels=self.levels), size, fit)
+
+    def raw(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the probabilities of one image as the network gives them, float64 (classes,)."""
+        return np.asarray(self.network(pixels[None].astype(np.float32)), np.float64)[0]
+
+    def answer(self, pixels: np.ndarray) -> dict[str, Any]:
+        """Return what the model says of one image.
+
+        Returns:
+            `predicted`: a class, or "unsure" where the model keeps no promise; `confidence`: of the most probable
+            class; `probabilities`: by class, calibrated; `candidates`: where the promise is coverage, every class that
+            is probable enough.
+        """
+        chances = calibrated(self.raw(pixels), self.decision.get("calibration"))
+        top, promise = int(chances.argmax()), self.decision.get("promise") or {}
+        said = {"predicted": self.classes[top], "confidence": float(chances[top])}
+        said["probabilities"] = dict(zip(self.classes, map(float, chances), strict=True))
+        if promise.get("kind") == "coverage":
+            said["candidates"] = [name for name, p in said["probabilities"].items() if p >= promise["level"]]
+            return said | ({} if len(said["candidates"]) == 1 else {"predicted": UNSURE})
+        if thresholds := promise.get("thresholds"):
+            least = thresholds[top]
+            return said | ({} if least is not None and chances[top] >= least else {"predicted": UNSURE})
+        return said
+
+
+def calibrated(chances: np.ndarray, how: dict[str, Any] | None) -> np.ndarray:
+    """Return probabilities (classes,) after temperature scaling (Guo et al., 2017) or its form for each class."""
+    if not how:
+        return chances
+    logits = np.log(np.maximum(chances, np.finfo(np.float32).tiny))
+    if how["method"] == "temperature":
+        logits = logits / how["temperature"]
+    elif how["method"] == "vector":
+        logits = logits * np.array(how["scale"]) + np.array(how["bias"])
+    else:
+        raise ValueError(f"decision.json: calibration is {how['method']!r}; expected temperature or vector.")
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
+
+
+def find(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
+    """Yield the files among `paths`, and the images below the folders among them, in order, one folder at a time.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+    """
+    for path in map(Path, paths):
+        if path.is_dir():
+            below = sorted((path / name for name in os.listdir(path) if not name.startswith(".")), key=str)
+            yield from find(one for one in below if one.is_dir() or one.suffix.lower() in images.SUFFIXES)
+        elif path.exists() or path.is_symlink():
+            yield path
+        else:
+            raise FileNotFoundError(f"There is no image or folder {path}.")
+
+
+def rows(model: Model, paths: Iterable[str | os.PathLike]) -> Iterator[list[str]]:
+    """Yield a row for each image: path, predicted, confidence, reason why it was not read, and each probability."""
+    for path in find(paths):
+        try:
+            said = model.answer(model.pixels(images.read_bytes(path)))
+        except images.ImageError as error:
+            yield [str(path), "", "", str(error), *[""] * len(model.classes)]
+        else:
+            chances = [f"{chance:.9g}" for chance in said["probabilities"].values()]
+            yield [str(path), said["predicted"], f"{said['confidence']:.9g}", "", *chances]
+
+
+def header(model: Model) -> list[str]:
+    return ["path", "predicted", "confidence", "not_read", *model.classes]
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    """Write a CSV, one line an image; the exit code is 1 where an image could not be read."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", help="image files, or folders that are searched for images")
+    parser.add_argument("--csv", help="the file to write; standard output if not given")
+    parser.add_argument("--format", default="", help="one of the bundle's formats; the first if not given")
+    parser.add_argument("--threads", type=int, default=1)
+    given, unread = parser.parse_args(), 0
+    model = Model(kind=given.format, threads=given.threads)
+    with open(given.csv, "w", newline="", encoding="utf-8") if given.csv else sys.stdout as stream:
+        writer = csv.writer(stream)
+        writer.writerow(header(model))
+        for row in rows(model, given.images):
+            writer.writerow(row)
+            unread += bool(row[3])
+    return int(unread > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

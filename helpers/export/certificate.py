@@ -1,0 +1,184 @@
+"""The proof that a bundle predicts what the Keras model predicts: asked in a fresh process, on files, without Thaw."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from helpers.core import words
+from helpers.evaluation import comparison, tables
+from helpers.export.carried import measure
+from helpers.export.formats import FORMATS
+
+ALIKE = 1e-3  # a spread of probabilities over the images below which no comparison could fail
+MOST_NAMED = 3  # images in an error
+TIMED = 20  # images by which one thread is timed
+WITHOUT = ("helpers", "tensorflow", "keras", "torch", "jax")
+
+
+class ParityError(ValueError):
+    """A format that does not predict what the Keras model predicts."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far one format is from the Keras model on the same files.
+
+    Attributes:
+        format: its name.
+        images: how many were asked.
+        largest, mean: difference of a probability, in absolute value.
+        same_answers: share of images with the same most probable class.
+        accuracy, keras_accuracy: shares of correct answers.
+        difference: of the two, format less Keras: value, low, high (95 %, paired bootstrap).
+        megabytes: of the files of the network.
+        milliseconds, milliseconds_2_threads: median time of one image, without reading it.
+        peak_mb: most memory of the process, with Python and the reading of images.
+        load_seconds: until the first image could be classified, imports included.
+    """
+
+    format: str
+    images: int
+    largest: float
+    mean: float
+    same_answers: float
+    accuracy: float
+    keras_accuracy: float
+    difference: dict[str, float]
+    megabytes: float
+    milliseconds: float
+    milliseconds_2_threads: float
+    peak_mb: float
+    load_seconds: float
+
+
+def ask(bundle: Path, kind: str, files: list[Path], threads: int = 1) -> tuple[np.ndarray, dict[str, float]]:
+    """Classify files by a bundle in a process that can import neither Thaw nor, for most formats, TensorFlow.
+
+    Returns:
+        Probabilities, float64 (files, classes), and load_seconds, milliseconds and peak_mb of that process.
+
+    Raises:
+        ParityError: the process failed; the message holds its last line.
+    """
+    without = [name for name in WITHOUT if kind != "keras" or name == "helpers"]
+    with tempfile.TemporaryDirectory() as place:
+        request, answer = Path(place, "request.json"), Path(place, "answer.npy")
+        wanted = {"kind": kind, "threads": threads, "files": [str(file) for file in files], "without": without}
+        request.write_text(json.dumps(wanted), encoding="utf-8")
+        command = [sys.executable, "-I", "-B", measure.__file__, str(bundle), str(request), str(answer)]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=place, check=False)
+        if ran.returncode:
+            last = (ran.stderr.strip().splitlines() or [f"it ended with {ran.returncode}"])[-1]
+            raise ParityError(f"{kind}: the bundle fails in a process without Thaw: {words.shorten(last, 300)}")
+        return np.load(answer), json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+def compare(
+    bundle: Path, kind: str, files: list[Path], expected: np.ndarray, labels: list[str], class_names: list[str]
+) -> tuple[Parity, np.ndarray]:
+    """Return how far a format is from the Keras model, and its probabilities, (files, classes).
+
+    Args:
+        bundle: the folder.
+        kind: the format.
+        files: images, as people would give them.
+        expected: probabilities of the Keras model for them, (files, classes).
+        labels: their true classes.
+        class_names: in the model's order.
+
+    Raises:
+        ParityError: the bundle fails, or these images could not tell a wrong model from a right one.
+    """
+    if np.ptp(expected, axis=0).max() < ALIKE:
+        raise ParityError(
+            f"The model gives all {len(files)} images the same probabilities, so they prove nothing. Train it first."
+        )
+    given, one = ask(bundle, kind, files)
+    if wrong := np.flatnonzero(~np.isfinite(given).all(axis=1)).tolist():
+        raise ParityError(f"{kind} is not written: it answers {files[wrong[0]].name} with values that are no numbers.")
+    _, two = ask(bundle, kind, files[:TIMED], threads=2)
+    names = [str(file) for file in files]
+    both = [tables.predictions_table(names, labels, chances, class_names) for chances in (expected, _whole(given))]
+    paired = comparison.compare(*both, class_names)
+    distance = np.abs(given - expected)
+    size = sum(path.stat().st_size for path in FORMATS[kind].parts(bundle))
+    return Parity(
+        format=kind,
+        images=len(files),
+        largest=float(distance.max()),
+        mean=float(distance.mean()),
+        same_answers=float((given.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+        accuracy=paired["second"],
+        keras_accuracy=paired["first"],
+        difference=paired["difference"],
+        megabytes=size / 1e6,
+        milliseconds=one["milliseconds"],
+        milliseconds_2_threads=two["milliseconds"],
+        peak_mb=one["peak_mb"],
+        load_seconds=one["load_seconds"],
+    ), given
+
+
+def judge(parity: Parity, given: np.ndarray, expected: np.ndarray, files: list[Path], tolerance: float) -> str:
+    """Return why a format misses what is asked of it, and on which images; "" where it does not.
+
+    Args:
+        parity: as `compare` returns it, with `given`.
+        given, expected: probabilities of the format and of Keras, (files, classes).
+        files: the images.
+        tolerance: of quantised formats: the share of answers that may differ, and the accuracy that may be lost.
+    """
+    allowed, distance = FORMATS[parity.format].tolerance, np.abs(given - expected).max(axis=1)
+    if allowed is not None:
+        worst = [row for row in np.argsort(-distance) if not distance[row] <= allowed]
+        if not worst:
+            return ""
+        said = f"probabilities differ from Keras by up to {parity.largest:.2g}, more than {allowed:g}"
+    else:
+        lost, changed = parity.keras_accuracy - parity.accuracy, 1 - parity.same_answers
+        if lost <= tolerance and changed <= tolerance and np.isfinite(given).all():
+            return ""
+        other = given.argmax(axis=1) != expected.argmax(axis=1)
+        worst = [row for row in np.argsort(-distance) if other[row]]
+        said = (
+            f"{words.percent(changed)} of the answers differ from Keras and {words.percent(lost)} of accuracy is lost"
+        )
+        said += f", where tolerance allows {words.percent(tolerance)} of each"
+    named = ", ".join(f"{files[row].name} ({distance[row]:.2g})" for row in worst[:MOST_NAMED])
+    return f"{parity.format} is not written: {said}. It concerns {len(worst):,} of {len(files):,} images: {named}."
+
+
+def table(parities: list[Parity]) -> pd.DataFrame:
+    """Return the certificate as a table for people, a row a format."""
+    rows = {
+        one.format: {
+            "largest difference": f"{one.largest:.2g}",
+            "mean": f"{one.mean:.2g}",
+            "same answers": words.percent(one.same_answers),
+            "accuracy less Keras": "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**one.difference),
+            "MB": f"{one.megabytes:.1f}",
+            "ms an image": f"{one.milliseconds:.1f}",
+            "2 threads": f"{one.milliseconds_2_threads:.1f}",
+            "peak MB": f"{one.peak_mb:.0f}",
+            "start, s": f"{one.load_seconds:.2f}",
+        }
+        for one in parities
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def as_json(parities: list[Parity]) -> list[dict[str, Any]]:
+    """Return the certificate as certificate.json holds it."""
+    return [asdict(one) for one in parities]
+
+
+def _whole(chances: np.ndarray) -> np.ndarray:
+    """Return rows that add up to 1 exactly enough for a table: 8-bit outputs do not."""
+    return chances / np.maximum(chances.sum(axis=1, keepdims=True), 1e-9)
