@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from helpers.core import project, words
-from helpers.models.families import applications, efficientnet_lite, family, kerashub
+from helpers.models.families import applications, efficientnet_lite, family, kerashub, torchvision
 
-FAMILIES = (applications.FAMILY, efficientnet_lite.FAMILY, kerashub.FAMILY)
+FAMILIES = (applications.FAMILY, efficientnet_lite.FAMILY, torchvision.FAMILY, kerashub.FAMILY)
 
 
 def names() -> list[str]:
@@ -41,7 +41,7 @@ def build(name: str, image_size: int | tuple[int, int], weights: str = "imagenet
         name: one of `names()` or ``hub:<preset>``.
         image_size: pixels; an int for squares, else (height, width).
         weights: "imagenet", "none" (random), or a file: ``.keras`` (a backbone or a whole Thaw model),
-            ``.weights.h5``, ``.h5``, for EfficientNet-Lite also ``.pth``.
+            ``.weights.h5``, ``.h5``, for EfficientNet-Lite and torchvision also ``.pth``, ``.safetensors``.
 
     Returns:
         keras.Model named "backbone": (batch, height, width, 3), float32 or uint8 in 0-255 -> (batch, h, w, channels).
