@@ -55,13 +55,15 @@ def main() -> None:
         mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
         with torch.no_grad():
             logits = network((pixels - mean) / std).numpy()
-        print(f"{name}: logits from {logits.min():.2f} to {logits.max():.2f}, images differ by {np.ptp(logits, 0).max():.2f}")
+        print(
+            f"{name}: logits from {logits.min():.2f} to {logits.max():.2f}, images differ by {np.ptp(logits, 0).max():.2f}"
+        )
         kept |= {f"{name} shapes": np.array(json.dumps(shapes)), f"{name} logits": logits}
     np.savez_compressed(FIXTURES / "torchvision.npz", **kept)
 
     tensors = {"conv.weight": torch.arange(24.0).reshape(2, 3, 2, 2), "count": torch.tensor(7)}
     tensors |= {"half": torch.tensor([0.5, 2.0]).half(), "double": torch.tensor([0.25], dtype=torch.float64)}
-    tensors["turned"] = tensors["conv.weight"][:, :, 0].permute(2, 1, 0)
+    tensors["turned"] = torch.arange(12.0).reshape(2, 3, 2).permute(2, 1, 0)  # strides that are not its own
     parameters = {"weight": torch.nn.Parameter(torch.arange(3.0))}
     torch.save(tensors, FIXTURES / "archive.pth")
     torch.save(tensors, FIXTURES / "legacy.pth", _use_new_zipfile_serialization=False)

@@ -196,7 +196,7 @@ def _vgg(spec: Spec, x: Any) -> Any:
         for number in range(1, repeats + 1):
             x = _conv(x, f"block{block}_conv{number}", channels, 3, use_bias=True)
             x = _relu(_norm(x, f"block{block}_norm{number}"), f"block{block}_relu{number}")
-        x = keras.layers.MaxPooling2D(name=f"block{block}_pool")(x)
+        x = keras.layers.MaxPooling2D(2, name=f"block{block}_pool")(x)
     return x
 
 
@@ -209,7 +209,7 @@ def _densenet(spec: Spec, x: Any) -> Any:
         if block > 1:
             part = f"block{block}_transition_"
             x = _conv(_relu(_norm(x, part + "norm"), part + "relu"), part + "conv", x.shape[-1] // 2, 1)
-            x = keras.layers.AveragePooling2D(name=part + "pool")(x)
+            x = keras.layers.AveragePooling2D(2, name=part + "pool")(x)
         for number in range(1, layers + 1):
             part = f"block{block}_layer{number}_"
             new = _relu(_norm(x, part + "norm1"), part + "relu1")
