@@ -1,7 +1,9 @@
 """Make tests/fixtures/torchvision.npz and the weights files beside it: what torch and torchvision compute.
 
     pip install torch torchvision safetensors    # in an environment of its own
-    python tests/torchvision_logits.py           # minutes; torch 2.14.1 and torchvision 0.29.1 made the files that are kept
+    python tests/torchvision_logits.py           # half a minute
+
+torch 2.14.1 and torchvision 0.29.1 made the files that are kept.
 
 Weights are drawn by `draw`, from the tensor's name alone, so the test draws the same ones without torch.
 """

@@ -49,11 +49,11 @@ class Family:
         return self.specs.get(name)
 
     def features(self, spec: Spec, image: Any, imagenet: bool) -> Any:
-        """Return the feature map (batch, h, w, channels) of the input tensor `image`, RGB 0-255 (batch, H, W, 3).
+        """Return the feature map (batch, h, w, channels), or the tokens (batch, tokens, channels), of an input tensor.
 
         Args:
             spec: of the backbone.
-            image: the input tensor. The family's own preprocessing comes first, made of stock Keras layers.
+            image: the input tensor, RGB 0-255 (batch, H, W, 3). The family's own preprocessing comes first, made of stock Keras layers.
             imagenet: with its ImageNet weights if Keras itself loads them; else `finish` may.
 
         Raises:
@@ -79,6 +79,10 @@ class Family:
             _copy_weights(inner[0] if inner else saved, model)
         else:
             _load_every_weight(model, path)
+
+    def prefix_tokens(self, model: Any) -> int:
+        """Return how many tokens, such as the class token, come before those of the image's patches."""
+        return 0
 
     def classify(self, backbone: Any, spec: Spec) -> Any:
         """Return the logits of ImageNet's 1,000 classes, with their weights, on top of a backbone with its own.

@@ -1,7 +1,7 @@
 """Networks as torchvision defines them: those of PyTorch that keras.applications lacks, or has in another form.
 
 Layers, names and numbers follow torchvision 0.29 (BSD 3-Clause), whose weights they take, and those of timm under the
-same names. `tv_resnet50` differs from keras.applications' `resnet50`: the stride of a block lies in its 3x3 convolution.
+same names. In `tv_resnet50` the stride of a block lies in its 3x3 convolution, in `resnet50` of keras.applications not.
 Importing this module does not load Keras.
 """
 
