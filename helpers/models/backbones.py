@@ -1,4 +1,4 @@
-"""Backbones by name: ImageNet networks that take RGB 0-255 and return a feature map.
+"""Backbones by name: networks that take RGB 0-255 and return a feature map, or tokens.
 
 The names are those of the families in `FAMILIES`. A family's own preprocessing is part of the graph and made of stock
 Keras only, so a saved backbone opens anywhere with Keras. The names are read without Keras; what builds imports it.
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from helpers.core import project, words
-from helpers.models.families import applications, efficientnet_lite, family, kerashub
+from helpers.models.families import applications, efficientnet_lite, family, kerashub, torchvision
 
-FAMILIES = (applications.FAMILY, efficientnet_lite.FAMILY, kerashub.FAMILY)
+FAMILIES = (applications.FAMILY, efficientnet_lite.FAMILY, torchvision.FAMILY, kerashub.FAMILY)
 
 
 def names() -> list[str]:
@@ -35,16 +35,17 @@ def spec(name: str) -> family.Spec:
 
 
 def build(name: str, image_size: int | tuple[int, int], weights: str = "imagenet"):
-    """Build a backbone whose input is RGB 0-255 and whose output is a feature map.
+    """Build a backbone whose input is RGB 0-255 and whose output is a feature map, or tokens.
 
     Args:
         name: one of `names()` or ``hub:<preset>``.
         image_size: pixels; an int for squares, else (height, width).
         weights: "imagenet", "none" (random), or a file: ``.keras`` (a backbone or a whole Thaw model),
-            ``.weights.h5``, ``.h5``, for EfficientNet-Lite also ``.pth``.
+            ``.weights.h5``, ``.h5``, for EfficientNet-Lite and torchvision also ``.pth``, ``.safetensors``.
 
     Returns:
-        keras.Model named "backbone": (batch, height, width, 3), float32 or uint8 in 0-255 -> (batch, h, w, channels).
+        keras.Model named "backbone": (batch, height, width, 3), float32 or uint8 in 0-255 -> (batch, h, w, channels),
+        or (batch, tokens, channels) of a transformer. Its attribute `prefix_tokens` counts those before the patches'.
 
     Raises:
         ValueError: unknown name, image too small, or weights of another architecture.
@@ -59,6 +60,7 @@ def build(name: str, image_size: int | tuple[int, int], weights: str = "imagenet
     inputs = keras.Input((height, width, 3), name="image")
     model = keras.Model(inputs, own.features(found, inputs, weights == "imagenet"), name="backbone")
     _number_automatic_names(model)
+    model.prefix_tokens = own.prefix_tokens(model)
     if path is None:
         own.finish(model, found, weights == "imagenet")
         return model

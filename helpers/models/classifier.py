@@ -51,7 +51,7 @@ def build(
         levels: what the head reads: "top", the last feature map; "all", the ends of the backbone's blocks too; or
             names, such as ``["block3", "block5", "top"]``. With several, the backbone's output is the pooled levels.
         pool: what is taken of each channel of a feature map: its mean, or also its maximum or its standard deviation,
-            which makes twice as many features.
+            which makes twice as many features. Of tokens also "class", the class token, and "class_mean".
         standardised: with a layer ``head_scale`` that gives each feature mean 0 and standard deviation 1, once
             `features.standardise` has set it; several levels always have it.
 
@@ -72,11 +72,12 @@ def build(
         body = levels_of.read(body, levels, pool)
     body.trainable = False
     for part in unfreezing.parts_of(body):
-        if isinstance(part, keras.layers.Dropout):  # stochastic depth: `fit` would draw it despite training=False
-            part.rate = 0.0
+        for rate in ("rate", "drop_path_rate", "_dropout"):  # `fit` would draw despite training=False
+            if isinstance(getattr(part, rate, None), float):
+                setattr(part, rate, 0.0)
     inputs = keras.Input(body.input_shape[1:], name="image")
     x = body(inputs, training=False)
-    x = levels_of.pooled(x, pool, "head_pool") if levels == "top" else x
+    x = levels_of.pooled(x, pool, "head_pool", levels_of.prefix_tokens(body)) if levels == "top" else x
     if standardised or levels != "top":
         x = keras.layers.BatchNormalization(center=False, scale=False, epsilon=1e-6, name=SCALE)(x)
     x = _regularised(x, "", dropout, batch_norm)

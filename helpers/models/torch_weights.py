@@ -1,14 +1,19 @@
-"""PyTorch's legacy weights files, read without PyTorch and without running what a pickle may hold."""
+"""PyTorch's weights files, read without PyTorch and without running what a pickle may hold."""
 
 import collections
+import io
 import math
 import os
 import pickle
 import pickletools
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+ENDINGS = (".pth", ".safetensors")
 
 
 @dataclass
@@ -28,16 +33,21 @@ class _Tensor:
     def array(self) -> np.ndarray:
         values = self.storage.values
         offset, strides = self.offset * values.itemsize, [step * values.itemsize for step in self.strides]
-        return np.ndarray(self.shape, values.dtype, values, offset, strides).copy()  # refuses to reach beyond `values`
+        array = np.ndarray(self.shape, values.dtype, values, offset, strides)  # refuses to reach beyond `values`
+        return array.astype("float32" if array.dtype.kind == "f" else array.dtype)
 
 
+def _tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_) -> _Tensor:
+    return _Tensor(storage, offset, shape, strides)
+
+
+_DTYPES = {"FloatStorage": "<f4", "HalfStorage": "<f2", "DoubleStorage": "<f8", "LongStorage": "<i8"}
 _ADMITTED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, strides, *_: _Tensor(
-        storage, offset, shape, strides
-    ),
-    ("torch", "FloatStorage"): "<f4",
-    ("torch", "LongStorage"): "<i8",
+    ("torch._utils", "_rebuild_tensor"): _tensor,  # torchvision's files from before 2018
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
 }
 
 # What PyTorch writes; whatever else a pickle may consist of is refused before any of it is read.
@@ -72,39 +82,95 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         _, dtype, key, _, size, *_ = pid
-        if dtype not in ("<f4", "<i8") or type(size) is not int:
+        if dtype not in _DTYPES.values() or type(size) is not int or size < 0:
             raise pickle.UnpicklingError("it holds numbers of another kind")
         return self.storages.setdefault(key, _Storage(dtype, size))
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a state dict in PyTorch's legacy format (before 1.6) without PyTorch and without running its code.
-
-    The file holds a magic number, a version, facts on the machine, the pickled dictionary, the list of storages, and
-    each storage's length (int64) and values, little-endian.
+    """Read a state dict without PyTorch and without running code that the file may hold.
 
     Args:
-        path: a ``.pth`` file.
+        path: a ``.safetensors`` file, or a ``.pth`` file in either of PyTorch's formats: a zip archive (since 1.6), or
+            the legacy one.
 
     Returns:
-        name -> array, float32 or int64.
+        name -> array, float32 or int64; numbers of half or double precision become float32.
 
     Raises:
         ValueError: the file is in another format or asks for anything but tensors.
     """
+    if Path(path).suffix == ".safetensors":
+        return _read_safetensors(path)
     with Path(path).open("rb") as file:
         try:
-            magic, version, _ = (_TensorUnpickler(file).load() for _ in range(3))
-            if (magic, version) != (0x1950A86A20F9469CFC6C, 1001):
-                raise ValueError("it does not begin as such a file does")
-            unpickler = _TensorUnpickler(file)
-            state = unpickler.load()
-            for key in _TensorUnpickler(file).load():
-                _read_storage(file, unpickler.storages[key])
-            _check(state, unpickler.storages)
+            state, storages = (_read_archive if zipfile.is_zipfile(file) else _read_legacy)(file)
+            _check(state, storages)
             return {name: tensor.array() for name, tensor in state.items()}
         except Exception as error:  # a damaged pickle can raise nearly anything
-            raise ValueError(f"{path} is not a legacy PyTorch weights file (.pth): {error}.") from error
+            raise ValueError(f"{path} is not a PyTorch weights file (.pth): {error}.") from error
+
+
+def arrays_of(tensors: Mapping[str, np.ndarray], name: str, *, depthwise: bool = False) -> list[np.ndarray]:
+    """Return the weights of a PyTorch module in the order and the layout of the Keras layer of the same kind.
+
+    Args:
+        tensors: from `read`.
+        name: of the module: a convolution, BatchNorm2d or a linear layer.
+        depthwise: the module is a convolution with one filter a channel.
+
+    Raises:
+        KeyError: the file has no such module.
+    """
+    if f"{name}.running_mean" in tensors:
+        return [tensors[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")]
+    kernel = tensors[f"{name}.weight"]  # (out, in), (out, in, height, width); depthwise (channels, 1, height, width)
+    axes = (1, 0) if kernel.ndim == 2 else (2, 3, 0, 1) if depthwise else (2, 3, 1, 0)
+    return [kernel.transpose(axes), *(tensors[key] for key in [f"{name}.bias"] if key in tensors)]
+
+
+def _read_legacy(file) -> tuple[dict, dict[str, _Storage]]:
+    """Read the format before 1.6.
+
+    It holds a magic number, a version, facts on the machine, the pickled dictionary, the list of storages, and each
+    storage's length (int64) and values, little-endian.
+    """
+    file.seek(0)
+    magic, version, _ = (_TensorUnpickler(file).load() for _ in range(3))
+    if (magic, version) != (0x1950A86A20F9469CFC6C, 1001):
+        raise ValueError("it does not begin as such a file does")
+    unpickler = _TensorUnpickler(file)
+    state = unpickler.load()
+    for key in _TensorUnpickler(file).load():
+        _read_storage(file, unpickler.storages[key])
+    return state, unpickler.storages
+
+
+def _read_archive(file) -> tuple[dict, dict[str, _Storage]]:
+    """Read the format since 1.6: a zip archive of the pickled dictionary and of each storage's values."""
+    archive = zipfile.ZipFile(file)
+    folder = next(name for name in archive.namelist() if name.endswith("data.pkl")).removesuffix("data.pkl")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        raise ValueError("it is compressed, which PyTorch's files are not")
+    if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+        raise ValueError("its numbers begin with the highest byte")
+    unpickler = _TensorUnpickler(io.BytesIO(archive.read(f"{folder}data.pkl")))
+    state = unpickler.load()
+    for key, storage in unpickler.storages.items():
+        storage.values = np.frombuffer(archive.read(f"{folder}data/{key}"), storage.dtype)
+        if storage.values.size != storage.size:
+            raise ValueError("a storage has another size than the file says")
+    return state, unpickler.storages
+
+
+def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # the package has an error of its own, and a KeyError for types NumPy has not
+        raise ValueError(f"{path} is not a safetensors file that can be read: {error!r}.") from error
+    return {name: array.astype("float32") if array.dtype.kind != "i" else array for name, array in tensors.items()}
 
 
 def _check(state: dict, storages: dict[str, _Storage]) -> None:

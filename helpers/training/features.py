@@ -44,7 +44,7 @@ def choose_levels(
     if levels != "auto":
         return levels
     body = backbones.build(backbone, train.image_size, weights)
-    top = (1 if pool == "mean" else 2) * body.output.shape[-1]
+    top = (1 if pool in ("mean", "class") else 2) * body.output.shape[-1]
     run = inference.fast(levels_of.read(body, "all", pool))
     (known, labels), (asked, truth) = (_of_some(run, images, seed) for images in (train, val))
     rows = []

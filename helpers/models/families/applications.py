@@ -9,8 +9,6 @@ import numpy as np
 
 from helpers.models.families import family
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of pixels in 0-1
-IMAGENET_STD = (0.229, 0.224, 0.225)
 CAFFE_MEAN = (123.68, 116.779, 103.939)  # RGB, of pixels in 0-255
 
 
@@ -126,7 +124,7 @@ class Applications(family.Family):
         super().load(model, spec, path)
         if spec.module == "efficientnet":
             layer = next(layer for layer in model.layers if type(layer).__name__ == "Normalization")
-            if np.allclose(layer.adapt_variance, IMAGENET_STD, atol=1e-4):
+            if np.allclose(layer.adapt_variance, family.IMAGENET_STD, atol=1e-4):
                 _set_normalization(model)
 
     def here(self) -> list[str]:
@@ -141,8 +139,7 @@ def _preprocess(inputs, contract: str):
     if contract == "tf":
         return keras.layers.Rescaling(1 / 127.5, offset=-1.0, name=family.PREPROCESS + "rescale")(inputs)
     if contract == "torch":
-        mean, variance = np.multiply(IMAGENET_MEAN, 255).tolist(), np.square(np.multiply(IMAGENET_STD, 255)).tolist()
-        return keras.layers.Normalization(mean=mean, variance=variance, name=family.PREPROCESS + "standardise")(inputs)
+        return family.standardised(inputs)
     if contract == "caffe":
         name = family.PREPROCESS + "centre"
         centred = keras.layers.Normalization(mean=CAFFE_MEAN, variance=(1.0, 1.0, 1.0), name=name)(inputs)
@@ -152,14 +149,7 @@ def _preprocess(inputs, contract: str):
 
 def _no_download(spec: Spec, error: Exception) -> FileNotFoundError:
     url = re.search(r"https?://\S+[^\s:]", str(error))
-    expected = family.keras_home() / "models" / (Path(url.group()).name if url else "")
-    return FileNotFoundError(
-        f"The ImageNet weights of {spec.name} are not on this machine and could not be downloaded.\n"
-        f"  expected: {expected}\n"
-        f"  reason:   {error}\n"
-        "Put the file there, or set KERAS_HOME to a folder whose models/ holds it, or connect to the network. "
-        'The backbone efficientnet_lite0 needs no download; weights="none" starts from random weights.'
-    )
+    return family.no_download(spec.name, Path(url.group()).name if url else "", error)
 
 
 def _set_normalization(model) -> None:
@@ -169,8 +159,8 @@ def _set_normalization(model) -> None:
     with weights="imagenet". Without that layer, the true variance here makes the same function of the pixels.
     """
     layer = next(layer for layer in model.layers if type(layer).__name__ == "Normalization")
-    layer.adapt_mean.assign(IMAGENET_MEAN)
-    layer.adapt_variance.assign(np.square(IMAGENET_STD))
+    layer.adapt_mean.assign(family.IMAGENET_MEAN)
+    layer.adapt_variance.assign(np.square(family.IMAGENET_STD))
     layer.finalize_state()
 
 

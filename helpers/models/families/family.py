@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 PREPROCESS = "preprocess_"  # first part of the name of every layer put before a family's own layers
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of pixels in 0-1
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,11 @@ class Family:
         return self.specs.get(name)
 
     def features(self, spec: Spec, image: Any, imagenet: bool) -> Any:
-        """Return the feature map (batch, h, w, channels) of the input tensor `image`, RGB 0-255 (batch, H, W, 3).
+        """Return the feature map (batch, h, w, channels), or the tokens (batch, tokens, channels), of an input tensor.
 
         Args:
             spec: of the backbone.
-            image: the input tensor. The family's own preprocessing comes first, made of stock Keras layers.
+            image: the input tensor, RGB 0-255 (batch, H, W, 3). The family's own preprocessing comes first, made of stock Keras layers.
             imagenet: with its ImageNet weights if Keras itself loads them; else `finish` may.
 
         Raises:
@@ -78,6 +80,10 @@ class Family:
         else:
             _load_every_weight(model, path)
 
+    def prefix_tokens(self, model: Any) -> int:
+        """Return how many tokens, such as the class token, come before those of the image's patches."""
+        return 0
+
     def classify(self, backbone: Any, spec: Spec) -> Any:
         """Return the logits of ImageNet's 1,000 classes, with their weights, on top of a backbone with its own.
 
@@ -97,6 +103,25 @@ class Family:
     def here(self) -> list[str]:
         """Return what ImageNet weights of this family are on this machine, by name of backbone or file."""
         return []
+
+
+def standardised(image: Any) -> Any:
+    """Return RGB 0-255 standardised with the ImageNet statistics, as PyTorch's networks take it."""
+    import keras
+
+    mean, variance = np.multiply(IMAGENET_MEAN, 255).tolist(), np.square(np.multiply(IMAGENET_STD, 255)).tolist()
+    return keras.layers.Normalization(mean=mean, variance=variance, name=PREPROCESS + "standardise")(image)
+
+
+def no_download(name: str, file: str, error: Exception) -> FileNotFoundError:
+    """Return the error that tells where a file of weights is expected that could not be downloaded."""
+    return FileNotFoundError(
+        f"The ImageNet weights of {name} are not on this machine and could not be downloaded.\n"
+        f"  expected: {keras_home() / 'models' / file}\n"
+        f"  reason:   {error}\n"
+        "Put the file there, or set KERAS_HOME to a folder whose models/ holds it, or connect to the network. "
+        'The backbone efficientnet_lite0 needs no download; weights="none" starts from random weights.'
+    )
 
 
 def keras_home() -> Path:

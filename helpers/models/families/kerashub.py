@@ -1,15 +1,23 @@
-"""Presets of KerasHub, ``hub:<preset>``; their weights are downloaded, or read from a folder."""
+"""Presets of KerasHub, ``hub:<preset>``; their weights are downloaded, or read from a folder.
 
+Convolutional backbones end in a feature map, (batch, height, width, channels), vision transformers in tokens, (batch,
+tokens, channels). A transformer's encoder is one layer in KerasHub; here each of its blocks is a layer, ``block1`` to
+``block12``, so that some of them can train while what the others give is kept.
+"""
+
+import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
+from helpers.core import hub as mended
 from helpers.models.families import family
 
 SMALLEST = 32  # pixels
 
 
 class KerasHub(family.Family):
-    """Every preset of the installed KerasHub whose backbone returns a feature map."""
+    """Every preset of the installed KerasHub whose backbone returns a feature map or tokens."""
 
     def spec(self, name: str) -> family.Spec | None:
         """Return the preset that a name such as ``hub:resnet_50_imagenet`` means; whether it exists is not known."""
@@ -20,21 +28,101 @@ class KerasHub(family.Family):
         """Build a preset, its image converter's scale and offset first, laid flat so that its layers can be named."""
         import keras
 
-        try:
-            import keras_hub
-        except ImportError as error:
-            raise ImportError(f'{spec.name} needs KerasHub: pip install -e ".[hub]".') from error
+        keras_hub = _keras_hub(spec.name)
         preset = spec.name.removeprefix("hub:")
-        size = tuple(image.shape[1:])
-        hub = keras_hub.models.Backbone.from_preset(preset, load_weights=imagenet, image_shape=size)
-        if len(hub.output.shape) != 4:
-            shape = hub.output.shape
-            raise ValueError(f"{spec.name} does not return a feature map (height, width, channels) but {shape}.")
+        hub = _preset(spec.name, preset, tuple(image.shape[1:]), imagenet)
         converter = keras_hub.layers.ImageConverter.from_preset(preset)
         scale = 1.0 if converter.scale is None else converter.scale
         offset = 0.0 if converter.offset is None else converter.offset
         x = keras.layers.Rescaling(scale, offset=offset, name=family.PREPROCESS + "rescale")(image)
-        return hub.call(x)  # not hub(x), which would put all its layers into one
+        blocks = _blocks(hub)
+        if blocks is None:
+            return hub.call(dict.fromkeys(hub.input, x) if isinstance(hub.input, dict) else x)
+        embedding, encoder, norm = blocks
+        embedding.name = "tokens"
+        x = embedding(x)
+        for number, block in enumerate(encoder, start=1):
+            block.name = f"block{number}"
+            returns_pairs = "return_attention_scores" in inspect.signature(block.call).parameters  # DeiT
+            x = block(x, return_attention_scores=True)[0] if returns_pairs else block(x)
+        norm.name = "top_norm"
+        return norm(x)
+
+    def prefix_tokens(self, model: Any) -> int:
+        """Return how many tokens come before those of the image's patches; see `family.Family`."""
+        for layer in model.layers:
+            if type(layer).__name__ == "DeiTEmbeddings":
+                return 2  # the class's and the distillation's
+            if type(layer).__name__.startswith("DINO") and hasattr(layer, "num_register_tokens"):
+                return 1 + layer.num_register_tokens
+            if hasattr(layer, "use_class_token"):
+                return int(layer.use_class_token)
+        return 0
+
+
+def presets() -> Iterator[tuple[str, int, str]]:
+    """Yield name, number of weights and description of each vision preset that the installed KerasHub knows.
+
+    Raises:
+        ImportError: KerasHub is not installed.
+    """
+    keras_hub = _keras_hub("The list of presets")
+    found = {}
+    for name in dir(keras_hub.layers):
+        kind = getattr(keras_hub.layers, name)
+        if isinstance(kind, type) and issubclass(kind, keras_hub.layers.ImageConverter) and kind.backbone_cls:
+            found |= kind.backbone_cls.presets
+    for name, about in sorted(found.items()):
+        facts = about.get("metadata", {})
+        yield f"hub:{name}", int(facts.get("params") or 0), str(facts.get("description", ""))
+
+
+def _keras_hub(what: str) -> Any:
+    try:
+        import keras_hub
+    except ImportError as error:
+        raise ImportError(f'{what} needs KerasHub: pip install -e ".[hub]".') from error
+    mended.mend()
+    return keras_hub
+
+
+def _preset(name: str, preset: str, shape: tuple[int, int, int], imagenet: bool) -> Any:
+    """Return the backbone of a preset for images of a size, or say that it takes only images of its own."""
+    import keras_hub
+
+    backbone = keras_hub.models.Backbone
+    try:
+        try:
+            hub = backbone.from_preset(preset, load_weights=imagenet, image_shape=shape)
+        except TypeError:  # a pair of towers, for images and for texts, has no shape of its own
+            hub = backbone.from_preset(preset, load_weights=imagenet)
+    except ValueError as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(
+            f"{name} cannot be built for images of {shape[0]}x{shape[1]} px: {reason} Most transformers take only the"
+            " size of their pre-training, a multiple of their patches: set resize.image_size to it."
+        ) from error
+    hub = getattr(hub, "vision_encoder", hub)
+    own = tuple(hub.inputs[0].shape[1:])
+    if len(hub.inputs) != 1 or own[:2] not in (shape[:2], (None, None)):
+        raise ValueError(f"{name} takes images of {own[0]}x{own[1]} px only: set resize.image_size to {own[0]}.")
+    if _blocks(hub) is None and len(hub.outputs[0].shape) not in (3, 4):
+        raise ValueError(f"{name} returns no feature map and no tokens but {hub.outputs[0].shape}.")
+    return hub
+
+
+def _blocks(hub: Any) -> tuple[Any, list[Any], Any] | None:
+    """Return the parts of a transformer: what makes tokens, its blocks, its last norm; None for other networks."""
+    kind = type(hub).__name__
+    if kind in ("ViTBackbone", "DeiTBackbone"):
+        encoder = next(layer for layer in hub.layers if hasattr(layer, "encoder_layers"))
+        embedding = next(layer for layer in hub.layers if layer.name.endswith("patching_and_embedding"))
+        return embedding, encoder.encoder_layers, encoder.layer_norm
+    if kind == "DINOV2Backbone":
+        return hub.embeddings, hub.encoder.layers, hub.layernorm
+    if kind == "SigLIPVisionEncoder":
+        return hub.embedding, hub.encoder_layers, hub.post_layer_norm
+    return None
 
 
 FAMILY = KerasHub()

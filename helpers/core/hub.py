@@ -1,0 +1,41 @@
+"""KerasHub 0.32 as Thaw needs it: some of its layers misstate their settings or their shape and cannot be saved.
+
+KerasHub saves a transformer as a whole; Thaw saves it block by block, so that blocks can be thawed.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def mend() -> None:
+    """Correct these layers of KerasHub where it is loaded; to be called before a model with them is built or saved."""
+    if "keras_hub" not in sys.modules:
+        return
+    from keras_hub.src.models.deit import deit_layers
+    from keras_hub.src.models.siglip.siglip_layers import SigLIPVisionEmbedding
+    from keras_hub.src.models.vit import vit_layers
+
+    for module in (deit_layers, vit_layers):  # they name settings, such as num_patches, that they do not take
+        for kind in vars(module).values():
+            if getattr(kind, "__module__", "") == module.__name__ and "get_config" in vars(kind):
+                if not hasattr(kind.get_config, "whole"):
+                    kind.get_config = _of_those_taken(kind, kind.get_config)
+    SigLIPVisionEmbedding.compute_output_shape = _shape  # it says one token too many
+
+
+def _of_those_taken(kind: type, whole: Callable[[Any], dict]) -> Callable[[Any], dict]:
+    own = [*inspect.signature(kind.__init__).parameters]
+    taken = {*own, "name", "trainable", "dtype"}
+
+    def get_config(layer: Any) -> dict:
+        missing = {name: getattr(layer, name) for name in own[1:] if name in vars(layer)}  # ViT's use_patch_bias
+        return missing | {name: value for name, value in whole(layer).items() if name in taken}
+
+    get_config.whole = whole
+    return get_config
+
+
+def _shape(layer: Any, input_shape: tuple) -> tuple:
+    return (input_shape[0], layer.num_positions, layer.hidden_dim)
