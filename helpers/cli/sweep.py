@@ -52,8 +52,8 @@ def run(sweep: files.Sweep, console: Console, *, count: int = 1, dry_run: bool =
 def _say_plan(planned: plans.Plan, console: Console, count: int) -> None:
     sweep = planned.sweep
     console.print(
-        f"{sweep.name}: {len(sweep.members)} members in {project.display_path(sweep.folder)}; {planned.stages} stages in"
-        f" place of {planned.alone}, since members share what is the same; {len(planned.units)} to do",
+        f"{sweep.name}: {len(sweep.members)} members in {project.display_path(sweep.folder)}; {planned.stages} stages"
+        f" in place of {planned.alone}, since members share what is the same; {len(planned.units)} to do",
         markup=False,
     )
     for stage, different, todo in plans.by_stage(planned):
