@@ -78,7 +78,7 @@ class Jobs:
 
 
 def deal_cores(jobs: int) -> list[set[int]]:
-    """Return the cores of each of `jobs` jobs: those that this process may use, dealt out, or shared where they lack."""
+    """Return the cores of each of `jobs` jobs: those of this process, dealt out, or shared where they lack."""
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if not available:
         return [set() for _ in range(jobs)]
