@@ -1,4 +1,4 @@
-"""What the members of a sweep, or any runs in one folder, tell together: read from their histories and metrics alone."""
+"""What the members of a sweep, or any runs in one folder, tell together, by their histories and metrics alone."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from helpers.core import disk, notebooks, project
+from helpers.core import disk, notebooks, project, words
 
 SWEEP = "sweep.csv"  # what `thaw sweep` notes of its members
 SEED = "seed"
@@ -39,8 +39,8 @@ def read(folder: str | os.PathLike) -> tuple[pd.DataFrame, pd.DataFrame, list[st
     histories = {run.name: history for run in runs if len(history := _history(run))}
     if not histories:
         raise FileNotFoundError(
-            f"{project.display_path(path)} holds no run with a history. `thaw sweep` makes such a folder; its members are"
-            " the runs in it."
+            f"{project.display_path(path)} holds no run with a history. `thaw sweep` makes such a folder; its"
+            " members are the runs in it."
         )
     table = disk.read_table(path / SWEEP) if (path / SWEEP).is_file() else _compared(runs)
     varies = [name for name in table if name not in ABOUT]
@@ -60,8 +60,8 @@ def scores(history: pd.DataFrame) -> dict[str, float]:
         history: one row an epoch: phase, loss, accuracy, val_loss, val_accuracy, seconds.
 
     Returns:
-        val_loss (the lowest), val_accuracy and gap (training less validation accuracy) in that epoch, best_epoch (counted
-        from 1 in the phase), loss_area (mean validation loss over the epochs, the area under its curve for an epoch),
+        val_loss (the lowest), val_accuracy and gap (training less validation accuracy) in that epoch, best_epoch
+        (counted from 1 in the phase), loss_area (mean validation loss over the epochs, the area under its curve for an epoch),
         overfitting (slope of the straight line through validation loss / training loss over the epochs, as in the
         KenyanFood13 study; its sign says whether the two part), epochs and seconds (of all phases). NaN where a loss is
         not a number.
@@ -134,7 +134,7 @@ def effects(members: pd.DataFrame, varies: list[str], monitor: str = "val_loss")
             low, high = (end - known[monitor].mean() for end in interval(group[monitor]))
             effect = group[monitor].mean() - known[monitor].mean()
             rows.append(
-                {"factor": factor, "value": value, "members": len(group), "effect": effect} | dict(low=low, high=high)
+                {"factor": factor, "value": value, "members": len(group), "effect": effect} | {"low": low, "high": high}
             )
     return pd.DataFrame(rows, columns=["factor", "value", "members", "effect", "low", "high"])
 
@@ -152,10 +152,10 @@ def sentence(board: pd.DataFrame, varies: list[str], monitor: str = "val_loss") 
     """Say in a line which setting is best, and whether the seeds can tell it from the second."""
     if board.empty:
         return "No member was trained to a number."
-    keys, best = [name for name in settings(varies) or ["member"]], board.iloc[0]
+    keys, best = settings(varies) or ["member"], board.iloc[0]
     name = ", ".join(f"{key.rpartition('.')[2]} {_short(best[key])}" for key in keys)
-    accuracy = f", accuracy {100 * best['val_accuracy']:.1f} %" if "val_accuracy" in board else ""
-    told = f"Best of {len(board)} settings by {monitor}: {name}: {best[monitor]:.4f}{accuracy if monitor != 'val_accuracy' else ''}"
+    accuracy = f", accuracy {words.percent(best['val_accuracy'])}" if monitor != "val_accuracy" else ""
+    told = f"Best of {len(board)} settings by {monitor}: {name}: {best[monitor]:.4f}{accuracy}"
     if len(board) < 2:
         return f"{told}."
     second = board.iloc[1]

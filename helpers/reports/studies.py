@@ -10,13 +10,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from helpers.core import disk, words
 from helpers.reports import theme
 
 COLOURS = (theme.VERMILION, theme.BLUE, theme.GREEN, "#CC79A7", "#E69F00")  # Okabe and Ito (2008)
 MOST_CHOSEN = len(COLOURS)
+PAGE_STYLE = "svg { max-width: 100%; height: auto; } .wide { overflow-x: auto; } .wide th { padding-right: 1rem; }"
 THREE = (
     ("val_loss", "lowest validation loss"),
     ("loss_area", "mean validation loss"),
@@ -169,9 +170,9 @@ def parallel(
         ax.plot(range(len(keys) + 1), places.loc[index], **style)
     for at, name in enumerate([*keys, monitor]):
         ax.axvline(at, color=theme.INK, linewidth=0.8)
-        for value, place in sorted({(_text(v), p) for v, p in zip(table[name], places[name], strict=True)})[
-            :: None if name in keys else max(1, len(table) // 4)
-        ]:
+        marks = dict(zip(places[name], map(_text, table[name]), strict=True))
+        shown = sorted(marks)[:: max(1, len(marks) // 6)]  # a score has a value for each member
+        for place, value in ((place, marks[place]) for place in shown):
             theme.text(ax, at, place, f" {words.shorten(value, 14)}", fontsize=7.5, color=theme.INK, va="center")
     ax.set_xticks(range(len(keys) + 1), [name.rpartition(".")[2].replace("_", " ") for name in [*keys, monitor]])
     ax.set_yticks([])
@@ -189,7 +190,7 @@ def _place(column: pd.Series) -> pd.Series:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_page(path: Path, title: str, lede: str, shown: Mapping[str, tuple[Any, str]]) -> Path:
@@ -204,18 +205,20 @@ def write_page(path: Path, title: str, lede: str, shown: Mapping[str, tuple[Any,
     parts = [f"<section><h2>{html.escape(name)}</h2>{_shown(what)}<p class='note'>{html.escape(note)}</p></section>"
              for name, (what, note) in shown.items() if what is not None]  # fmt: skip
     css = (Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
-    head = (
-        f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)} · Thaw study</title>"
+    name, lede = html.escape(title), html.escape(lede)
+    return disk.write_text(
+        path,
+        f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{name} · Thaw study</title>"
+        f"<link rel='icon' href='data:,'><style>{css}\n{PAGE_STYLE}</style></head>"
+        f"<body><header><p class='overline'>Thaw study</p><h1>{name}</h1><p class='lede'>{lede}</p></header>"
+        f"<main>{''.join(parts)}</main></body></html>\n",
     )
-    head += f"<link rel='icon' href='data:,'><style>{css}\nsvg {{ max-width: 100%; height: auto; }}</style></head>"
-    top = f"<header><p class='overline'>Thaw study</p><h1>{html.escape(title)}</h1><p class='lede'>{html.escape(lede)}</p>"
-    return disk.write_text(path, f"{head}<body>{top}</header><main>{''.join(parts)}</main></body></html>\n")
 
 
 def _shown(what: Any) -> str:
     if isinstance(what, pd.DataFrame):
-        short = FuncFormatter(lambda value, _: f"{value:.4g}")
-        return f"<div class='scroll'>{what.to_html(index=False, border=0, na_rep='–', float_format=short, escape=True)}</div>"
+        table = what.dropna(axis="columns", how="all").map(_text)
+        return f"<div class='wide'>{table.to_html(index=False, border=0)}</div>"
     figure = (what if hasattr(what, "figure") else what[0]).figure
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
