@@ -126,7 +126,7 @@ def mistake(thaw, runs_folder, *arguments):
         (["--set", "resize.fit=stretch"], "resize.fit: expected"),
         (["--set", "split.ratio=[0.9, 0.9, 0.1]"], "1"),
         (["--set", "split.ratio=[0.5, 0.5]"], "ratio"),
-        (["--name", "a/b"], "'a/b' cannot name a run"),
+        (["--name", "a/b/c"], "'a/b/c' cannot name a run"),
         (["--name", "a.b"], "'a.b' cannot name a run"),
         (["--from", "haed"], "There is no stage 'haed'. Did you mean head?"),
         (["--rebuild", "haed"], "There is no stage 'haed'"),

@@ -322,13 +322,13 @@ def test_a_recipe_is_found_from_any_working_directory(monkeypatch, tmp_path):
 # Names
 
 
-@pytest.mark.parametrize("name", ["solar", "a", "s1_campus-2", "2024", "Zürich", "x" * 100])
+@pytest.mark.parametrize("name", ["solar", "a", "s1_campus-2", "2024", "Zürich", "x" * 100, "sweep/member"])
 def test_good_names(toys, write, name):
     assert recipes.load(write("head: {}"), name=name).name == name
 
 
 @pytest.mark.parametrize(
-    "name", ["a/b", "../x", "/abs", "a.b", ".store", "..", "-x", "_x", "a b", "x" * 101, "a\\b", "a\n"]
+    "name", ["a/b/c", "a/", "../x", "/abs", "a.b", ".store", "..", "-x", "_x", "a b", "x" * 101, "a\\b", "a\n"]
 )
 def test_names_that_are_no_folder(refuse, name):
     assert "cannot name a run. Use letters, digits" in refuse("head: {}", name=name)

@@ -125,6 +125,23 @@ def bakeoff(
 
 
 @app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe and what varies: recipes/sweeps/*.yaml.")],
+    overrides: Set = None,
+    name: Name = "",
+    jobs: Annotated[int, typer.Option(help="Stages made at a time; they share the cores.")] = 1,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be made, and what it would take.")] = False,
+) -> None:
+    """Run every member of the sweep in FILE, each shared stage once, and the study of them all."""
+    from helpers.cli import sweep as sweeps
+    from helpers.pipeline.sweeps import files
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if sweeps.run(files.load(file, overrides, name), console, count=jobs, dry_run=dry_run):
+        raise typer.Exit(1)
+
+
+@app.command()
 def new(
     name: Annotated[str, typer.Argument(help="Name of the recipe and of its run.")],
     source: Annotated[

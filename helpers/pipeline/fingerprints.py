@@ -18,6 +18,7 @@ from helpers.core import project
 # They show, count or spread work and decide no result, so no stage is made again when they change.
 SHOWS = ("helpers.reports", "helpers.core.child", "helpers.core.notebooks", "helpers.core.parallel")
 SHOWS += ("helpers.core.progress",)
+DECIDE_NOTHING = ("keep_cache",)  # parameters with which the same stage comes out
 
 
 def fingerprint(content: Any) -> str:

@@ -74,7 +74,7 @@ def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: boo
     shelf, parameters = project.runs_folder() / ".store", recipe.resolved(name)
     inputs = {p: before[made_by] for p, made_by in stage.inputs.items()}
     ingredients: dict[str, Any] = {
-        "parameters": parameters,
+        "parameters": {n: value for n, value in parameters.items() if n not in fingerprints.DECIDE_NOTHING},
         "code": fingerprints.code_of(stage.notebook),
         "inputs": {step.stage.name: step.fingerprint for step in inputs.values()},
     }

@@ -11,8 +11,9 @@ from ruamel.yaml.error import YAMLError
 
 from helpers.core import notebooks, project, words
 
-RUN_NAME = re.compile(r"[^\W_][\w-]{0,99}")
+RUN_NAME = re.compile(r"[^\W_][\w-]{0,99}(/[^\W_][\w-]{0,99})?")  # SWEEP/MEMBER too
 ABOUT_THE_RUN = {"name", "extends", "description", "published"}
+OF_A_SWEEP = {"grid", "zip", "members", "seeds", "names", "to"}  # see `sweeps.files`
 
 
 @dataclass
@@ -60,17 +61,28 @@ def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -
     Raises:
         RecipeError: anything is unknown, of the wrong type or out of range. All problems are listed at once.
     """
-    file = _find(Path(path))
-    content = _read_extended(file, ())
-    problems: list[str] = []
-    for override in overrides or []:
-        problems += _override(content, override)
+    file, content, problems = read(path, overrides)
     content["name"] = name or content.get("name", file.stem)
     problems += check(content)
     if problems:
         raise notebooks.RecipeError(
             "\n".join([f"{project.display_path(file)} cannot be run:", *(f"  - {p}" for p in problems)])
         )
+    return build(content, file)
+
+
+def read(path: str | Path, overrides: list[str] | None = None) -> tuple[Path, dict[str, Any], list[str]]:
+    """Return the file, its content with what it extends and the overrides, and the overrides' problems; see `load`."""
+    file = _find(Path(path))
+    content = _read_extended(file, ())
+    problems: list[str] = []
+    for override in overrides or []:
+        problems += _override(content, override)
+    return file, content, problems
+
+
+def build(content: Mapping[str, Any], file: Path | None) -> Recipe:
+    """Return a recipe made of content in which `check` finds no problem."""
     about = {key: content[key] for key in ("name", "description", "published") if key in content}
     sections = {
         name: dict(content[name])
@@ -95,7 +107,9 @@ def check(content: Mapping[str, Any]) -> list[str]:
     for key, section in content.items():
         if key in ABOUT_THE_RUN:
             continue
-        if key not in notebooks.stages():
+        if key in OF_A_SWEEP:
+            problems.append(f"{key}: this belongs to a sweep, which `thaw sweep` runs.")
+        elif key not in notebooks.stages():
             problems.append(
                 f"{key}: there is no such stage.{words.did_you_mean(str(key), [*notebooks.stages(), *ABOUT_THE_RUN])}"
             )

@@ -1,0 +1,191 @@
+"""What varies in a sweep: axes, each a list of points, each point some parameters' values and what to call them.
+
+    grid: {fine_tune.learning_rate: {log: [1e-6, 1e-2], per_decade: 4}}   # every value with every other axis
+    zip: {resize.image_size: [224, 260], head.backbone: [efficientnet_b0, efficientnet_b2]}   # side by side: one axis
+    members: {softmax: {head: {dense: []}}, one_layer: {head: {dense: [1024]}}}   # named sets of parameters: one axis
+    seeds: {training: [1, 2, 3]}   # split, training, or both: one axis
+
+A value may have a name: `fine_tune.unfreeze: {PT0: none, PT2: 0.4, PT5: all}`. A third part of a name is a key of a
+parameter that is a dict: `fine_tune.optimizer.weight_decay: [1e-3, 1e-2]`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from helpers.core import notebooks, words
+
+LOG, LINEAR = {"log", "per_decade"}, {"linear", "count"}
+DIGITS = 3  # significant ones of the numbers that a range makes
+SEEDS = ("split", "training", "both")
+RANGES = "{log: [1e-6, 1e-2], per_decade: 4} or {linear: [0, 1], count: 5}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on an axis.
+
+    Attributes:
+        labels: what is told about it in tables and names: a number or a text for each thing that varies.
+        changes: values of parameters, by "stage.parameter" or "stage.parameter.key".
+    """
+
+    labels: dict[str, Any]
+    changes: dict[str, Any]
+
+
+Axis = list[Point]
+
+
+def read(content: Mapping[str, Any]) -> tuple[list[Axis], list[str]]:
+    """Return the axes of a sweep's content, members first and seeds last, and every problem in words."""
+    problems: list[str] = []
+    axes = [_members(content.get("members"), problems), _zip(content.get("zip"), problems)]
+    for key, values in _mapping("grid", content.get("grid"), problems).items():
+        axes.append(
+            [Point({key: label}, {key: value}) for label, value in _values(f"grid.{key}", key, values, problems)]
+        )
+    axes.append(_seeds(content.get("seeds"), problems))
+    kept = [axis for axis in axes if axis]
+    if not kept and not problems:
+        problems.append("nothing varies: give grid, zip, members or seeds.")
+    return kept, problems
+
+
+def as_label(value: Any) -> Any:
+    """Return a value as tables show it: numbers and texts as they are, anything longer in short."""
+    return value if isinstance(value, int | float | str) else words.shorten(str(value), 60)
+
+
+def as_text(label: Any) -> str:
+    """Return a label as people write it: 1e-4, not 0.0001; 3.16e-4; 0.4; all."""
+    if not isinstance(label, float) or not math.isfinite(label):
+        return str(label)
+    text = f"{label:.{DIGITS}g}"
+    if abs(label) >= 1e-2 or not label:
+        return text
+    digits, exponent = f"{label:.{DIGITS - 1}e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def _mapping(where: str, given: Any, problems: list[str]) -> Mapping[str, Any]:
+    if given is None or isinstance(given, Mapping):
+        return given or {}
+    problems.append(f"{where}: expected {{stage.parameter: values}}, got {given!r}.")
+    return {}
+
+
+def _values(where: str, key: str, given: Any, problems: list[str]) -> list[tuple[Any, Any]]:
+    """Return (label, value) for each value that `given` stands for."""
+    before = len(problems)
+    found: list[tuple[Any, Any]] = []
+    if isinstance(given, Mapping) and given.keys() & (LOG | LINEAR):
+        found = [(value, value) for value in _range(where, key, given, problems)]
+    elif isinstance(given, Mapping):
+        found = [(str(label), value) for label, value in given.items()]
+    elif isinstance(given, list):
+        found = [(as_label(value), value) for value in given]
+    else:
+        problems.append(f"{where}: expected a list of values, names with values, or {RANGES}, got {given!r}.")
+    if not found and len(problems) == before:
+        problems.append(f"{where}: there is no value.")
+    return found
+
+
+def _range(where: str, key: str, given: Mapping[str, Any], problems: list[str]) -> list[float | int]:
+    ends = given.get("log", given.get("linear"))
+    number = given.get("per_decade", given.get("count"))
+    numbers = isinstance(ends, list) and len(ends) == 2 and all(_is_number(end) for end in ends)
+    if set(given) not in (LOG, LINEAR) or not numbers or type(number) is not int:
+        problems.append(f"{where}: expected {RANGES}, got {dict(given)!r}.")
+        return []
+    low, high = ends
+    if low >= high or number < 1 or ("log" in given and low <= 0) or ("linear" in given and number < 2):
+        problems.append(f"{where}: a range goes from a lower to a higher number, log above 0; got {dict(given)!r}.")
+        return []
+    if "log" in given:
+        steps = round(number * math.log10(high / low), 6)
+        values = [low * 10 ** (step / number) for step in range(math.floor(steps) + 1)]
+    else:
+        values = [low + (high - low) * step / (number - 1) for step in range(number)]
+    rounded = dict.fromkeys(float(f"{value:.{DIGITS}g}") for value in values)
+    return [int(value) if value.is_integer() and _is_whole(key) else value for value in rounded]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(key: str) -> bool:
+    """Whether the parameter takes whole numbers only."""
+    stage, _, name = key.partition(".")
+    parameter = notebooks.stages()[stage].settings.get(name) if stage in notebooks.stages() else None
+    return parameter is not None and parameter.annotation is int
+
+
+def _zip(given: Any, problems: list[str]) -> Axis:
+    columns = {
+        key: _values(f"zip.{key}", key, values, problems) for key, values in _mapping("zip", given, problems).items()
+    }
+    lengths = {key: len(values) for key, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{key} has {count}" for key, count in lengths.items())
+        problems.append(f"zip: what stands side by side needs as many values each; {told}.")
+        return []
+    rows = zip(*columns.values(), strict=True)
+    return [
+        Point(
+            {key: label for key, (label, _) in zip(columns, row, strict=True)},
+            {key: value for key, (_, value) in zip(columns, row, strict=True)},
+        )
+        for row in rows
+    ]
+
+
+def _members(given: Any, problems: list[str]) -> Axis:
+    axis = []
+    if given is not None and not isinstance(given, Mapping):
+        problems.append(f"members: expected {{name: {{stage: {{parameter: value}}}}}}, got {given!r}.")
+        return []
+    for name, sections in (given or {}).items():
+        changes = {}
+        for stage, section in (sections or {}).items() if isinstance(sections, Mapping | None) else [("", sections)]:
+            if not isinstance(section, Mapping | None):
+                problems.append(f"members.{name}: expected {{stage: {{parameter: value}}}}, got {sections!r}.")
+                break
+            changes |= {f"{stage}.{parameter}": value for parameter, value in (section or {}).items()}
+            if not section:  # an optional stage with its own values
+                changes[stage] = {}
+        axis.append(Point({"member": str(name)}, changes))
+    return axis
+
+
+def _seeds(given: Any, problems: list[str]) -> Axis:
+    """Return the axis of seeds: of the stages that train, of those before them, or of all of these."""
+    if given is None:
+        return []
+    which = next(iter(given)) if isinstance(given, Mapping) and len(given) == 1 else None
+    values = given[which] if which in SEEDS else None
+    if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
+        problems.append(
+            "seeds: say which and give whole numbers: {split: [1, 2, 3]} varies the parts, {training: [1, 2, 3]} the"
+            f" head, order and views, {{both: [1, 2, 3]}} all of it; got {given!r}."
+        )
+        return []
+    seeded = seeded_stages(which)
+    return [Point({"seed": seed}, {f"{stage}.seed": seed for stage in seeded}) for seed in values]
+
+
+def seeded_stages(which: str) -> list[str]:
+    """Return the stages whose `seed` a sweep varies. What only measures keeps its seed.
+
+    Args:
+        which: "split", "training" or "both".
+    """
+    line = list(notebooks.stages().values())
+    trains = [index for index, stage in enumerate(line) if stage.trains]
+    parts = [stage for stage in line[: min(trains, default=len(line))] if "seed" in stage.settings]
+    training = [line[index] for index in trains if "seed" in line[index].settings]
+    found = {"split": parts, "training": training, "both": parts + training}[which]
+    return [stage.name for stage in found]

@@ -1,0 +1,226 @@
+"""A sweep's file: a recipe, and what varies in it (see `axes`); checked as a whole before anything is made.
+
+extends: ../elpv.yaml
+name: rates
+fine_tune: {unfreeze: block6, epochs: 10}
+grid: {fine_tune.learning_rate: {log: [1e-6, 1e-2], per_decade: 4}}
+to: fine_tune             # the last stage to make; test stays closed
+names: "rate-{learning_rate}"   # or letters, or {letters: B}; without it, names tell what varies
+"""
+
+import copy
+import itertools
+import math
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers.core import notebooks, project, words
+from helpers.pipeline import recipes
+from helpers.pipeline.sweeps import axes
+
+MOST = 2000  # members; more is a slip of the pen
+STUDY = "study"  # the folder beside the members that holds what they tell together
+KEPT_CACHE = "keep_cache"
+LETTERS = string.ascii_uppercase
+
+
+@dataclass(frozen=True)
+class Member:
+    """One variant: its name within the sweep, what is told of it in tables, and the recipe of its run."""
+
+    name: str
+    labels: dict[str, Any]
+    recipe: recipes.Recipe
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep.
+
+    Attributes:
+        name: of the sweep and of the folder of its runs.
+        members: in the order of the axes, the last one quickest.
+        last: the last stage to make, "" for the whole chain.
+        varies: the columns of the members' labels, in order.
+        path: the file.
+    """
+
+    name: str
+    members: list[Member]
+    last: str = ""
+    varies: list[str] = field(default_factory=list)
+    path: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder in which its members lie as runs."""
+        return project.runs_folder() / self.name
+
+
+def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -> Sweep:
+    """Read a sweep's file and check all of it and all of its members.
+
+    Args:
+        path, overrides, name: as for `recipes.load`; overrides are of the recipe, and hold for every member.
+
+    Raises:
+        RecipeError: anything is unknown, of the wrong type or out of range, in any member. All problems are listed.
+    """
+    file, content, problems = recipes.read(path, overrides)
+    content["name"] = name or content.get("name", file.stem)
+    known = {*notebooks.stages(), *recipes.ABOUT_THE_RUN, *recipes.OF_A_SWEEP}
+    problems += [
+        f"{key}: a sweep has no such key.{words.did_you_mean(str(key), known)}" for key in content.keys() - known
+    ]
+    base = {key: value for key, value in content.items() if key in known - recipes.OF_A_SWEEP}
+    problems += recipes.check(base)
+    if "/" in str(content["name"]):
+        problems.append(f"name: {content['name']!r} names a member; a sweep's name has no slash.")
+    lines, wrong = axes.read(content)
+    problems += wrong
+    last = _last(content.get("to"), problems)
+    members = _members(base, lines, content.get("names"), file, problems) if not problems else []
+    problems += _twins(members, last) if not problems else []
+    if problems:
+        told = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
+        raise notebooks.RecipeError(f"{project.display_path(file)} cannot be run:\n{told}")
+    return Sweep(content["name"], members, last, list(members[0].labels), file)
+
+
+def _last(given: Any, problems: list[str]) -> str:
+    if given is None:
+        return ""
+    try:
+        return notebooks.find_stage(str(given)).name
+    except notebooks.RecipeError as error:
+        problems.append(f"to: {error}")
+        return ""
+
+
+def _members(base: dict[str, Any], lines: list[axes.Axis], names: Any, file: Path, problems: list[str]) -> list[Member]:
+    count = math.prod(len(axis) for axis in lines)
+    if count > MOST:
+        problems.append(f"{count:,} members are too many; {MOST:,} are the most.")
+        return []
+    found, seen = [], {}
+    for places in itertools.product(*(range(len(axis)) for axis in lines)):
+        points = [axis[place] for axis, place in zip(lines, places, strict=True)]
+        labels = {key: label for point in points for key, label in point.labels.items()}
+        content, wrong = _changed(base, {key: v for point in points for key, v in point.changes.items()})
+        wrong += recipes.check(content)
+        problems += [problem for problem in wrong if problem not in problems]
+        if wrong:
+            continue
+        name = _name(names, labels, places, lines, problems)
+        if name in seen:
+            problems.append(f"names: two members would be called {name}. Name what else varies: {', '.join(labels)}.")
+        if not recipes.RUN_NAME.fullmatch(name) or "/" in name or name == STUDY:
+            problems.append(
+                f"names: {name!r} cannot name a member: letters, digits, - and _, at most 100, and not {STUDY}."
+                ' Give a pattern, as in names: "rate-{learning_rate}".'
+            )
+        seen[name] = True
+        found.append(Member(name, labels, recipes.build(content | {"name": f"{base['name']}/{name}"}, file)))
+    return found
+
+
+def _changed(base: dict[str, Any], changes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the recipe's content with the changes of one member, and the problems in them."""
+    content, problems = copy.deepcopy(base), []
+    for stage in content.keys() & notebooks.stages().keys():
+        content[stage] = content[stage] if content[stage] is not None else {}
+    for key, value in changes.items():
+        stage, *rest = key.split(".")
+        if stage not in notebooks.stages():
+            problems.append(f"{key}: there is no such stage.{words.did_you_mean(stage, notebooks.stages())}")
+            continue
+        section = content.setdefault(stage, {})
+        if not rest:
+            continue
+        name, *inner = rest
+        if not inner:
+            section[name] = copy.deepcopy(value)
+        elif len(inner) > 1 or not isinstance(section.get(name), dict):
+            problems.append(
+                f"{key}: {stage}.{name} must be a dict in the recipe, so that one key of it can vary, as in"
+                f" {stage}: {{{name}: {{name: ..., {inner[0]}: ...}}}}; it is {section.get(name)!r}."
+            )
+        else:
+            section[name][inner[0]] = copy.deepcopy(value)
+    for name, stage in notebooks.stages().items():  # what members have in common is computed once for all of them
+        runs = name in content or not stage.optional
+        if runs and KEPT_CACHE in stage.settings and isinstance(content.get(name, {}), dict):
+            content.setdefault(name, {}).setdefault(KEPT_CACHE, True)
+    return content, problems
+
+
+def _name(
+    names: Any, labels: dict[str, Any], places: tuple[int, ...], lines: list[axes.Axis], problems: list[str]
+) -> str:
+    if names == "letters" or (isinstance(names, Mapping) and set(names) == {"letters"}):
+        return _letters(names, labels, places, lines, problems)
+    fields = {key.rpartition(".")[2]: slug(label, place) for (key, label), place in _placed(labels, places, lines)}
+    if names is None:
+        return "_".join(text if key == "member" else f"{key}-{text}" for key, text in fields.items())
+    try:
+        return str(names).format_map(fields)
+    except (KeyError, ValueError, IndexError) as error:
+        message = f"names: {names!r} has a field that is none of {', '.join(fields)} ({error})."
+        problems += [message] if message not in problems else []
+        return "unnamed"
+
+
+def _placed(
+    labels: dict[str, Any], places: tuple[int, ...], lines: list[axes.Axis]
+) -> list[tuple[tuple[str, Any], int]]:
+    of_axis = {key: place for axis, place in zip(lines, places, strict=True) for key in axis[place].labels}
+    return [((key, label), of_axis[key]) for key, label in labels.items()]
+
+
+def slug(label: Any, place: int) -> str:
+    """Return a label as part of a folder's name; what has no short one is numbered by its place."""
+    text = axes.as_text(label).replace(".", "p")
+    text = re.sub(r"[^\w-]+", "-", text).strip("-")
+    return text if text and len(text) <= 40 else str(place + 1)
+
+
+def _letters(names: Any, labels: dict, places: tuple[int, ...], lines: list[axes.Axis], problems: list[str]) -> str:
+    """Return three capitals, group, set and experiment, and the seed where there are several."""
+    group = names["letters"] if isinstance(names, Mapping) else "A"
+    counts = [len(axis) for axis in lines]
+    seeded = "seed" in lines[-1][0].labels
+    if seeded:
+        places, counts = places[:-1], counts[:-1]
+    first, rest = (places[0], places[1:]) if len(places) > 1 else (0, places)
+    experiment = 0
+    for place, count in zip(rest, counts[1:] if len(places) > 1 else counts, strict=True):
+        experiment = experiment * count + place
+    if group not in list(LETTERS) or max(first, experiment) >= len(LETTERS):
+        message = (
+            "names: letters are one capital for the group, up to 26 sets (the first thing that varies) and up to 26"
+            f" experiments in each; got group {group!r} and {math.prod(counts):,} members."
+        )
+        problems += [message] if message not in problems else []
+        return "unnamed"
+    return f"{group}{LETTERS[first]}{LETTERS[experiment]}" + (f"-{labels['seed']}" if seeded else "")
+
+
+def _twins(members: list[Member], last: str) -> list[str]:
+    """Name members that are the same run."""
+    first, problems = {}, []
+    for member in members:
+        chain = member.recipe.chain()
+        kept = chain[: chain.index(last) + 1] if last in chain else chain
+        if last and last not in chain:
+            problems.append(f"to: {member.name} leaves {last} out.")
+        key = repr([(stage, member.recipe.resolved(stage)) for stage in kept])
+        if key in first:
+            problems.append(
+                f"{first[key]} and {member.name} are the same run: what varies between them changes nothing."
+            )
+        first.setdefault(key, member.name)
+    return problems
