@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import cv2
@@ -20,7 +21,7 @@ from helpers.cli import bundles, main
 from helpers.compute import inference
 from helpers.core import disk, stages
 from helpers.data import images
-from helpers.export import bundle, card, certificate, formats, function, loading
+from helpers.export import bundle, card, certificate, formats, function, loading, trying
 from helpers.export.carried import networks
 from helpers.models import classifier
 
@@ -403,6 +404,25 @@ def test_07_writes_a_bundle_and_its_function(run, by_hand, tmp_path):
     assert left["parities"][0].format == "litert" and len(left["proof"]) == 12
     assert verify(tmp_path / "export" / "bundle") == (0, "The bundle is as it was made, and predicts what it should.\n")
     assert (tmp_path / "export" / "function" / "main.py").is_file()
+
+
+def test_an_image_chosen_by_hand_is_classified(made, monkeypatch):
+    from helpers.core import progress
+
+    button, answers = trying.show(made[0]).children
+    assert len(answers.children) == 3 and "%" in answers.children[0].value
+    file = next(made[0].glob("golden/*"))
+    upload = {
+        "name": "<i>.png",
+        "type": "image/png",
+        "size": 1,
+        "last_modified": datetime.now(),
+        "content": file.read_bytes(),
+    }
+    button.value = (upload, upload | {"content": b"no image", "name": "b"})
+    assert "&lt;i&gt;.png" in answers.children[0].value and "not an image" in answers.children[1].value
+    monkeypatch.setenv(progress.PROGRESS_VARIABLE, "/dev/null")
+    assert list(trying.show(made[0]).columns) == ["predicted", "confidence"]
 
 
 def test_a_bundle_without_litert_has_no_function(copy, tmp_path):
