@@ -19,8 +19,6 @@ from helpers.reports import theme
 COLOURS = (theme.VERMILION, theme.BLUE, theme.GREEN, "#CC79A7", "#E69F00")  # Okabe and Ito (2008)
 MOST_CHOSEN = len(COLOURS)
 PAGE_STYLE = "svg { max-width: 100%; height: auto; } .wide { overflow-x: auto; } .wide * { white-space: nowrap; }"
-    "svg { max-width: 100%; height: auto; } .wide { overflow-x: auto; } .wide :is(th, td) { white-space: nowrap; }"
-)
 THREE = (
     ("val_loss", "lowest validation loss"),
     ("loss_area", "mean validation loss"),
