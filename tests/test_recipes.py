@@ -472,7 +472,7 @@ def test_in_force_refuses_what_papermill_let_through(toys):
 
 
 def test_every_recipe_of_the_project_can_be_run():
-    found = sorted((project.ROOT / "recipes").rglob("*.yaml"))
+    found = [path for path in sorted((project.ROOT / "recipes").rglob("*.yaml")) if path.parent.name != "sweeps"]
     assert found
     for path in found:
         recipes.load(path)

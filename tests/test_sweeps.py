@@ -3,18 +3,17 @@
 import io
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
-from test_store import COMMAND, Toys, toys  # noqa: F401
+from test_store import FINISH, IMPORTS, NEXT_WORD, OPEN, SPLIT, toys  # noqa: F401
 
 from helpers.cli import sweep as command
 from helpers.core import disk, notebooks, project, stages
+from helpers.evaluation import members
 from helpers.pipeline import recipes
 from helpers.pipeline.sweeps import axes, conduct, files, jobs, plans
 from helpers.reports import studies
@@ -106,9 +105,7 @@ def test_seeds_say_which(write, which, split, training):
 
 
 def test_letters_are_group_set_and_experiment(write):
-    found = files.load(
-        write("names: {letters: C}\ngrid: {resize.image_size: [64, 96], fine_tune.epochs: [1, 2, 3]}")
-    )
+    found = files.load(write("names: {letters: C}\ngrid: {resize.image_size: [64, 96], fine_tune.epochs: [1, 2, 3]}"))
     assert names(found) == ["CAA", "CAB", "CAC", "CBA", "CBB", "CBC"]
 
 
@@ -190,21 +187,19 @@ def words_of(sweep: files.Sweep) -> dict[str, str]:
     return {m.name: (sweep.folder / m.name / "resize" / "word.txt").read_text() for m in sweep.members}
 
 
-EXPECTED = {"letter-p": "p", "letter-q": "q"}
-
-
 @pytest.fixture
 def named(small):
     """The same with names of their own, since both parameters are called letter."""
     members = {f"{a}{b}": f"{{split: {{letter: {a}}}, resize: {{letter: {b}}}}}" for a in "xy" for b in "pq"}
-    text = small.read_text().split("grid:")[0] + "members: {" + ", ".join(f"{k}: {v}" for k, v in members.items()) + "}\n"
+    text = (
+        small.read_text().split("grid:")[0] + "members: {" + ", ".join(f"{k}: {v}" for k, v in members.items()) + "}\n"
+    )
     small.write_text(text)
     return small
 
 
-def test_parameters_of_the_same_name_need_names_for_the_members(small):
-    with pytest.raises(notebooks.RecipeError, match="two members would be called"):
-        files.load(small)
+def test_parameters_of_the_same_name_are_told_apart_by_their_stage(small):
+    assert names(files.load(small))[0] == "split_letter-x_resize_letter-p"
 
 
 def test_shared_stages_are_made_once_and_members_are_ordinary_runs(named, toys):  # noqa: F811
@@ -232,14 +227,209 @@ def test_a_dry_run_makes_nothing_and_estimates_from_what_was_made(named, toys): 
 def test_a_failed_member_is_a_row_and_the_others_go_on(named, toys):  # noqa: F811
     toys.write(
         "01_split",
-        (toys.notebooks / "01_split.ipynb").read_text() and __import__("test_store").SPLIT,
-        __import__("test_store").IMPORTS,
-        __import__("test_store").OPEN,
+        SPLIT,
+        IMPORTS,
+        OPEN,
         'if letter == "y": raise ValueError("no y")',
-        __import__("test_store").NEXT_WORD.format("explore"),
-        __import__("test_store").FINISH,
+        NEXT_WORD.format("explore"),
+        FINISH,
     )
     failed, shown = run(named)
     assert failed == 2 and "no y" in shown
     table = pd.read_csv(project.runs_folder() / "s" / "sweep.csv").set_index("member")
     assert list(table["state"]) == ["done", "done", "failed", "failed"] and "no y" in table.loc["yp", "error"]
+
+
+TOY_STUDY = """
+sweep: str = "runs/demo_sweep"  # folder whose runs are compared
+out: str = "runs/demo/study"  # folder this notebook writes
+"""
+TELL = """
+words = {path.parent.parent.name: path.read_text() for path in sorted(project.resolve(sweep).glob("*/resize/word.txt"))}
+(folder / "leaderboard.txt").write_text(str(words))
+stages.finish(folder, files=["leaderboard.txt"], headline=str(len(words)))
+"""
+
+
+@pytest.fixture
+def whole(named, toys):  # noqa: F811
+    """The same sweep with a toy study at its end."""
+    toys.write("study", TOY_STUDY, IMPORTS, "folder = stages.open(out, {})", TELL)
+    return named
+
+
+def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same(whole, toys, tmp_path):  # noqa: F811
+    toys.trouble.write_text("")
+    process, store = toys.command("sweep", str(whole)), project.runs_folder() / ".store"
+    limit = time.monotonic() + 60
+    while len(list(store.glob("split-*/stage.json"))) < 1 and time.monotonic() < limit:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    made = set(toys.ran())
+    again = toys.command("sweep", str(whole))
+    shown, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, shown
+    assert "explore" in made and "explore" not in toys.ran(), "what was done is not done again"
+    sweep = files.load(whole)
+    assert words_of(sweep) == {"xp": "photos:axp", "xq": "photos:axq", "yp": "photos:ayp", "yq": "photos:ayq"}
+    assert disk.read_json(sweep.folder / "study" / stages.STAGE_FILE)["headline"] == "4"
+
+
+def test_jobs_share_the_cores_out():
+    here = os.sched_getaffinity(0)
+    assert set().union(*jobs.deal_cores(2)) == here
+    if len(here) > 1:
+        assert not set.intersection(*jobs.deal_cores(2))
+    assert len(jobs.deal_cores(len(here) + 3)) == len(here) + 3 and all(jobs.deal_cores(len(here) + 3))
+
+
+class Counted:
+    """Makes units without doing anything, and notes how many are under way at a time."""
+
+    def __init__(self):
+        self.names, self.now, self.most = [], 0, 0
+
+    def __call__(self, unit, place):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        time.sleep(0.05)
+        for needed in unit.needs:
+            assert (needed / stages.STAGE_FILE).is_file(), "what it reads is made before it"
+        unit.step.folder.mkdir(parents=True)
+        disk.write_json(unit.step.folder / stages.STAGE_FILE, {"status": "done", "headline": "made"})
+        self.names.append(unit.step.folder.name)
+        self.now -= 1
+        return 0.05
+
+
+def test_side_by_side_no_stage_is_made_twice_and_each_after_what_it_reads(named, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr(conduct, "finish", lambda member, last: None)
+    planned, make = plans.plan(files.load(named)), Counted()
+    with ThreadPoolExecutor(3) as pool:
+        events = list(conduct.run(planned, make, pool, 3))
+    assert len(make.names) == len(set(make.names)) == 7 and make.most > 1
+    assert sum(isinstance(event, conduct.Complete) for event in events) == 4
+
+
+def test_a_job_in_a_process_of_its_own_tells_the_error_of_its_stage(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setenv("THAW_RUNS", str(tmp_path / "runs"))
+    photos = image_folder(tmp_path / "photos", {"cat": 4, "dog": 4}, size=32)
+    path = tmp_path / "s.yaml"
+    path.write_text(f"name: s\nexplore: {{source: {photos}}}\ngrid: {{split.rare: [error, drop]}}\nto: split\n")
+    sweep = files.load(path)
+    planned = plans.plan(sweep)
+    children = jobs.Jobs(sweep, 1)
+    explore = next(unit for unit in planned.units.values() if unit.step.stage.name == "explore")
+    assert children.make(explore, "1/3") > 0 and (explore.step.folder / stages.STAGE_FILE).is_file()
+    (photos / "cat" / "cat-00.png").unlink()
+    split = next(unit for unit in planned.units.values() if unit.step.stage.name == "split")
+    with pytest.raises(RuntimeError, match="changed since the sweep began"):
+        children.make(split, "2/3")
+
+
+# What the members tell together
+
+
+def history(member: str, losses: list[float], train: list[float]) -> pd.DataFrame:
+    count = len(losses)
+    table = {"epoch": range(1, count + 1), "phase": "fine_tune", "loss": train, "accuracy": 0.9, "val_loss": losses}
+    return pd.DataFrame(table | {"val_accuracy": 0.8, "learning_rate": 1e-3, "seconds": 1.0})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A sweep of two rates and two seeds, whose losses are known, and one member that failed."""
+    place, rows = tmp_path / "sweep", []
+    for name, rate, seed, low in (
+        ("a1", 1e-4, 1, 0.50),
+        ("a2", 1e-4, 2, 0.54),
+        ("b1", 1e-2, 1, 0.9),
+        ("b2", 1e-2, 2, 0.8),
+    ):
+        (place / name / "fine_tune").mkdir(parents=True)
+        (place / name / "recipe.yaml").write_text(
+            f"name: s/{name}\nfine_tune: {{learning_rate: {rate}, seed: {seed}}}\n"
+        )
+        table = history(name, [low + 0.2, low, low + 0.1], [low, low / 2, low / 4])
+        table.to_csv(place / name / "fine_tune" / "history.csv", index=False)
+        rows.append([name, rate, seed, "done", ""])
+    rows.append(["c1", 1.0, 1, "failed", "the loss is no number"])
+    columns = ["member", "fine_tune.learning_rate", "seed", "state", "error"]
+    pd.DataFrame(rows, columns=columns).to_csv(place / "sweep.csv", index=False)
+    return place
+
+
+def test_the_scores_of_a_member_are_those_of_its_lowest_loss():
+    found = members.scores(history("m", [0.6, 0.4, 0.5], [0.6, 0.2, 0.125]))
+    assert found["val_loss"] == 0.4 and found["best_epoch"] == 2 and np.isclose(found["loss_area"], 0.5)
+    assert np.isclose(found["gap"], 0.1) and np.isclose(found["overfitting"], 1.5)  # through 1, 2, 4
+
+
+def test_a_loss_that_is_no_number_is_no_score():
+    found = members.scores(history("m", [np.nan, np.nan], [np.nan, np.nan]))
+    assert "val_loss" not in found and found["epochs"] == 2
+
+
+def test_the_leaderboard_has_means_and_intervals_over_seeds(folder):
+    table, _, varies = members.read(folder)
+    assert varies == ["fine_tune.learning_rate", "seed"] and table.loc[4, "error"] == "the loss is no number"
+    board = members.leaderboard(table, varies)
+    assert list(board["fine_tune.learning_rate"]) == [1e-4, 1e-2] and list(board["seeds"]) == [2, 2]
+    half = 12.706 * np.std([0.50, 0.54], ddof=1) / np.sqrt(2)
+    assert np.isclose(board.loc[0, "val_loss"], 0.52) and np.isclose(board.loc[0, "high"], 0.52 + half, atol=1e-4)
+    assert "overlaps that of the second" in members.sentence(board, varies)
+
+
+def test_without_a_sweeps_table_what_varies_is_read_from_the_recipes(folder):
+    (folder / "sweep.csv").unlink()
+    table, _, varies = members.read(folder)
+    assert set(varies) == {"fine_tune.learning_rate", "fine_tune.seed"} and len(table) == 4
+
+
+def test_a_folder_without_histories_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run with a history"):
+        members.read(tmp_path)
+
+
+def test_main_effects_and_two_way_tables_are_means_over_members():
+    rows = [(size, part, 0.1 * size + (0.05 if part == "all" else 0)) for size in (1, 2, 3) for part in ("none", "all")]
+    table = pd.DataFrame(rows, columns=["head.size", "part", "val_loss"]).assign(
+        val_accuracy=lambda t: 1 - t["val_loss"]
+    )
+    found = members.effects(table, ["head.size", "part"]).set_index(["factor", "value"])["effect"]
+    assert np.isclose(found["part", "all"], 0.025) and np.isclose(found["head.size", 1], -0.1)
+    cells = members.two_way(table, ["head.size", "part"])
+    assert np.isclose(cells.loc[2, "all"], 0.75) and members.two_way(table, ["part"]) is None
+
+
+def test_figures_are_drawn_where_they_apply_and_say_why_where_not(folder, capsys):
+    table, histories, varies = members.read(folder)
+    ax = studies.many_curves(histories, ["a1"])
+    assert len(ax.get_lines()) == 4 and [t.get_text() for t in ax.get_legend().get_texts()] == ["a1"]
+    axes_ = studies.against(table.assign(**{"fine_tune.learning_rate": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}), varies)
+    assert axes_[0].get_xscale() == "log" and len(axes_) == 3
+    assert studies.heat(None) is None and studies.parallel(table, varies) is None
+    assert studies.effects(members.effects(table, varies)) is None
+    assert capsys.readouterr().out.count("\n") == 3
+
+
+def test_the_page_escapes_what_comes_from_the_data(tmp_path):
+    page = studies.write_page(
+        tmp_path / "p.html", "<s>", "a & b", {"T": (pd.DataFrame({"x": ["<b>"]}), "n"), "N": (None, "")}
+    )
+    text = page.read_text()
+    assert (
+        "&lt;s&gt;" in text
+        and "<td>&lt;b&gt;</td>" in text
+        and ">N<" not in text
+        and "http" not in text.split("<main>")[1]
+    )
+
+
+def test_the_notebook_writes_its_tables_and_its_page(folder, tmp_path, by_hand):
+    left = by_hand("study", sweep=str(folder), out=str(tmp_path / "study"))
+    assert (tmp_path / "study" / "study.html").is_file() and len(pd.read_csv(tmp_path / "study" / "members.csv")) == 5
+    assert left["headline"].startswith("Best of 2 settings by val_loss: learning_rate 0.0001: 0.5200")

@@ -58,7 +58,8 @@ def main() -> None:
         with torch.no_grad():
             logits = network((pixels - mean) / std).numpy()
         print(
-            f"{name}: logits from {logits.min():.2f} to {logits.max():.2f}, images differ by {np.ptp(logits, 0).max():.2f}"
+            f"{name}: logits from {logits.min():.2f} to {logits.max():.2f},"
+            f" images differ by {np.ptp(logits, 0).max():.2f}"
         )
         kept |= {f"{name} shapes": np.array(json.dumps(shapes)), f"{name} logits": logits}
     np.savez_compressed(FIXTURES / "torchvision.npz", **kept)

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from helpers.cli import quiet
-from helpers.core import project, words
+from helpers.core import disk, project, words
 from helpers.export import loading
 
 SECONDS_BETWEEN_LINES = 10
@@ -62,6 +62,42 @@ def predict(bundle: Path, paths: Sequence[Path], file: Path | None, console: Con
     os.replace(partial, file)
     console.print(f"Written: {file}", markup=False)
     return int(unread > 0)
+
+
+def predict_by_run(
+    run: str, paths: Sequence[Path], file: Path | None, columns: str, hosts: str, console: Console
+) -> int:
+    """Classify images with the model of a run; return the exit code, which is 1 where an image could not be read.
+
+    Args:
+        run: its folder or name.
+        paths: images, and folders that are searched for images.
+        file: the CSV to write, or None.
+        columns: of the CSV, separated by commas, as a competition asks for them; "" for all.
+        hosts: address of a Dask scheduler, or "".
+        console: where answers go.
+
+    Raises:
+        FileNotFoundError: there is no such run, image or folder.
+        ValueError: columns without a file.
+    """
+    if columns and not file:
+        raise ValueError("--columns says how the CSV is to be written: give --csv FILE too.")
+    with quiet.native_log():
+        from helpers.evaluation import prediction
+
+        table, unreadable = prediction.predict(run, paths, hosts)
+    if caution := table.attrs.get("caution"):
+        console.print(caution, style="yellow", markup=False)
+    for line in prediction.lines(table):
+        console.print(line, markup=False)
+    for path, reason in unreadable.items():
+        console.print(f"{path}  not read: {reason}", style="yellow", markup=False)
+    if file:
+        written = prediction.submission(table, columns.split(",")) if columns else table
+        disk.write_text(file, written.to_csv(index=False))
+        console.print(f"Written: {file}", markup=False)
+    return int(bool(unreadable))
 
 
 def _print(rows: Iterator[list[str]], console: Console) -> int:

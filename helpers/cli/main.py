@@ -192,31 +192,14 @@ def predict(
     bundle: bundles.Bundle = None,
 ) -> None:
     """Classify IMAGES with the model of RUN, or with --bundle FOLDER in its place."""
-    from helpers.cli import quiet
-
     if bundle:
-        raise typer.Exit(bundles.predict(bundle, [Path(run), *(images or [])], csv, console))
-    if not images:
+        code = bundles.predict(bundle, [Path(run), *(images or [])], csv, console)
+    elif not images:
         raise ValueError("Name images or folders after the run: thaw predict runs/elpv photo.png")
-
-    if columns and not csv:
-        raise ValueError("--columns says how the CSV is to be written: give --csv FILE too.")
-    with quiet.native_log():
-        from helpers.evaluation import prediction
-
-        table, unreadable = prediction.predict(run, images, hosts)
-    if caution := table.attrs.get("caution"):
-        console.print(caution, style="yellow", markup=False)
-    for line in prediction.lines(table):
-        console.print(line, markup=False)
-    for path, reason in unreadable.items():
-        console.print(f"{path}  not read: {reason}", style="yellow", markup=False)
-    if csv:
-        written = prediction.submission(table, columns.split(",")) if columns else table
-        disk.write_text(csv, written.to_csv(index=False))
-        console.print(f"Written: {csv}", markup=False)
-    if unreadable:
-        raise typer.Exit(1)
+    else:
+        code = bundles.predict_by_run(run, images, csv, columns, hosts, console)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -411,7 +394,7 @@ def entry() -> None:
 
 
 def _advised(error: Exception) -> str:
-    from helpers.core import disk, project
+    from helpers.core import project
 
     full = isinstance(error, OSError) and disk.is_full(error)
     stopped = [f"Stopped: {disk.full(project.runs_folder())}"] if full else []

@@ -19,7 +19,8 @@ import keras
 import tensorflow as tf
 
 from helpers.compute import ranks
-from helpers.core import hub, machine
+from helpers.core import machine
+from helpers.core.mended import kerashub
 
 # https://developer.nvidia.com/cuda-gpus: tensor cores take float16 from 7.0 (Volta) and bfloat16 from 8.0 (Ampere) on
 FAST = {(8, 0): "mixed_bfloat16", (7, 0): "mixed_float16"}
@@ -204,7 +205,7 @@ def load(path: str | Path) -> keras.Model:
         ValueError: the file is no Keras model, or holds code (a Lambda layer).
     """
     model = keras.models.load_model(path, safe_mode=True)
-    hub.mend()  # Keras has imported KerasHub where the model has its layers
+    kerashub.mend()  # Keras has imported KerasHub where the model has its layers
     return in_precision(model, keras.config.dtype_policy().name)
 
 

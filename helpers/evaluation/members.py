@@ -61,7 +61,7 @@ def scores(history: pd.DataFrame) -> dict[str, float]:
 
     Returns:
         val_loss (the lowest), val_accuracy and gap (training less validation accuracy) in that epoch, best_epoch
-        (counted from 1 in the phase), loss_area (mean validation loss over the epochs, the area under its curve for an epoch),
+        (counted from 1 in the phase), loss_area (mean validation loss over the epochs, the area under its curve),
         overfitting (slope of the straight line through validation loss / training loss over the epochs, as in the
         KenyanFood13 study; its sign says whether the two part), epochs and seconds (of all phases). NaN where a loss is
         not a number.

@@ -2,6 +2,7 @@
 
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from helpers.reports import theme
 
 COLOURS = (theme.VERMILION, theme.BLUE, theme.GREEN, "#CC79A7", "#E69F00")  # Okabe and Ito (2008)
 MOST_CHOSEN = len(COLOURS)
-PAGE_STYLE = "svg { max-width: 100%; height: auto; } .wide { overflow-x: auto; } .wide th { padding-right: 1rem; }"
+PAGE_STYLE = "svg { max-width: 100%; height: auto; } .wide { overflow-x: auto; } .wide * { white-space: nowrap; }"
 THREE = (
     ("val_loss", "lowest validation loss"),
     ("loss_area", "mean validation loss"),
@@ -190,7 +191,16 @@ def _place(column: pd.Series) -> pd.Series:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Return a value with four digits: 3.16e-5 and 0.8651; nothing where there is none."""
+    if not isinstance(value, float):
+        return str(value)
+    return "" if value != value else re.sub(r"e-0?", "e-", f"{value:.4g}")
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table as text, with four digits for every number, of small rates too, and without empty columns."""
+    filled = [name for name in table if (table[name].notna() & (table[name].astype(str) != "")).any()]
+    return table[filled].rename(columns=lambda name: str(name).rpartition(".")[2]).map(_text)
 
 
 def write_page(path: Path, title: str, lede: str, shown: Mapping[str, tuple[Any, str]]) -> Path:
@@ -217,8 +227,7 @@ def write_page(path: Path, title: str, lede: str, shown: Mapping[str, tuple[Any,
 
 def _shown(what: Any) -> str:
     if isinstance(what, pd.DataFrame):
-        table = what.dropna(axis="columns", how="all").map(_text)
-        return f"<div class='wide'>{table.to_html(index=False, border=0)}</div>"
+        return f"<div class='wide'>{readable(what).to_html(index=False, border=0)}</div>"
     figure = (what if hasattr(what, "figure") else what[0]).figure
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)

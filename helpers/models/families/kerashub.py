@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from helpers.core import hub as mended
+from helpers.core.mended import kerashub as mended
 from helpers.models.families import family
 
 SMALLEST = 32  # pixels

@@ -163,7 +163,7 @@ def _name(
 ) -> str:
     if names == "letters" or (isinstance(names, Mapping) and set(names) == {"letters"}):
         return _letters(names, labels, places, lines, problems)
-    fields = {key.rpartition(".")[2]: slug(label, place) for (key, label), place in _placed(labels, places, lines)}
+    fields = {_field(key, labels): slug(label, place) for (key, label), place in _placed(labels, places, lines)}
     if names is None:
         return "_".join(text if key == "member" else f"{key}-{text}" for key, text in fields.items())
     try:
@@ -172,6 +172,13 @@ def _name(
         message = f"names: {names!r} has a field that is none of {', '.join(fields)} ({error})."
         problems += [message] if message not in problems else []
         return "unnamed"
+
+
+def _field(key: str, labels: dict) -> str:
+    """Return the last part of a parameter's name, or all of it where another one ends alike."""
+    last = key.rpartition(".")[2]
+    alike = sum(other.rpartition(".")[2] == last for other in labels)
+    return last if alike == 1 else key.replace(".", "_")
 
 
 def _placed(

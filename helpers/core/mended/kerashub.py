@@ -19,9 +19,9 @@ def mend() -> None:
 
     for module in (deit_layers, vit_layers):  # they name settings, such as num_patches, that they do not take
         for kind in vars(module).values():
-            if getattr(kind, "__module__", "") == module.__name__ and "get_config" in vars(kind):
-                if not hasattr(kind.get_config, "whole"):
-                    kind.get_config = _of_those_taken(kind, kind.get_config)
+            is_layer = getattr(kind, "__module__", "") == module.__name__ and "get_config" in vars(kind)
+            if is_layer and not hasattr(kind.get_config, "whole"):
+                kind.get_config = _of_those_taken(kind, kind.get_config)
     SigLIPVisionEmbedding.compute_output_shape = _shape  # it says one token too many
 
 
