@@ -236,8 +236,6 @@ def review(
 @app.command()
 def board(port: Annotated[int, typer.Option(help="Port on this machine.")] = 6006) -> None:
     """Open TensorBoard for all runs."""
-    from helpers.core import project
-
     logs = sorted(project.runs_folder().glob("*/*/logs"))
     if not logs:
         raise FileNotFoundError("No run has TensorBoard logs yet. Run `thaw run recipes/elpv.yaml` first.")
@@ -308,7 +306,6 @@ def reproduce(
 ) -> None:
     """Make RUN again from its manifest.json, in a fresh place, and say whether the predictions agree."""
     from helpers.cli import terminal
-    from helpers.core import project
     from helpers.pipeline import manifest
 
     first = project.run_folder(run)
@@ -330,7 +327,6 @@ def reproduce(
 @app.command("ls")
 def list_runs() -> None:
     """List the runs, the newest last: date, size, stages that are done, headline."""
-    from helpers.core import project
     from helpers.pipeline import housekeeping
 
     folder = project.runs_folder()
@@ -346,7 +342,6 @@ def list_runs() -> None:
 @app.command()
 def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove it without asking.")] = False) -> None:
     """Remove what no run needs: stages without a run, interrupted ones, caches; says first what and how much."""
-    from helpers.core import project
     from helpers.pipeline import housekeeping
 
     folder = project.runs_folder()
@@ -394,8 +389,6 @@ def entry() -> None:
 
 
 def _advised(error: Exception) -> str:
-    from helpers.core import project
-
     full = isinstance(error, OSError) and disk.is_full(error)
     stopped = [f"Stopped: {disk.full(project.runs_folder())}"] if full else []
     return "\n".join([str(error), *stopped, *getattr(error, "__notes__", [])])

@@ -53,7 +53,8 @@ class Family:
 
         Args:
             spec: of the backbone.
-            image: the input tensor, RGB 0-255 (batch, H, W, 3). The family's own preprocessing comes first, made of stock Keras layers.
+            image: the input tensor, RGB 0-255 (batch, H, W, 3). The family's own preprocessing comes first, made of
+                stock Keras layers.
             imagenet: with its ImageNet weights if Keras itself loads them; else `finish` may.
 
         Raises:
