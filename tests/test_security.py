@@ -129,7 +129,7 @@ HUGE_PLACE = b"r" + (2**31 - 1).to_bytes(4, "little")  # LONG_BINPUT: the list o
 )  # fmt: skip
 def test_a_hostile_file_is_refused_without_time_or_memory(data, reason, tmp_path):
     start = time.monotonic()
-    with pytest.raises(ValueError, match=f"is not a legacy PyTorch weights file.*({reason})"):
+    with pytest.raises(ValueError, match=f"is not a PyTorch weights file.*({reason})"):
         read(data, tmp_path)
     assert time.monotonic() - start < 20
 
@@ -153,7 +153,7 @@ def test_changed_bytes_give_arrays_or_a_clear_refusal(changes, cut, tmp_path):
     try:
         arrays = read(bytes(data[: len(data) - cut % len(data)] if cut % 3 == 0 else data), tmp_path)
     except ValueError as error:
-        assert "is not a legacy PyTorch weights file" in str(error)
+        assert "is not a PyTorch weights file" in str(error)
     else:
         assert sum(array.size for array in arrays.values()) <= len(data)
     assert not {name for name in set(sys.modules) - loaded if name.split(".")[0] in ("os", "torch", "subprocess")}
@@ -172,7 +172,7 @@ def test_no_other_name_is_looked_up(name, argument, protocol, tmp_path):
     call = f"c{module}\n{attribute}\n".encode() + b"(" + _text(argument) + b"tR0"
     if protocol == 4:
         call = _text(module) + _text(attribute) + b"\x93(" + _text(argument) + b"tR0"
-    with pytest.raises(ValueError, match="is not a legacy PyTorch weights file"):
+    with pytest.raises(ValueError, match="is not a PyTorch weights file"):
         read(weights_file(before=call), tmp_path)
 
 

@@ -34,6 +34,8 @@ def write_recipe(name: str, source: str, class_folders: folders.Levels = "auto")
     """
     if problems := recipes.check({"name": name}):
         raise notebooks.RecipeError(problems[0])
+    if "/" in name:
+        raise notebooks.RecipeError(f"name: {name!r} cannot name a run that stands alone: leave the slash out.")
     path = project.ROOT / "recipes" / f"{name}.yaml"
     if path.exists():
         raise FileExistsError(f"{project.display_path(path)} exists already. Take another name, or edit it.")

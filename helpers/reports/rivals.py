@@ -34,9 +34,7 @@ def curves(histories: Mapping[str, pd.DataFrame]) -> np.ndarray:
             marker = "o" if len(table) < 4 else None
             epochs = np.arange(1, len(table) + 1)
             label = words.shorten(name, 30).replace("$", r"\$") if number < len(COLOURS) else None
-            axis.plot(
-                epochs, table[column], marker, linestyle="-", color=colour, linewidth=1.4, label=label, markersize=4
-            )
+            axis.plot(epochs, table[column], color=colour, linewidth=1.4, label=label, marker=marker, markersize=4)
         axis.set(xlabel="epoch", ylabel=column.replace("val_", "validation "))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         theme.grid(axis, "y")
