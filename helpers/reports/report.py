@@ -114,7 +114,7 @@ def _trust(run: Path, result: dict, predictions: pd.DataFrame, names: list[str])
     """What 05 says of doubts: sentences, the curve of risk and coverage, and images with what speaks for a class."""
     if "calibration" not in result:  # measured by an earlier Thaw
         return None
-    outcome, (_, gaps) = result["promise"], result["subgroups"]
+    outcome, gaps = result["promise"], result["gaps"]
     said = [result["calibration"]["sentence"], metrics.errors_text(result["calibration"]["errors"])]
     shown = run / "evaluate" / "explained.png"
     return {
