@@ -310,16 +310,15 @@ def test_requirements_are_hashed_and_are_those_of_the_lock(made):
     ("decision", "expected"),
     [
         ({}, {"predicted": "a", "confidence": 0.7}),
-        ({"calibration": {"method": "temperature", "temperature": 2.0}}, {"predicted": "a", "confidence": 0.5228}),
-        ({"calibration": {"method": "vector", "scale": [1, 1, 1], "bias": [0, 2, 0]}}, {"predicted": "b"}),
         ({"promise": {"kind": "precision", "wanted": 0.95, "thresholds": [0.8, 0, 0]}}, {"predicted": "unsure"}),
         ({"promise": {"kind": "risk", "wanted": 0.1, "thresholds": [0.6, 0, 0]}}, {"predicted": "a"}),
         ({"promise": {"kind": "precision", "wanted": 0.95, "thresholds": [None, 0, 0]}}, {"predicted": "unsure"}),
         ({"promise": {"kind": "coverage", "level": 0.15}}, {"predicted": "unsure", "candidates": ["a", "b"]}),
         ({"promise": {"kind": "coverage", "level": 0.3}}, {"predicted": "a", "candidates": ["a"]}),
+        ({"promise": {"kind": "coverage", "level": 0.9}}, {"predicted": "a", "candidates": ["a"]}),
     ],
 )
-def test_a_decision_calibrates_and_says_unsure(made, decision, expected):
+def test_a_decision_says_unsure_or_names_candidates(made, decision, expected):
     model = loading.load(made[0]).Model(made[0])
     model.decision, model.classes = decision, ["a", "b", "c"]
     model.network = lambda batch: np.array([[0.7, 0.2, 0.1]])
@@ -331,11 +330,10 @@ def test_a_decision_calibrates_and_says_unsure(made, decision, expected):
 
 def test_the_decision_of_a_run_goes_into_its_bundle(tmp_path, run):
     shutil.copytree(run / "evaluate", tmp_path / "evaluate")
-    disk.write_json(
-        tmp_path / "evaluate" / "decision.json", {"calibration": {"method": "temperature", "temperature": 3}}
-    )
+    decided = {"promise": {"kind": "coverage", "wanted": 0.9, "level": 0.2}}
+    disk.write_json(tmp_path / "evaluate" / "decision.json", decided)
     bundle.begin(tmp_path / "bundle", tmp_path / "evaluate")
-    assert disk.read_json(tmp_path / "bundle" / "decision.json")["calibration"]["temperature"] == 3
+    assert disk.read_json(tmp_path / "bundle" / "decision.json") == decided
 
 
 # thaw predict --bundle

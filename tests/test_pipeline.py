@@ -230,21 +230,25 @@ def test_a_change_of_phase_two_would_run_phase_two_and_evaluation(done):
     assert [line.split()[0] for line in dry.splitlines() if "would run" in line] == ["fine_tune", "evaluate"]
 
 
-def test_a_run_that_evaluates_otherwise_shares_all_before(done):
-    stamps = {name: (done.run / name).resolve() for name in STAGES}
+@pytest.fixture(scope="module")
+def mirrored(done):
+    """The run again, measured otherwise: what the command says, and its folder."""
     changed = ("evaluate.mirror=horizontal", "evaluate.promise={coverage: 0.9}", "evaluate.subgroups=[width]")
     shown = done.thaw("run", done.recipe, *(part for one in changed for part in ("--set", one)), "--name", "mirrored")
+    return shown, done.folder / "mirrored"
+
+
+def test_a_run_that_evaluates_otherwise_shares_all_before(done, mirrored):
+    shown, other = mirrored
     assert re.findall(r"^\d/6 (\w+) ", shown, re.M) == ["evaluate"]
-    other = done.folder / "mirrored"
-    assert [name for name in STAGES if (other / name).resolve() == stamps[name]] == STAGES[:-1]
-    assert {name: (done.run / name).resolve() for name in STAGES} == stamps
+    shared = [name for name in STAGES if (other / name).resolve() == (done.run / name).resolve()]
+    assert shared == STAGES[:-1] and (done.run / "evaluate/predictions.csv").is_file()
     kept = disk.read_json(other / "evaluate/decision.json")["promise"]
     assert kept["kind"] == "coverage" and 0 <= kept["level"] <= 1
     assert "the set holds the class" in (other / "report.html").read_text()
 
 
-def test_two_runs_are_compared_on_the_same_images(done):
-    """It needs the run of the test before."""
+def test_two_runs_are_compared_on_the_same_images(done, mirrored):
     shown = done.thaw("compare", "tiny", "mirrored")
     assert re.search(r"1/1 compare .*mirrored against tiny: .* points of accuracy", shown)
     page = (done.run / "compare.html").read_text()

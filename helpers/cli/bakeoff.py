@@ -12,9 +12,9 @@ import pandas as pd
 from rich.console import Console
 
 from helpers.cli import terminal
-from helpers.core import notebooks, project, stages, words
+from helpers.core import notebooks, project, words
 from helpers.models import backbones
-from helpers.pipeline import chain, fingerprints, planning, recipes
+from helpers.pipeline import chain, planning, recipes
 
 
 def run(recipe: recipes.Recipe, names: Sequence[str], console: Console, *, own_size: bool = False) -> Path:
@@ -86,19 +86,12 @@ def _step(recipe: recipes.Recipe, names: Sequence[str], resized: list[planning.S
     parameters = {name: p.default for name, p in study.settings.items() if name != "resized"}
     parameters |= {name: head[name] for name in ("next_unfreeze", "cache_gb", "seed")}
     parameters |= {"backbones": list(names), "weights": "none" if head["weights"] == "none" else "imagenet"}
-    ingredients = {"parameters": parameters, "code": fingerprints.code_of(study.notebook)}
-    ingredients["inputs"] = {f"{_images()} {number}": step.fingerprint for number, step in enumerate(resized)}
-    fingerprint = fingerprints.fingerprint(ingredients)
-    folder = project.runs_folder() / ".store" / f"{study.name}-{fingerprint}"
-    made = (folder / stages.STAGE_FILE).is_file()
-    return planning.Step(
-        stage=study,
-        parameters=parameters | {"resized": [project.display_path(step.folder) for step in resized[1:]]},
-        ingredients=ingredients,
-        fingerprint=fingerprint,
-        folder=folder,
-        link=project.runs_folder() / recipe.name / study.name,
-        state="done" if made else "to do",
-        why="done" if made else "not made yet",
+    read = {f"{_images()} {number}": step.fingerprint for number, step in enumerate(resized)}
+    return planning.alone(
+        study,
+        parameters,
+        read,
+        project.runs_folder() / recipe.name / study.name,
         input_folders={"images": resized[0].folder},
+        places={"resized": [project.display_path(step.folder) for step in resized[1:]]},
     )

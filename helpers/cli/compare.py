@@ -8,7 +8,7 @@ from rich.console import Console
 from helpers.cli import terminal
 from helpers.core import disk, notebooks, project, stages
 from helpers.evaluation import entries
-from helpers.pipeline import chain, fingerprints, planning
+from helpers.pipeline import chain, planning
 from helpers.reports import pages
 
 STUDY = "compare"
@@ -40,21 +40,5 @@ def run(runs: Sequence[str], console: Console, *, common: bool = False) -> Path:
 def _step(runs: Sequence[str], common: bool) -> planning.Step:
     study = notebooks.studies()[STUDY]
     parameters = {name: p.default for name, p in study.settings.items()} | {"runs": list(runs), "common": common}
-    ingredients = {"parameters": parameters, "code": fingerprints.code_of(study.notebook)}
-    ingredients["inputs"] = {
-        f"run {number}": disk.sha256_of(entries.measured(run) / stages.STAGE_FILE) for number, run in enumerate(runs)
-    }
-    fingerprint = fingerprints.fingerprint(ingredients)
-    folder = project.runs_folder() / ".store" / f"{study.name}-{fingerprint}"
-    made = (folder / stages.STAGE_FILE).is_file()
-    return planning.Step(
-        stage=study,
-        parameters=parameters,
-        ingredients=ingredients,
-        fingerprint=fingerprint,
-        folder=folder,
-        link=project.run_folder(runs[0]) / study.name,
-        state="done" if made else "to do",
-        why="done" if made else "not made yet",
-        input_folders={},
-    )
+    read = {f"run {n}": disk.sha256_of(entries.measured(run) / stages.STAGE_FILE) for n, run in enumerate(runs)}
+    return planning.alone(study, parameters, read, project.run_folder(runs[0]) / study.name)

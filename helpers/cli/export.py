@@ -8,7 +8,7 @@ from rich.console import Console
 
 from helpers.cli import terminal
 from helpers.core import disk, notebooks, project, stages, words
-from helpers.pipeline import chain, fingerprints, planning
+from helpers.pipeline import chain, planning
 
 STAGE = "export"
 CUT = "crop"  # takes the place of the stage that 07 reads the raw files of
@@ -68,22 +68,9 @@ def _step(folder: Path, given: Mapping[str, Any]) -> planning.Step:
                 f"{project.display_path(folder)} has no finished {path.name}, which the export reads. Make it with"
                 " `thaw run`."
             )
-    ingredients = {"parameters": values, "code": fingerprints.code_of(stage.notebook)}
-    ingredients["inputs"] = {path.name: _fingerprint(path) for path in inputs.values()}
-    fingerprint = fingerprints.fingerprint(ingredients)
-    kept = folder.parent / ".store" / f"{STAGE}-{fingerprint}"
-    done = (kept / stages.STAGE_FILE).is_file()
-    return planning.Step(
-        stage=stage,
-        parameters=values,
-        ingredients=ingredients,
-        fingerprint=fingerprint,
-        folder=kept,
-        link=folder / STAGE,
-        state="done" if done else "to do",
-        why="done" if done else "not made yet",
-        input_folders={name: path.resolve() for name, path in inputs.items()},
-    )
+    read = {path.name: _fingerprint(path) for path in inputs.values()}
+    folders = {name: path.resolve() for name, path in inputs.items()}
+    return planning.alone(stage, values, read, folder / STAGE, input_folders=folders)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -7,8 +7,8 @@ import pandas as pd
 from rich.console import Console
 
 from helpers.cli import terminal
-from helpers.core import disk, notebooks, project, stages, words
-from helpers.pipeline import chain, execution, fingerprints, planning
+from helpers.core import disk, notebooks, project, words
+from helpers.pipeline import chain, execution, planning
 from helpers.pipeline.sweeps import conduct, files, jobs, plans
 
 TABLE = "sweep.csv"  # in the sweep's folder: a row for each member
@@ -128,20 +128,6 @@ def _study(planned: plans.Plan, states: dict, console: Console) -> None:
 def _step(planned: plans.Plan, states: dict) -> planning.Step:
     study, sweep = notebooks.studies()[files.STUDY], planned.sweep
     parameters = {name: p.default for name, p in study.settings.items()} | {"sweep": project.display_path(sweep.folder)}
-    ingredients = {"parameters": parameters, "code": fingerprints.code_of(study.notebook)}
-    ingredients["inputs"] = {name: steps[-1].fingerprint for name, steps in planned.chains.items()}
-    ingredients["members"] = [[member.name, member.labels, states[member.name]] for member in sweep.members]
-    fingerprint = fingerprints.fingerprint(ingredients)
-    folder = project.runs_folder() / ".store" / f"{study.name}-{fingerprint}"
-    made = (folder / stages.STAGE_FILE).is_file()
-    return planning.Step(
-        stage=study,
-        parameters=parameters,
-        ingredients=ingredients,
-        fingerprint=fingerprint,
-        folder=folder,
-        link=sweep.folder / study.name,
-        state="done" if made else "to do",
-        why="done" if made else "not made yet",
-        input_folders={},
-    )
+    read = {name: steps[-1].fingerprint for name, steps in planned.chains.items()}
+    read["members"] = [[member.name, member.labels, states[member.name]] for member in sweep.members]
+    return planning.alone(study, parameters, read, sweep.folder / study.name)

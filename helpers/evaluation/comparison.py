@@ -41,7 +41,7 @@ def compare(
     draws = np.concatenate([weights @ gain for weights in metrics.resamples(truth, seed, n_bootstrap)]) / len(gain)
     low, high = np.quantile(draws, metrics.ENDS)
     lost, won = int((gain < 0).sum()), int((gain > 0).sum())
-    p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    p_value = _exact(won, lost)
     verdict = "more than chance explains" if p_value < 1 - metrics.LEVEL else "within what chance explains"
     return {
         "n": len(gain),
@@ -152,8 +152,12 @@ def _mean(parts: list[dict]) -> dict:
 def _mcnemar(first: list[tuple], second: list[tuple]) -> float:
     if len(first) > 1 or len(second) > 1:
         return np.nan
-    right = [truth == picked for ((truth, picked, _),) in (first, second)]
-    lost, won = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    right = [truth == picked for [(truth, picked, _)] in (first, second)]
+    return _exact(int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum()))
+
+
+def _exact(won: int, lost: int) -> float:
+    """Return the p-value of McNemar's test in its exact binomial form."""
     return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 

@@ -188,11 +188,9 @@ def _notes(folder: Path, scores: np.ndarray, distances: np.ndarray, class_names:
     kept = disk.read_json(decided)["promise"] if decided.is_file() else {}
     notes: dict[str, list] = {}  # a class called "novel" keeps its name, and the note has another one
     if kept:
-        order = np.argsort(-scores, axis=1)
-        notes["answer"] = np.where(promises.answered(kept, scores), "", UNSURE).tolist()
-        notes["second"] = [class_names[index] for index in order[:, 1]]
-        for row, best in enumerate(order[:, 0]):
-            notes["answer"][row] = notes["answer"][row] or class_names[best]
+        named = np.array(class_names, dtype=object)[np.argsort(-scores, axis=1, kind="stable")[:, :2]]
+        notes["answer"] = np.where(promises.answered(kept, scores), named[:, 0], UNSURE).tolist()
+        notes["second"] = named[:, 1].tolist()
         if kept["kind"] == "coverage":
             chosen = promises.sets(kept, scores)
             notes["set"] = ["|".join(class_names[index] for index in np.flatnonzero(row)) for row in chosen]

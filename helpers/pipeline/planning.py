@@ -5,6 +5,7 @@ inputs. The fingerprint of these four names a folder in `runs/.store`. A run, `r
 links into the store, so runs share what they have in common and a stage is never computed twice or overwritten.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,42 @@ class Step:
     def partial(self) -> Path:
         """The folder in which the stage is made before it is renamed to `folder`."""
         return self.folder.with_name(self.folder.name + ".partial")
+
+
+def alone(
+    stage: notebooks.Stage,
+    parameters: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    link: Path,
+    *,
+    input_folders: Mapping[str, Path] | None = None,
+    places: Mapping[str, Any] | None = None,
+) -> Step:
+    """Return one notebook, outside any chain, as a step that the store keeps like a stage.
+
+    Args:
+        stage: the notebook.
+        parameters: those that decide its result.
+        inputs: what else does, such as fingerprints of what it reads.
+        link: where the result is linked to.
+        input_folders: the folders that its parameters name, by parameter.
+        places: parameters that say where things lie and decide nothing.
+    """
+    ingredients = {"parameters": dict(parameters), "code": fingerprints.code_of(stage.notebook), "inputs": dict(inputs)}
+    fingerprint = fingerprints.fingerprint(ingredients)
+    folder = project.runs_folder() / ".store" / f"{stage.name}-{fingerprint}"
+    made = (folder / stages.STAGE_FILE).is_file()
+    return Step(
+        stage=stage,
+        parameters={**parameters, **(places or {})},
+        ingredients=ingredients,
+        fingerprint=fingerprint,
+        folder=folder,
+        link=link,
+        state="done" if made else "to do",
+        why="done" if made else "not made yet",
+        input_folders=dict(input_folders or {}),
+    )
 
 
 def plan(recipe: recipes.Recipe, rebuild: str = "") -> list[Step]:

@@ -78,35 +78,22 @@ class Model:
 
         Returns:
             `predicted`: a class, or "unsure" where the model keeps no promise; `confidence`: of the most probable
-            class; `probabilities`: by class, calibrated; `candidates`: where the promise is coverage, every class that
-            is probable enough.
+            class; `probabilities`: by class; `candidates`: where the promise is coverage, the most probable class and
+            every other one that is probable enough.
         """
-        chances = calibrated(self.raw(pixels), self.decision.get("calibration"))
-        top, promise = int(chances.argmax()), self.decision.get("promise") or {}
+        chances, promise = self.raw(pixels), self.decision.get("promise") or {}
+        top = int(chances.argmax())
         said = {"predicted": self.classes[top], "confidence": float(chances[top])}
         said["probabilities"] = dict(zip(self.classes, map(float, chances), strict=True))
         if promise.get("kind") == "coverage":
-            said["candidates"] = [name for name, p in said["probabilities"].items() if p >= promise["level"]]
+            said["candidates"] = [
+                name for name, p in said["probabilities"].items() if p >= min(promise["level"], chances[top])
+            ]
             return said | ({} if len(said["candidates"]) == 1 else {"predicted": UNSURE})
         if thresholds := promise.get("thresholds"):
             least = thresholds[top]
             return said | ({} if least is not None and chances[top] >= least else {"predicted": UNSURE})
         return said
-
-
-def calibrated(chances: np.ndarray, how: dict[str, Any] | None) -> np.ndarray:
-    """Return probabilities (classes,) after temperature scaling (Guo et al., 2017) or its form for each class."""
-    if not how:
-        return chances
-    logits = np.log(np.maximum(chances, np.finfo(np.float32).tiny))
-    if how["method"] == "temperature":
-        logits = logits / how["temperature"]
-    elif how["method"] == "vector":
-        logits = logits * np.array(how["scale"]) + np.array(how["bias"])
-    else:
-        raise ValueError(f"decision.json: calibration is {how['method']!r}; expected temperature or vector.")
-    powers = np.exp(logits - logits.max())
-    return powers / powers.sum()
 
 
 def find(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
