@@ -52,7 +52,13 @@ def test_no_department_is_imported_as_a_name():
                 assert not {alias.name for alias in node.names} & {"helpers", *packages}, ast.unparse(node)
 
 
-NAMED_BY = ("pipeline/checks.py", "cli/starter.py", "cli/bakeoff.py", "cli/export.py")  # they are about single stages
+NAMED_BY = (
+    "pipeline/checks.py",
+    "cli/starter.py",
+    "cli/bakeoff.py",
+    "cli/export.py",
+    "cli/two_stage.py",
+)  # they are about single stages
 
 
 def test_the_chain_knows_no_stage_by_name():
@@ -144,13 +150,14 @@ def stale_after(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("helpers/training/compiling.py", {"head", "fine_tune", "evaluate"}),
+        ("helpers/training/compiling.py", {"head", "fine_tune", "join", "evaluate"}),
         ("helpers/models/families/kerashub.py", {"head", "fine_tune", "bakeoff"}),
         ("helpers/models/fetching.py", set()),
-        ("helpers/evaluation/metrics.py", {"evaluate", "compare", "bakeoff", "export"}),
-        ("helpers/evaluation/details.py", {"evaluate", "compare", "bakeoff", "export"}),
+        ("helpers/models/joined.py", {"join"}),
+        ("helpers/evaluation/metrics.py", {"join", "evaluate", "compare", "bakeoff", "export"}),
+        ("helpers/evaluation/details.py", {"join", "evaluate", "compare", "bakeoff", "export"}),
         ("helpers/data/splits.py", {"split", "resize"}),
-        ("helpers/data/crop.py", {"crop", "evaluate"}),
+        ("helpers/data/crop.py", {"crop", "join", "evaluate"}),
         ("helpers/reports/theme.py", set()),
         ("helpers/reports/charts.py", set()),
         ("helpers/reports/sheets.py", set()),

@@ -41,13 +41,14 @@ def tree(cell):
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS][:7] == [
+    assert [path.stem for path in NOTEBOOKS][:8] == [
         "00_explore",
         "00b_crop",
         "01_split",
         "02_resize",
         "03_train_head",
         "04_fine_tune",
+        "04b_join",
         "05_evaluate",
     ]
 
@@ -171,7 +172,7 @@ def test_every_parameter_is_used(notebook, path):
 
 def test_the_stages_form_the_line_of_the_design():
     names = list(notebooks.stages())
-    assert names[:7] == ["explore", "crop", "split", "resize", "head", "fine_tune", "evaluate"]
+    assert names[:8] == ["explore", "crop", "split", "resize", "head", "fine_tune", "join", "evaluate"]
     for stage in notebooks.stages().values():
         assert all(names.index(made_by) < names.index(stage.name) for made_by in stage.inputs.values())
 
@@ -279,7 +280,9 @@ def test_every_command_that_is_named_exists():
         ROOT / "Makefile",
     ]
     for file in files:
-        for command in re.findall(r"`thaw ([a-z]+)|(?:Run|Next|try): thaw ([a-z]+)", file.read_text(encoding="utf-8")):
+        for command in re.findall(
+            r"`thaw ([a-z-]+)|(?:Run|Next|try): thaw ([a-z-]+)", file.read_text(encoding="utf-8")
+        ):
             assert (name := "".join(command)) in commands, f"{file.name} names `thaw {name}`"
 
 
@@ -305,6 +308,7 @@ WITHOUT_TENSORFLOW = ("core", "data", "models", "evaluation", "reports", "pipeli
 LOADS_IT = {
     "helpers.evaluation.trust.explanation",
     "helpers.models.classifier",
+    "helpers.models.joined",
     "helpers.models.levels",
     "helpers.models.unfreezing",
     "helpers.reports.tensorboard",

@@ -20,6 +20,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from rich.console import Console
 
 from helpers.core import child, disk, machine, notebooks, project, stages
 from helpers.models import backbones
@@ -72,6 +73,18 @@ class GpuFacts:
     init: int = 0
     built_for_cuda: bool = True
     missing: tuple[str, ...] = ()
+
+
+def show(console: Console) -> int:
+    """Print what `examine` finds, and return how many things are to fix."""
+    wrong = 0
+    for finding in examine():
+        wrong += bool(finding.fix)
+        console.print(f"{'WRONG' if finding.fix else 'ok':<6}{finding.topic:<12}{finding.text}", markup=False)
+        if finding.fix:
+            console.print(f"{'':<18}fix: {finding.fix}", style="yellow", markup=False)
+    console.print(f"{wrong} to fix." if wrong else "No problems found.", style="bold")
+    return wrong
 
 
 def examine() -> Iterator[Finding]:

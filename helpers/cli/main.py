@@ -178,6 +178,22 @@ def compare(
     console.print(f"Page: {project.display_path(study.run(runs, console, common=common))}", markup=False)
 
 
+@app.command("two-stage")
+def two_stage(
+    run: Annotated[str, typer.Argument(help="A finished run of three classes or more.")],
+    groups: Annotated[
+        str, typer.Option(help="Classes that a second stage tells apart: auto, or as in '[[a, b], [c, d]]'.")
+    ] = "auto",
+    overrides: Set = None,
+) -> None:
+    """Group the classes that RUN confuses, train a model for each group, and compare the whole with RUN."""
+    from helpers.cli import two_stage as study
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    page = study.run(run, groups, console, overrides=overrides or [])
+    console.print(f"Page: {project.display_path(page)}", markup=False)
+
+
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv; left out with --bundle.")],
@@ -248,14 +264,7 @@ def doctor() -> None:
     """Look at everything that a run needs on this machine, compute on each device, and name what to fix."""
     from helpers.cli import doctor as doctors
 
-    wrong = 0
-    for finding in doctors.examine():
-        wrong += bool(finding.fix)
-        console.print(f"{'WRONG' if finding.fix else 'ok':<6}{finding.topic:<12}{finding.text}", markup=False)
-        if finding.fix:
-            console.print(f"{'':<18}fix: {finding.fix}", style="yellow", markup=False)
-    console.print(f"{wrong} to fix." if wrong else "No problems found.", style="bold")
-    if wrong:
+    if doctors.show(console):
         raise typer.Exit(1)
 
 
@@ -266,8 +275,9 @@ def prefetch(
     """Fetch ImageNet weights now, so that runs need no network."""
     from helpers.cli import quiet
     from helpers.models import fetching
+    from helpers.pipeline import checks
 
-    names = list(dict.fromkeys(name for argument in wanted for name in _backbones_in(argument)))
+    names = list(dict.fromkeys(name for argument in wanted for name in checks.pretrained(argument)))
     failed = 0
     for name in names:
         try:
@@ -354,17 +364,6 @@ def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove it without ask
         console.print("Every file belongs to a run.")
     elif yes or typer.confirm(f"Remove {len(found)} things, {sum(one.size for one in found) / 1e6:,.1f} MB?"):
         console.print(f"{housekeeping.remove(folder, found) / 1e6:,.1f} MB removed.")
-
-
-def _backbones_in(argument: str) -> list[str]:
-    """Return the backbones whose ImageNet weights are meant: `argument` itself, or those that a recipe needs."""
-    from helpers.models import backbones
-
-    if not argument.endswith((".yaml", ".yml")):
-        return [backbones.spec(argument).name]
-    loaded = recipes.load(argument)
-    sections = [loaded.resolved(stage) for stage in loaded.chain()]
-    return [backbones.spec(s["backbone"]).name for s in sections if s.get("backbone") and s["weights"] == "imagenet"]
 
 
 def _text(value: object) -> str:

@@ -1,11 +1,12 @@
 """Folders of images that one stage hands to the next: the links of a split, and the images of one size."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from helpers.core import disk, parallel
+from helpers.core import disk, parallel, words
 from helpers.data import images, links
 from helpers.data.formats import deep
 from helpers.data.images import ImageError
@@ -24,6 +25,7 @@ def write_images(
     format: str = "png",
     quality: int = 95,
     workers: int = 0,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Resize every image of a split; write images.csv, quarantine.csv and resize.json beside them.
 
@@ -34,6 +36,8 @@ def write_images(
         image_size, fit, quality: as in `images.load` and `images.write`.
         format: "png" or "jpg".
         workers: threads; 0 means one for each core.
+        names: what each class is called from here on, as `classes` returns it; one without an entry is left out. None:
+            all stay as they are. Only labels change, not the folders of the files.
 
     Returns:
         What was written to images.csv (path relative to `out`, label, part, source, sha256 of the raw file) and to
@@ -41,6 +45,8 @@ def write_images(
     """
     split = links.read_split(source)
     split = split[split["part"].isin(PARTS)].rename(columns={"path": "source"})
+    if names is not None:
+        split = split.assign(label=split["label"].map(names)).dropna(subset="label").reset_index(drop=True)
     table = split.assign(path=[str(PurePosixPath(file).with_suffix(f".{format}")) for file in split["file"]])
     for folder in sorted({PurePosixPath(path).parent for path in table["path"]}):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -62,8 +68,38 @@ def write_images(
     about = {"image_size": image_size, "fit": fit, "format": format}
     crop = {"crop": disk.read_json(source / "crop.json")} if (source / "crop.json").is_file() else {}
     depth = {"levels": [levels["black"], levels["white"]]} if levels else {}
-    disk.write_json(out / "resize.json", about | crop | depth)
+    renamed = [name for name, new in (names or {}).items() if name != new]
+    of_new = {names[name]: [old for old in names if names[old] == names[name]] for name in renamed}
+    disk.write_json(out / "resize.json", about | crop | depth | ({"merge": of_new} if of_new else {}))
     return table, quarantine
+
+
+def classes(names: Sequence[str], merge: Mapping[str, Sequence[str]], keep: Sequence[str] = ()) -> dict[str, str]:
+    """Return what each class is called from here on, in the order of the classes; one that is left out has no entry.
+
+    Args:
+        names: the classes of the split, in the model's order.
+        merge: new name -> the classes that become one.
+        keep: the classes to keep, merged ones by their new name; none: all.
+
+    Raises:
+        ValueError: a class does not exist or is merged twice, a new name is that of another class, or fewer than two
+            classes are left.
+    """
+    merged = [name for own in merge.values() for name in own]
+    new_of = {name: new for new, own in merge.items() for name in own}
+    found = {name: new_of.get(name, name) for name in names}
+    for what, listed, known in (("merge", merged, names), ("keep", keep, list(dict.fromkeys(found.values())))):
+        if unknown := [name for name in listed if name not in known]:
+            raise ValueError(f"{what}: there is no class {unknown[0]!r}.{words.did_you_mean(str(unknown[0]), known)}")
+    if twice := [name for name in merged if merged.count(name) > 1]:
+        raise ValueError(f"merge: {twice[0]!r} stands twice; a class can become part of one other.")
+    if taken := [new for new, own in merge.items() if new in names and new not in own]:
+        raise ValueError(f"merge: {taken[0]!r} is a class already. Give the merged classes another name.")
+    kept = {name: new for name, new in found.items() if not keep or new in keep}
+    if len(set(kept.values())) < 2:
+        raise ValueError(f"{len(set(kept.values()))} class would be left of {len(names)}; a classifier needs two.")
+    return kept
 
 
 def _convert(

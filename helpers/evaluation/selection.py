@@ -2,6 +2,8 @@
 
 import pandas as pd
 
+JOINED = "join"  # the phase of a history that stands for several runs joined, in place of phase 2
+
 
 def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: str = "val_loss") -> dict:
     """Which phase gives the run's model: the one whose best epoch is better on the validation part, never on test.
@@ -32,11 +34,13 @@ def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: st
     else:
         better = best["fine_tune"] < best["head"] if "loss" in monitor else best["fine_tune"] > best["head"]
         phase = "fine_tune" if better else "head"
-        change = f"{words} went from {best['head']:.4f} (phase 1) to {best['fine_tune']:.4f} (phase 2)"
+        joined = fine_tune is not None and set(fine_tune["phase"]) == {JOINED}
+        what, second = ("Joining runs", "the joined model") if joined else ("Fine-tuning", "phase 2")
+        change = f"{words} went from {best['head']:.4f} (phase 1) to {best['fine_tune']:.4f} ({second})"
         sentence = (
-            f"Fine-tuning helped: the best {change}, so phase 2 is the run's model."
+            f"{what} helped: the best {change}, so {second} is the run's model."
             if better
-            else f"Fine-tuning did not help: the best {change}, so phase 1 is the run's model."
+            else f"{what} did not help: the best {change}, so phase 1 is the run's model."
         )
     return {"phase": phase, "monitor": monitor, **best, "sentence": sentence}
 

@@ -111,6 +111,16 @@ def _check_evaluate(recipe: recipes.Recipe) -> None:
             )
 
 
+def _check_join(recipe: recipes.Recipe) -> None:
+    named = recipe.resolved("join")["runs"]
+    if not named:
+        raise notebooks.RecipeError("join.runs: name the runs to join with this one, as in join.runs=[elpv-2, elpv-3].")
+    for run in named:
+        if run == recipe.name or project.resolve(run) == project.runs_folder() / recipe.name:
+            raise notebooks.RecipeError(f"join.runs: {run} is this run itself, which is joined anyway.")
+        stages.of_run(run, "head", "model.keras", parameter="join.runs")
+
+
 def _check_from_run(recipe: recipes.Recipe) -> None:
     taken = recipe.resolved("head")["from_run"]
     if not taken:
@@ -150,6 +160,15 @@ def _check_training(recipe: recipes.Recipe, backend: str) -> None:
 def _import_what_comes_next() -> None:
     for package in ("papermill", "nbconvert"):  # of the stages and of the report
         importlib.import_module(package)
+
+
+def pretrained(argument: str) -> list[str]:
+    """Return the backbones whose ImageNet weights are meant: `argument` itself, or those that a recipe needs."""
+    if not argument.endswith((".yaml", ".yml")):
+        return [backbones.spec(argument).name]
+    loaded = recipes.load(argument)
+    sections = [loaded.resolved(stage) for stage in loaded.chain()]
+    return [backbones.spec(s["backbone"]).name for s in sections if s.get("backbone") and s["weights"] == "imagenet"]
 
 
 def _fetch_weights(backbone: str) -> None:
@@ -204,5 +223,6 @@ CHECKS: dict[str, Callable[[recipes.Recipe], None]] = {
     "split": _check_split,
     "crop": _check_crop,
     "head": _check_head,
+    "join": _check_join,
     "evaluate": _check_evaluate,
 }

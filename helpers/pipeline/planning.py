@@ -133,12 +133,15 @@ def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: boo
 def _named_files(stage: str, parameters: dict[str, Any]) -> dict[str, str]:
     """Return the hash of each file that a parameter names, such as weights; of a stage's folder, that of its record.
 
-    `from_run` names a run whose result of the same stage is taken over.
+    `from_run` names a run whose result of the same stage is taken over, `runs` names runs whose models are read.
     """
     paths = {name: project.resolve(value) for name, value in parameters.items() if isinstance(value, str) and value}
     with suppress(FileNotFoundError):  # what is missing is told by `checks.check`
         if taken := parameters.get("from_run"):
             paths["from_run"] = stages.of_run(taken, stage, "model.keras", parameter=f"{stage}.from_run")
+    for run in parameters.get("runs", []):
+        made = [one.name for one in notebooks.stages().values() if one.trains or one.replaces]
+        paths |= {f"runs: {run}/{name}": project.run_folder(run) / name for name in made}
     files = {name: path / stages.STAGE_FILE if path.is_dir() else path for name, path in paths.items()}
     return {name: disk.sha256_of(path) for name, path in files.items() if path.is_file()}
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from helpers.core import words
@@ -90,7 +91,12 @@ def image_sizes(widths: Sequence[int], heights: Sequence[int], ax: Axes | None =
 
 
 def confusion_matrix(
-    matrix: np.ndarray, class_names: Sequence[str], *, normalised: bool = True, ax: Axes | None = None
+    matrix: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    normalised: bool = True,
+    boxes: Sequence[Sequence[str]] = (),
+    ax: Axes | None = None,
 ) -> Axes:
     """True classes down, predicted classes across; the shade is the share of the true class (or the count).
 
@@ -98,6 +104,7 @@ def confusion_matrix(
         matrix: counts, (classes, classes), rows are true classes.
         class_names: in the order of the matrix.
         normalised: shade each row by its share, so that a rare class is seen as well as a common one.
+        boxes: groups of classes that stand side by side, each to be framed.
 
     Raises:
         ValueError: the matrix is not square or does not fit the names.
@@ -132,6 +139,10 @@ def confusion_matrix(
     )
     theme.name_axis(ax, "x", list(class_names), limit=18, first=0.5)
     theme.name_axis(ax, "y", list(class_names), limit=24, first=0.5)
+    for box in boxes:
+        places = [list(class_names).index(name) for name in box]
+        corner, length = (min(places), min(places)), len(places)
+        ax.add_patch(Rectangle(corner, length, length, fill=False, edgecolor=theme.VERMILION, linewidth=2, zorder=5))
     ax.set(xlabel="predicted class", ylabel="true class")
     ax.tick_params(length=0)
     bar = ax.collections[0].colorbar

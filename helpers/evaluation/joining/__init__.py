@@ -1,0 +1,1 @@
+"""Several runs as one classifier: ensembles, model soups and two-stage classifiers, chosen on validation."""
