@@ -7,7 +7,7 @@ import pytest
 
 from helpers.core import disk, notebooks, stages
 from helpers.data import resizing
-from helpers.evaluation import selection
+from helpers.evaluation import entries, selection
 from helpers.evaluation.joining import confused, ways
 from helpers.evaluation.joining import runs as runs_of
 from helpers.models import joined
@@ -240,6 +240,7 @@ def test_an_ensemble_goes_through_05_and_is_measured_as_it_is(place, by_hand, pi
         fine_tune=str(place / "both" / "join"),
         phase="fine_tune",
         cheat_test=False,
+        gallery=2,
         out=str(out),
         **plain,
     )
@@ -247,6 +248,16 @@ def test_an_ensemble_goes_through_05_and_is_measured_as_it_is(place, by_hand, pi
     assert len(table) == 12 and set(NAMES) < set(table.columns)
     assert "Joining" in selection.better_phase(*(pd.read_csv(place / part / "history.csv") for part in (
         "plain/head", "both/join")))["sentence"]  # fmt: skip
+
+
+def test_a_joined_run_is_compared_as_what_it_is(place, by_hand):
+    given = {"images": str(place / "plain" / "resize"), "explore": str(place / "plain" / "explore"), "seed": 1}
+    given |= {"head": str(place / "plain" / "head"), "phase": "fine_tune", "cheat_test": False, "gallery": 2}
+    by_hand("evaluate", **given, fine_tune=str(place / "plain" / "fine_tune"), out=str(place / "plain" / "evaluate"))
+    one, both = entries.read([str(place / "plain"), str(place / "both")])
+    assert both.seconds > one.seconds > 0 and list(both.history["phase"])[-1] == "join"
+    table = entries.differing(entries.grouped([one, both]))
+    assert table.loc["join.how"].tolist() == ["–", "probabilities"]
 
 
 def test_two_stages_are_found_by_the_merged_classes_and_the_better_way_is_kept(place, by_hand):

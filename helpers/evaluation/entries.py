@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from helpers.core import disk, notebooks, project, stages, words
-from helpers.evaluation import metrics, tables
+from helpers.evaluation import metrics, selection, tables
 
 SEED = "seed"  # parameters of this name make members of one entry, not rivals
 SHOWN = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")
@@ -28,7 +28,7 @@ class Run:
         groups: group of each of `predictions`.
         parameters: stage -> parameters, without folders.
         history: the epochs of both phases.
-        seconds: that its phases took.
+        seconds: that its phases took; of a joined run, those of all runs in it.
         megabytes: of its model's file.
     """
 
@@ -183,15 +183,17 @@ def _read(name: str) -> Run:
     place = Path(name.rstrip("/"))
     given = disk.read_json(folder / stages.STAGE_FILE)["parameters"]
     reads = {stage: project.resolve(given[p]) for p, stage in notebooks.stages()["evaluate"].inputs.items()}
-    records = {"evaluate": folder, **{stage: path for stage, path in reads.items() if path.is_dir()}}
+    records = {"evaluate": folder, **{_made_by(path, stage): path for stage, path in reads.items() if path.is_dir()}}
     about = {stage: disk.read_json(path / stages.STAGE_FILE) for stage, path in records.items()}
     listed = disk.read_table(reads["resize"] / "images.csv").set_index("path")
     known = listed["source"] + (":" + listed["box"] if "box" in listed else "")
     predictions, validation = (tables.read_predictions(folder / file) for file in FILES[:2])
     shown = {known.get(path, path): reads["resize"] / path for path in predictions["path"]}
     about |= _earlier(about)
-    trained = [stage for stage, made in notebooks.stages().items() if made.trains and stage in records]
+    trained = [stage for stage in notebooks.stages() if (records.get(stage, folder) / "history.csv").is_file()]
     histories = [pd.read_csv(records[stage] / "history.csv") for stage in trained]
+    alone = sum(about[stage].get("seconds", 0.0) for stage in trained if notebooks.stages()[stage].trains)
+    joined = sum(table.loc[table["phase"] == selection.JOINED, "seconds"].sum() for table in histories)
     groups = disk.read_table(reads["explore"] / "inventory.csv").drop_duplicates("path").set_index("path")["group"]
     return Run(
         name=place.parent.name if place.name == "evaluate" else place.name,
@@ -203,9 +205,15 @@ def _read(name: str) -> Run:
         groups={path: groups.get(path.split(":")[0], path) for path in shown},
         parameters={stage: _settings(stage, made) for stage, made in about.items()},
         history=pd.concat(histories, ignore_index=True) if histories else pd.DataFrame(),
-        seconds=sum(about[stage].get("seconds", 0.0) for stage in trained),
+        seconds=joined or alone,
         megabytes=(folder / "model.keras").stat().st_size / 1e6,
     )
+
+
+def _made_by(path: Path, asked: str) -> str:
+    """Return the stage whose notebook made a folder that stands for the stage `asked`; another may take its place."""
+    made = disk.read_json(path / stages.STAGE_FILE).get("stage", asked)
+    return made if made in notebooks.stages() and notebooks.stages()[made].replaces == asked else asked
 
 
 def _earlier(about: dict[str, dict]) -> dict[str, dict]:
