@@ -18,14 +18,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from helpers.cli import terminal
-from helpers.core import disk, project
+from helpers.cli import terminal, two_stage
+from helpers.core import disk, project, words
 from helpers.data import images, sources
 from helpers.pipeline import recipes
 
 UNLABELLED = 20  # images that are only predicted
 EPOCHS = {"head": 4, "fine_tune": 2}
 UNFREEZE = {"s3_butterflies": "block6"}  # the others name what EfficientNet-Lite0 has too
+TWO_STAGES = "s5_kenyan_food"
 SUBMISSIONS = {"s2_dogs": "id,*", "s5_kenyan_food": "id,class"}
 
 
@@ -53,6 +54,10 @@ def main() -> None:
         lines.append(f"{name:<18} {result(recipe)}, {time.time() - begun:.0f} s")
         if name in SUBMISSIONS:
             lines[-1] += f"; {submission(name, place / 'test', SUBMISSIONS[name])}"
+        if name == TWO_STAGES:
+            first, second, *_ = disk.read_json(project.runs_folder() / name / "evaluate" / "class_names.json")
+            page = two_stage.run(str(project.runs_folder() / name), f"[[{first}, {second}]]", console)
+            lines[-1] += f"; two stages: {project.display_path(page)}"
         console.print(lines[-1] + "\n", markup=False)
     console.print("\n".join(lines), markup=False)
 
@@ -116,9 +121,9 @@ def result(recipe: recipes.Recipe) -> str:
     run = project.runs_folder() / recipe.name
     if not (run / "report.html").is_file():
         raise RuntimeError(f"{recipe.name} left no report.")
-    metrics = disk.read_json(run / "evaluate" / "metrics.json")
-    value, low, high = (metrics.percent(metrics["accuracy"][key]) for key in ("value", "low", "high"))
-    return f"accuracy {value} ({low} to {high}) on {metrics['n']} images of {metrics['part']}"
+    measured = disk.read_json(run / "evaluate" / "metrics.json")
+    value, low, high = (words.percent(measured["accuracy"][key]) for key in ("value", "low", "high"))
+    return f"accuracy {value} ({low} to {high}) on {measured['n']} images of {measured['part']}"
 
 
 def submission(run: str, folder: Path, columns: str) -> str:

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from helpers.cli import two_stage
 from helpers.core import disk, notebooks, stages
 from helpers.data import resizing
 from helpers.evaluation import entries, selection
@@ -268,6 +269,28 @@ def test_two_stages_are_found_by_the_merged_classes_and_the_better_way_is_kept(p
     assert disk.read_json(place / "two" / "join" / "class_names.json") == NAMES
     record = disk.read_json(place / "two" / "join" / stages.STAGE_FILE)
     assert "worth it on validation" in record["headline"]
+
+
+def test_the_command_trains_both_stages_and_compares_the_whole(place, monkeypatch):
+    """What it runs, and on what; that it runs to its page is a part of `make systems`."""
+    monkeypatch.setenv("THAW_RUNS", str(place))
+    plain = place / "plain"
+    recipe = {"name": "plain", "description": "x", "resize": {"image_size": 32}, "evaluate": {"promise": {"risk": 0.1}}}
+    disk.write_json(plain / "manifest.json", {"recipe": recipe | {"export": {"title": "x"}}})
+    groups = two_stage.named(two_stage.parsed("[[cat, dog]]", plain))
+    made = two_stage.members(plain, groups, ["head.epochs=3"])
+    assert {name: one.name for name, one in made.items()} == {
+        "first": "plain-two-stage/first", "group_1": "plain-two-stage/group_1", "whole": "plain-two-stage/whole"
+    }  # fmt: skip
+    assert made["first"].resolved("resize")["merge"] == {"group_1": ["cat", "dog"]}
+    assert made["group_1"].resolved("resize")["keep"] == ["cat", "dog"]
+    assert made["whole"].resolved("join")["runs"] == ["plain-two-stage/first", "plain-two-stage/group_1"]
+    assert [made[name].resolved("head")["epochs"] for name in made] == [3, 3, 30]
+    assert made["whole"].resolved("evaluate")["promise"] == {"risk": 0.1} and "export" not in made["whole"].chain()
+    with pytest.raises(ValueError, match="no class 'fox'"):
+        two_stage.parsed("[[ant, fox]]", plain)
+    with pytest.raises(ValueError, match="expected auto or lists of classes"):
+        two_stage.parsed("ant", plain)
 
 
 def test_a_soup_wants_the_same_head(place, by_hand):

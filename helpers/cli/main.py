@@ -15,9 +15,10 @@ from helpers.cli import bundles
 from helpers.core import disk, notebooks, project
 from helpers.pipeline import recipes
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 WIDE = 200  # columns of a table that goes into a file or a pipe
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+START, RUN, LOOK, COMPARE, SHIP, KEEP_HOUSE = "Start", "Run", "Look", "Compare", "Ship", "Keep house"
 INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/elpv.yaml.")]
@@ -36,112 +37,7 @@ def main() -> None:
     """Thaw: transfer learning for image classification, from a folder of images to an honest report."""
 
 
-@app.command()
-def run(
-    recipe: RecipeFile,
-    overrides: Set = None,
-    name: Name = "",
-    first: Annotated[
-        str, typer.Option("--from", metavar="STAGE", help="Begin here; what comes before must be done.")
-    ] = "",
-    last: Annotated[str, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")] = "",
-    rebuild: Annotated[
-        str, typer.Option(metavar="STAGE", help="Make this stage and those after it again, or `all`.")
-    ] = "",
-    dry_run: Annotated[bool, typer.Option(help="Only say which stages would run, and why.")] = False,
-    hosts: Hosts = "",
-) -> None:
-    """Run every stage of RECIPE that is not done yet, and write the report."""
-    from helpers.cli import terminal
-
-    loaded = recipes.load(recipe, overrides, name)
-    rebuild = rebuild if rebuild in ("", "all") else notebooks.find_stage(rebuild).name
-    between = [notebooks.find_stage(stage).name if stage else "" for stage in (first, last)]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    terminal.run(loaded, console, *between, rebuild=rebuild, dry_run=dry_run, address=hosts)
-
-
-@app.command()
-def show(recipe: RecipeFile, overrides: Set = None, name: Name = "") -> None:
-    """Show every parameter of RECIPE as it would be in force, and how far each stage is."""
-    from helpers.pipeline import planning
-
-    loaded = recipes.load(recipe, overrides, name)
-    table = Table("stage", "parameter", "value", "state", box=None, pad_edge=False)
-    for step in planning.plan(loaded):
-        rows = [(p, _text(value)) for p, value in step.parameters.items()] or [("", "")]
-        given = loaded.stages.get(step.stage.name, {})
-        for number, (parameter, value) in enumerate(rows):
-            style = "bold" if parameter in given else ""
-            state = (step.state if step.why == step.state else f"{step.state}: {step.why}") if not number else ""
-            table.add_row(step.stage.name if not number else "", parameter, value, state, style=style)
-    console.print(table)
-    console.print("Bold: set by the recipe. The other values are the notebooks' own.", style="dim")
-
-
-@app.command()
-def params(
-    stage: Annotated[str, typer.Argument(help="A stage, its notebook or its number: head, 03_train_head, 03.")],
-) -> None:
-    """Explain the parameters of a stage, read from its notebook."""
-    found = notebooks.find_notebook(stage)
-    table = Table("parameter", "type", "default", "meaning", box=None, pad_edge=False)
-    for p in found.parameters.values():
-        table.add_row(
-            p.name, p.type_text.replace("[", r"\["), _text(p.default), f"{p.meaning} {p.allowed}".replace("[", r"\[")
-        )
-    console.print(f"[bold]{found.name}[/] (notebooks/{found.notebook.name})")
-    console.print(table)
-
-
-@app.command("backbones")
-def list_backbones() -> None:
-    """List the backbones, with the size in pixels of the images that their ImageNet weights were trained on."""
-    from helpers.models import backbones
-
-    for name in backbones.names():
-        console.print(f"{name:<32} {backbones.spec(name).size or ''}", markup=False)
-
-
-@app.command()
-def bakeoff(
-    recipe: RecipeFile,
-    names: Annotated[str, typer.Option("--backbones", metavar="A,B,...", help="What to compare; see `backbones`.")],
-    overrides: Set = None,
-    name: Name = "",
-    own_size: Annotated[
-        bool, typer.Option(help="Give each backbone images of the size that its weights were trained at.")
-    ] = False,
-) -> None:
-    """Rank backbones by a probe on the validation images of RECIPE, before anything is trained."""
-    from helpers.cli import bakeoff as study
-
-    loaded = recipes.load(recipe, overrides, name)
-    chosen = [part.strip() for part in names.split(",") if part.strip()]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    folder = study.run(loaded, chosen, console, own_size=own_size)
-    console.print(study.as_text(folder), markup=False)
-    console.print(f"Figures: {project.display_path(folder.parent / 'bakeoff.ipynb')}", markup=False)
-
-
-@app.command()
-def sweep(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe and what varies: recipes/sweeps/*.yaml.")],
-    overrides: Set = None,
-    name: Name = "",
-    jobs: Annotated[int, typer.Option(help="Stages made at a time; they share the cores.")] = 1,
-    dry_run: Annotated[bool, typer.Option(help="Only say what would be made, and what it would take.")] = False,
-) -> None:
-    """Run every member of the sweep in FILE, each shared stage once, and the study of them all."""
-    from helpers.cli import sweep as sweeps
-    from helpers.pipeline.sweeps import files
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if sweeps.run(files.load(file, overrides, name), console, count=jobs, dry_run=dry_run):
-        raise typer.Exit(1)
-
-
-@app.command()
+@app.command(rich_help_panel=START)
 def new(
     name: Annotated[str, typer.Argument(help="Name of the recipe and of its run.")],
     source: Annotated[
@@ -166,7 +62,112 @@ def new(
     console.print(starter.write_recipe(name, source or origin, classes))
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
+def run(
+    recipe: RecipeFile,
+    overrides: Set = None,
+    name: Name = "",
+    first: Annotated[
+        str, typer.Option("--from", metavar="STAGE", help="Begin here; what comes before must be done.")
+    ] = "",
+    last: Annotated[str, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")] = "",
+    rebuild: Annotated[
+        str, typer.Option(metavar="STAGE", help="Make this stage and those after it again, or `all`.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option(help="Only say which stages would run, and why.")] = False,
+    hosts: Hosts = "",
+) -> None:
+    """Run every stage of RECIPE that is not done yet, and write the report."""
+    from helpers.cli import terminal
+
+    loaded = recipes.load(recipe, overrides, name)
+    rebuild = rebuild if rebuild in ("", "all") else notebooks.find_stage(rebuild).name
+    between = [notebooks.find_stage(stage).name if stage else "" for stage in (first, last)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    terminal.run(loaded, console, *between, rebuild=rebuild, dry_run=dry_run, address=hosts)
+
+
+@app.command(rich_help_panel=RUN)
+def show(recipe: RecipeFile, overrides: Set = None, name: Name = "") -> None:
+    """Show every parameter of RECIPE as it would be in force, and how far each stage is."""
+    from helpers.pipeline import planning
+
+    loaded = recipes.load(recipe, overrides, name)
+    table = Table("stage", "parameter", "value", "state", box=None, pad_edge=False)
+    for step in planning.plan(loaded):
+        rows = [(p, _text(value)) for p, value in step.parameters.items()] or [("", "")]
+        given = loaded.stages.get(step.stage.name, {})
+        for number, (parameter, value) in enumerate(rows):
+            style = "bold" if parameter in given else ""
+            state = (step.state if step.why == step.state else f"{step.state}: {step.why}") if not number else ""
+            table.add_row(step.stage.name if not number else "", parameter, value, state, style=style)
+    console.print(table)
+    console.print("Bold: set by the recipe. The other values are the notebooks' own.", style="dim")
+
+
+@app.command(rich_help_panel=START)
+def params(
+    stage: Annotated[str, typer.Argument(help="A stage, its notebook or its number: head, 03_train_head, 03.")],
+) -> None:
+    """Explain the parameters of a stage, read from its notebook."""
+    found = notebooks.find_notebook(stage)
+    table = Table("parameter", "type", "default", "meaning", box=None, pad_edge=False)
+    for p in found.parameters.values():
+        table.add_row(
+            p.name, p.type_text.replace("[", r"\["), _text(p.default), f"{p.meaning} {p.allowed}".replace("[", r"\[")
+        )
+    console.print(f"[bold]{found.name}[/] (notebooks/{found.notebook.name})")
+    console.print(table)
+
+
+@app.command("backbones", rich_help_panel=START)
+def list_backbones() -> None:
+    """List the backbones, with the size in pixels of the images that their ImageNet weights were trained on."""
+    from helpers.models import backbones
+
+    for name in backbones.names():
+        console.print(f"{name:<32} {backbones.spec(name).size or ''}", markup=False)
+
+
+@app.command(rich_help_panel=COMPARE)
+def bakeoff(
+    recipe: RecipeFile,
+    names: Annotated[str, typer.Option("--backbones", metavar="A,B,...", help="What to compare; see `backbones`.")],
+    overrides: Set = None,
+    name: Name = "",
+    own_size: Annotated[
+        bool, typer.Option(help="Give each backbone images of the size that its weights were trained at.")
+    ] = False,
+) -> None:
+    """Rank backbones by a probe on the validation images of RECIPE, before anything is trained."""
+    from helpers.cli import bakeoff as study
+
+    loaded = recipes.load(recipe, overrides, name)
+    chosen = [part.strip() for part in names.split(",") if part.strip()]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    folder = study.run(loaded, chosen, console, own_size=own_size)
+    console.print(study.as_text(folder), markup=False)
+    console.print(f"Figures: {project.display_path(folder.parent / 'bakeoff.ipynb')}", markup=False)
+
+
+@app.command(rich_help_panel=COMPARE)
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe and what varies: recipes/sweeps/*.yaml.")],
+    overrides: Set = None,
+    name: Name = "",
+    jobs: Annotated[int, typer.Option(help="Stages made at a time; they share the cores.")] = 1,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be made, and what it would take.")] = False,
+) -> None:
+    """Run every member of the sweep in FILE, each shared stage once, and the study of them all."""
+    from helpers.cli import sweep as sweeps
+    from helpers.pipeline.sweeps import files
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if sweeps.run(files.load(file, overrides, name), console, count=jobs, dry_run=dry_run):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=COMPARE)
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Finished runs; the others are compared with the first.")],
     common: Annotated[bool, typer.Option(help="Where test parts differ, compare on the images in common.")] = False,
@@ -178,7 +179,7 @@ def compare(
     console.print(f"Page: {project.display_path(study.run(runs, console, common=common))}", markup=False)
 
 
-@app.command("two-stage")
+@app.command("two-stage", rich_help_panel=COMPARE)
 def two_stage(
     run: Annotated[str, typer.Argument(help="A finished run of three classes or more.")],
     groups: Annotated[
@@ -194,7 +195,7 @@ def two_stage(
     console.print(f"Page: {project.display_path(page)}", markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel=SHIP)
 def predict(
     run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv; left out with --bundle.")],
     images: Annotated[
@@ -218,7 +219,7 @@ def predict(
         raise typer.Exit(code)
 
 
-@app.command()
+@app.command(rich_help_panel=SHIP)
 def export(
     run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")],
     formats: bundles.Formats = "",
@@ -232,7 +233,7 @@ def export(
     console.print(f"Bundle: {project.display_path(folder)}", markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def review(
     run: Annotated[str, typer.Argument(help="A run whose phase 1 is done, e.g. runs/elpv.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; review.html of the run by default.")] = None,
@@ -249,7 +250,7 @@ def review(
     console.print("Open it in a browser; its button saves fixes.csv, which explore.fixes lays over the source.")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def board(port: Annotated[int, typer.Option(help="Port on this machine.")] = 6006) -> None:
     """Open TensorBoard for all runs."""
     logs = sorted(project.runs_folder().glob("*/*/logs"))
@@ -259,7 +260,7 @@ def board(port: Annotated[int, typer.Option(help="Port on this machine.")] = 600
     subprocess.run([sys.executable, "-m", "tensorboard.main", f"--logdir_spec={spec}", f"--port={port}"], check=False)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def doctor() -> None:
     """Look at everything that a run needs on this machine, compute on each device, and name what to fix."""
     from helpers.cli import doctor as doctors
@@ -268,7 +269,7 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def prefetch(
     wanted: Annotated[list[str], typer.Argument(metavar="BACKBONE|RECIPE...", help="Backbones, or recipes' files.")],
 ) -> None:
@@ -291,7 +292,7 @@ def prefetch(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=KEEP_HOUSE)
 def verify(run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")]) -> None:
     """Read every file of RUN and its images again, and say what is not as it was when it was made."""
     from helpers.pipeline import manifest
@@ -304,7 +305,7 @@ def verify(run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")]) -
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=KEEP_HOUSE)
 def reproduce(
     run: Annotated[
         str, typer.Argument(help="A run, e.g. runs/elpv; its manifest.json and evaluate folder are enough.")
@@ -334,7 +335,7 @@ def reproduce(
         raise typer.Exit(1)
 
 
-@app.command("ls")
+@app.command("ls", rich_help_panel=LOOK)
 def list_runs() -> None:
     """List the runs, the newest last: date, size, stages that are done, headline."""
     from helpers.pipeline import housekeeping
@@ -349,7 +350,7 @@ def list_runs() -> None:
     console.print(f"Runs share stages: together the store takes {store / 1e6:,.1f} MB.", style="dim")
 
 
-@app.command()
+@app.command(rich_help_panel=KEEP_HOUSE)
 def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove it without asking.")] = False) -> None:
     """Remove what no run needs: stages without a run, interrupted ones, caches; says first what and how much."""
     from helpers.pipeline import housekeeping
