@@ -14,7 +14,7 @@ which the plain loop does with all 12 megapixels.
 
 Four times the plain loop is reached for light files, almost for typical ones held upright, and not for the others
 (two cores of an AMD EPYC: 4.1, 2.5 and 2.1 times held level, 6.4, 3.8 and 3.0 times held upright). No choice of ours
-can mend that. At a scale of 1/8 a JPEG decoder computes next to nothing, but it must still read every bit of the
+can change that. At a scale of 1/8 a JPEG decoder computes next to nothing, but it must still read every bit of the
 Huffman code, for only the end of one symbol tells where the next begins. This reading is measured alone, by decoding to
 grey at 1/8, one number for each block: it grows in proportion to the bits and is 76 to 90 % of our time. The plain
 loop's time divided by it is printed too: the most that any program can reach that reads with libjpeg-turbo, as Pillow,
@@ -97,7 +97,7 @@ def make_photos(folder: Path, count: int, noise: float, quality: int) -> list[Pa
 
 
 def turned(file: Path, orientation: int) -> Path:
-    """Write a photo once more, bit for bit the same but for its EXIF orientation, and return the new file."""
+    """Write a photo once more, bit for bit the same except for its EXIF orientation, and return the new file."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     segment, data = exif.tobytes(), file.read_bytes()

@@ -86,7 +86,7 @@ def test_the_backbone_that_tells_the_classes_apart_is_first_and_what_could_not_b
 
 
 def test_without_any_backbone_the_reasons_are_told(found):
-    with pytest.raises(ValueError, match="None of the backbones could be had\\.\nlost: no weights"):
+    with pytest.raises(ValueError, match="None of the backbones is available\\.\nlost: no weights"):
         probe.rank(found[:1])
 
 

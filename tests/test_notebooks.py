@@ -286,6 +286,17 @@ def test_every_command_that_is_named_exists():
             assert (name := "".join(command)) in commands, f"{file.name} names `thaw {name}`"
 
 
+OLD_WORDS = r"\b(rightly|anew|be had|is had|but for|beneath|how to mend|by turns|picture of|classified wrongly)\b"
+
+
+def test_the_words_are_plain():
+    """The reader's first language is not English: "again", not "anew"; "correctly", not "rightly"."""
+    files = [*NOTEBOOKS, *ROOT.glob("helpers/**/*.py"), *ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("docs/*.md")]
+    for file in [*files, ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "data" / "README.md"]:
+        old = re.findall(OLD_WORDS, file.read_text(encoding="utf-8"), re.IGNORECASE)
+        assert not old, f"{file.name}: {', '.join(old)}"
+
+
 def test_the_readme_is_read_in_minutes_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150 and len(text.split()) <= 1200

@@ -198,7 +198,7 @@ def test_a_run_that_stopped_early_says_what_is_missing(tmp_path, done):
 def test_a_perfect_run_has_no_gallery(tmp_path):
     add_evaluation(tmp_path, names=["0", "NA"], n=20, perfect=True)
     text = report.build_report(tmp_path).read_text()
-    assert "every test image was classified rightly" in text
+    assert "every test image was classified correctly" in text
     assert "no interval: it never varied" in text
 
 

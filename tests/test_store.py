@@ -212,7 +212,7 @@ REMEMBERING = SPLIT.replace(
 def test_a_split_that_is_dealt_anew_is_told_with_the_way_to_keep_it(quick_toys, tmp_path):
     split = '(folder / "split.csv").write_text("sha256,part\\n")'
     quick_toys.write("01_split", REMEMBERING, IMPORTS, OPEN, NOTE, NEXT_WORD.format("explore"), split, FINISH)
-    assert "dealt anew" not in quick_toys.run() + quick_toys.run("split.letter=x", name="toy")
+    assert "made again" not in quick_toys.run() + quick_toys.run("split.letter=x", name="toy")
     quick_toys.run()
     earlier = (quick_toys.runs / "toy" / "split" / "split.csv").resolve()
     quick_toys.source.write_text("more photos:")
@@ -220,10 +220,10 @@ def test_a_split_that_is_dealt_anew_is_told_with_the_way_to_keep_it(quick_toys, 
     for options in ({"dry_run": True}, {"last": "explore"}):
         assert told in " ".join(quick_toys.run(**options).split())
     quick_toys.run()
-    assert "dealt anew" not in quick_toys.run(), "nothing is to be dealt any more"
+    assert "made again" not in quick_toys.run(), "nothing is to be split any more"
     quick_toys.source.write_text("still more photos:")
-    assert "dealt anew" not in quick_toys.run("split.method=hash", dry_run=True)
-    assert "dealt anew" not in quick_toys.run(f"split.previous={earlier}", dry_run=True)
+    assert "made again" not in quick_toys.run("split.method=hash", dry_run=True)
+    assert "made again" not in quick_toys.run(f"split.previous={earlier}", dry_run=True)
 
 
 @pytest.mark.parametrize("place", ["elpv", "elpv/split", "elpv/split/split.csv"])
@@ -633,13 +633,13 @@ def test_a_failing_cell_is_told_with_all_that_helps(toys, fail):
         "notebooks/00_explore.ipynb failed: cell 6, ZeroDivisionError: division by zero",
         "  executed copy: runs/toy/00_explore.ipynb",
         f"  log: runs/.store/{store_name}.log",
-        "  When the cause is mended, the same command goes on from here.",
+        "  When the cause is fixed, the same command resumes here.",
     ]
     copy = nbformat.read(toys.runs / "toy/00_explore.ipynb", as_version=4)
     assert any(output.get("ename") == "ZeroDivisionError" for cell in copy.cells for output in cell.get("outputs", []))
     log = (toys.runs / f".store/{store_name}.log").read_text()
     assert "to the log" in log and "ZeroDivisionError" in log
-    assert toys.why()["explore"] == "was interrupted; it goes on where it stopped"
+    assert toys.why()["explore"] == "was interrupted; it resumes"
     toys.trouble.write_text("")
     toys.run(last="explore")
     assert toys.word("explore") == "photos:a" and (toys.runs / "toy/00_explore.ipynb").is_symlink()
@@ -740,9 +740,9 @@ def test_an_interrupt_ends_everything_and_loses_nothing(toys, kind, code):
     assert process.returncode == code, shown
     assert "Traceback" not in shown and not is_alive(kernel)
     if kind == signal.SIGINT:
-        assert "Nothing is lost: the same command goes on where this one stopped." in shown
+        assert "Nothing is lost: the same command resumes here." in shown
     assert not (toys.runs / "toy/explore").exists() and not list((toys.runs / ".store").glob("kernel-*"))
-    assert toys.why()["explore"] == "was interrupted; it goes on where it stopped"
+    assert toys.why()["explore"] == "was interrupted; it resumes"
 
 
 def test_two_commands_at_once_share_the_work(toys):

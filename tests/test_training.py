@@ -319,7 +319,7 @@ def test_stopped_by_hand_it_goes_on_at_another_rate(fit, monkeypatch, schedule, 
     planned = [compiling.schedule(schedule, rate, epochs=EPOCHS, steps=5) for rate in (0.05, 0.01)]
     old, new = (compiling.rates(rate, epochs=EPOCHS, steps=5)["learning_rate"] for rate in planned)
     np.testing.assert_allclose(history["learning_rate"], [*old[:4], *new[4:]], rtol=1e-6)
-    assert history["loss"][4:].max() < history["loss"][0], "it did not begin anew"
+    assert history["loss"][4:].max() < history["loss"][0], "it did not begin again"
 
 
 # Several steps

@@ -47,7 +47,7 @@ def run(recipe: recipes.Recipe, names: Sequence[str], console: Console, *, own_s
 
 
 def as_text(folder: Path) -> str:
-    """Return the ranking in a folder that `run` made as lines for a terminal; what could not be had comes last."""
+    """Return the ranking in a folder that `run` made as lines for a terminal; what is not available comes last."""
     table = pd.read_csv(folder / "bakeoff.csv")
     lines = [f"{'backbone':<24} {'accuracy on validation':<28} {'images/s':>9} {'memory':>9} {'weights':>9}"]
     for row in table[table["problem"].isna()].itertuples():

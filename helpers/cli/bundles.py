@@ -174,5 +174,5 @@ def _skip(found: Iterator[Any], done: int, last: str, partial: Path) -> None:
     passed = str(next(itertools.islice(found, done - 1, done), ""))
     if passed != last:
         raise ValueError(
-            f"{partial} was begun with other images ({last} where {passed} is now). Remove it to begin anew."
+            f"{partial} was begun with other images ({last} where {passed} is now). Remove it to begin again."
         )

@@ -377,9 +377,7 @@ def entry() -> None:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            console.print(
-                "\nInterrupted. Nothing is lost: the same command goes on where this one stopped.", style="yellow"
-            )
+            console.print("\nInterrupted. Nothing is lost: the same command resumes here.", style="yellow")
         raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("THAW_DEBUG"):

@@ -37,7 +37,7 @@ def fast(model: keras.Model, *, rounded: bool = False) -> Callable[[np.ndarray],
 
     Args:
         model: a functional or sequential model with one input and one output.
-        rounded: compute in bfloat16 where the graph is frozen, but for the first layers: 1.5 times as fast and more on
+        rounded: compute in bfloat16 where the graph is frozen, except the first layers: 1.5 times as fast and more on
             a CPU with instructions for it, and off by some per cent of what a layer gives.
 
     Returns:
@@ -193,7 +193,7 @@ def _frozen(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _rounded(model: keras.Model) -> keras.Model:
-    """Return the model in bfloat16 but for the layers as wide as half the image or more, where errors are largest.
+    """Return the model in bfloat16 except the layers as wide as half the image or more, where errors are largest.
 
     On EfficientNet-Lite0 and solar cells they cost a sixth of the speed, and the error is 3 % in place of 7 %. What
     pools a map stays exact too: it costs nothing.

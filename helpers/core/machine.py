@@ -38,7 +38,7 @@ def total_memory() -> int:
 
 
 def free_memory() -> int:
-    """Return the memory in bytes that can be had without swapping, 0 where the system does not tell."""
+    """Return the memory in bytes that is available without swapping, 0 where the system does not tell."""
     return max(0, min([_meminfo("MemAvailable"), *(limit - used for limit, used in _memory_limits())]))
 
 

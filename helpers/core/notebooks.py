@@ -54,7 +54,7 @@ RETIRED = {
 
 
 class RecipeError(ValueError):
-    """A recipe or parameter that cannot be run; the message lists every problem found and how to mend each."""
+    """A recipe or parameter that cannot be run; the message lists every problem found and how to fix each."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ START = "dask worker {address} --nthreads 1 --nworkers 1"
 
 
 class HostError(RuntimeError):
-    """A host failed or is not as the others; the message says which and how to mend it."""
+    """A host failed or is not as the others; the message says which and how to fix it."""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ KINDS = ("precision", "risk", "coverage")
 
 
 def check(promise: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a promise asks for: "kind", "wanted" and, but for coverage, "by" ("all" or "class"); {} for none.
+    """Return what a promise asks for: "kind", "wanted" and, except for coverage, "by" ("all" or "class"); {} for none.
 
     Args:
         promise: {"precision": 0.95} (share of the answers that are correct), {"risk": 0.02} (share that is wrong),

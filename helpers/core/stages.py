@@ -85,8 +85,8 @@ def open(out: str | os.PathLike, parameters: dict[str, Any] | None = None) -> Pa
     """Make `out` ready to be written and return it.
 
     A link (a stage that `thaw run` keeps in its store) is replaced by a fresh folder, never written through. A
-    finished stage is begun anew. An unfinished one is continued when its parameters and inputs are the same, so that
-    training can go on from its last epoch, and begun anew when they are not.
+    finished stage is begun again. An unfinished one is continued when its parameters and inputs are the same, so that
+    training can go on from its last epoch, and begun again when they are not.
 
     Args:
         out: the folder of the stage.

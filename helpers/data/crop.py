@@ -241,7 +241,7 @@ def _hash(task: tuple[Path, str]) -> str:
 
 
 def examples(chosen: pd.DataFrame, root: Path, *, count: int = 9, side: int = 320) -> list[np.ndarray]:
-    """Return before and after by turns, uint8 (side, side, 3), for `count` cut images: those with the lowest hashes.
+    """Return before and after in turn, uint8 (side, side, 3), for `count` cut images: those with the lowest hashes.
 
     Before, the box is drawn in red.
     """

@@ -92,7 +92,7 @@ def _hand_out(
 
 
 def in_order(table: pd.DataFrame, stratify: Sequence[str], seed: int) -> list[np.ndarray]:
-    """Return the groups as arrays of row positions, in the order in which they are dealt."""
+    """Return the groups as arrays of row positions, in the order in which they are assigned."""
     strata = table[["label", *stratify]].astype(str).agg("\0".join, axis=1)
     facts = pd.DataFrame({"group": table["group"], "key": hashes(table["sha256"], seed), "stratum": strata})
     line = facts.groupby("group").agg(size=("key", "size"), key=("key", "min"), stratum=("stratum", "min"))

@@ -103,7 +103,7 @@ def load_noted(
 
 
 def check_size(image_size: int, fit: str) -> None:
-    """Raise ValueError, saying how to mend it, unless images can be made of this size and fit."""
+    """Raise ValueError, saying how to fix it, unless images can be made of this size and fit."""
     if image_size < SMALLEST:
         raise ValueError(f"image_size is {image_size}; give at least {SMALLEST} pixels, such as 224.")
     if fit not in FITS:
@@ -111,7 +111,7 @@ def check_size(image_size: int, fit: str) -> None:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Return the content of a file; ImageError says why it cannot be had."""
+    """Return the content of a file; ImageError says why it cannot be read."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:

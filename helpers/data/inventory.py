@@ -209,7 +209,7 @@ def _check_not_emptied(before: pd.Series, after: pd.Series, quarantine: pd.DataF
     if emptied:
         reasons = quarantine[quarantine["label"].isin(emptied)]["reason"].value_counts()
         said = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        raise ValueError(f"No sound image is left of {', '.join(emptied)} ({said}). Mend the files or drop the class.")
+        raise ValueError(f"No sound image is left of {', '.join(emptied)} ({said}). Fix the files or drop the class.")
 
 
 def pictures(root: Path, paths: pd.Series, levels: deep.Levels | None = None) -> list[np.ndarray]:

@@ -68,7 +68,7 @@ def read_earlier(previous: str) -> pd.DataFrame | None:
     if not file.is_file():
         raise FileNotFoundError(
             f"previous: there is no file {project.display_path(file)}. Name the split.csv of an earlier run, or leave"
-            " `previous` empty to deal all images anew."
+            " `previous` empty to split all images again."
         )
     try:
         table = disk.read_table(file)

@@ -1,8 +1,8 @@
 """Which image goes to train, val and test: parts that no group straddles, whatever the order of the files.
 
-The rule of "ratio". Groups of several images are dealt first, the largest in front, each to the part that its classes
-are owed the most. Single images follow, in one line for each class, stratum by stratum; their shares make up for what
-the groups left over. Equals are ordered by a hash of the seed and their content. The next image always goes to the
+The rule of "ratio". Groups of several images are assigned first, the largest in front, each to the part that its
+classes are owed the most. Single images follow, in one line for each class, stratum by stratum; their shares make up for
+what the groups left over. Equals are ordered by a hash of the seed and their content. The next image always goes to the
 part that is furthest behind, so a class of n single images has its n p images of a part to within 4/3, and any
 stretch of its line, hence every stratum, to within 2. A part that was asked for and got nothing of a class then takes
 one group of it from the part that has the most, where the class has enough groups for every part. With shares of 0.6,
@@ -11,7 +11,7 @@ of a class that is a single group is the user's choice (`rare`).
 
 When a data set grows, no rule without a memory keeps both the shares and every image's part: a part that never
 changes can depend on nothing but the image itself. So there are two honest ways. With `previous`, an earlier split is
-the memory: its images keep their parts and the new ones are dealt so that the shares are met again. With "hash", a
+the memory: its images keep their parts and the new ones are assigned so that the shares are met again. With "hash", a
 group's part follows from its own hash alone and so never changes, but shares are right only on average: among n
 images a share p is off by about sqrt(n p (1 - p)).
 """
@@ -65,7 +65,7 @@ def assign(
         "train", "val", "test" or "unused" for each row, in the index of `table`.
 
     Raises:
-        ValueError: what is asked for is not possible with these images; the message says why and how to mend it.
+        ValueError: what is asked for is not possible with these images; the message says why and how to fix it.
     """
     _check_columns(table, stratify)
     if previous is not None and method != "ratio":
@@ -131,7 +131,7 @@ def rehearse(table: pd.DataFrame, settings: Mapping[str, Any]) -> None:
         settings: the parameters of 01_split.
 
     Raises:
-        ValueError: a class is too small, or a part would be empty; the message says how to mend it.
+        ValueError: a class is too small, or a part would be empty; the message says how to fix it.
     """
     method, rare, ratio = settings["method"], settings["rare"], settings["ratio"]
     table = table.assign(group=table["group"].where(table["group"] != "", table["path"]))
@@ -242,7 +242,7 @@ def by_counts(table: pd.DataFrame, counts: Sequence[int], *, seed: int = 0) -> p
                 break
     short = [f"{name}: {part} lacks {n}" for name, left in wanted.items() for part, n in left.items() if n > 0]
     if short:
-        raise ValueError(f"counts: {list(counts)} cannot be had of every class ({'; '.join(sorted(short)[:5])}).")
+        raise ValueError(f"counts: {list(counts)} are more than some classes hold ({'; '.join(sorted(short)[:5])}).")
     return pd.Series(parts, index=table.index, name="part")
 
 

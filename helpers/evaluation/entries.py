@@ -178,7 +178,7 @@ def _read(name: str) -> Run:
     if missing:
         raise FileNotFoundError(
             f"{project.display_path(folder)} has no {', '.join(missing)}: it was made by an earlier Thaw. Run its"
-            " recipe again; only 05 is made anew."
+            " recipe again; only 05 is made again."
         )
     place = Path(name.rstrip("/"))
     given = disk.read_json(folder / stages.STAGE_FILE)["parameters"]

@@ -129,7 +129,7 @@ def identical(explore: Path) -> list[pd.DataFrame]:
     """Return the groups of identical files that 00_explore set aside because their labels differ."""
     quarantine = disk.read_table(explore / "quarantine.csv")
     table = quarantine[quarantine["reason"] == "two labels"]
-    table = table[~table.duplicated("path", keep=False)]  # listed twice in a labels file: that file is to be mended
+    table = table[~table.duplicated("path", keep=False)]  # listed twice in a labels file: that file needs a fix
     table = table[table["path"].map(lambda path: (explore / "source" / path).is_file()).astype(bool)]
     hashes = [disk.sha256_of(explore / "source" / path) for path in table["path"]]
     table = table[["path", "label"]].assign(sha256=hashes)

@@ -2,7 +2,7 @@
 
 The features are those that phase 1 trains on, computed once and kept where the training stages look for them. They are
 computed in a process of its own (`core.child`), so that the memory measured is this backbone's
-and a backbone that cannot be had, or does not fit into memory, is a row with a reason. Only train and val are read.
+and a backbone that is not available, or does not fit into memory, is a row with a reason. Only train and val are read.
 """
 
 import re
@@ -86,7 +86,7 @@ def embed_all(names: Sequence[str], sources: Sequence[Path], **settings: Any) ->
 
 
 def problems(found: Sequence[dict[str, Any]]) -> str:
-    """Return which of the backbones could not be had, and why."""
+    """Return which of the backbones are not available, and why."""
     return "\n".join(f"{item['backbone']}: {item['problem']}" for item in found if "problem" in item)
 
 
@@ -101,17 +101,17 @@ def rank(
         resamples: behind each interval.
 
     Returns:
-        A table, the best first and what could not be had last, and the predictions by backbone. Its columns are
+        A table, the best first and what is not available last, and the predictions by backbone. Its columns are
         backbone, image_size (pixels), accuracy with low and high (95 % interval), balanced_accuracy, p_value (exact
         McNemar test against the best), images_per_second, memory_mb, parameters, model_mb, cache_mb, strength (of the
         probe) and problem.
 
     Raises:
-        ValueError: no backbone could be had.
+        ValueError: no backbone is available.
     """
     good = [item for item in found if "problem" not in item]
     if not good:
-        raise ValueError(f"None of the backbones could be had.\n{problems(found)}")
+        raise ValueError(f"None of the backbones is available.\n{problems(found)}")
     rows, predictions = [], {}
     for item in progress.track(good, total=len(good), unit="backbone", label="probe"):
         strength, table = judge(item, seed)

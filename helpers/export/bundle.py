@@ -1,6 +1,6 @@
 """A bundle: a folder that holds a network in some formats and all that is needed to use it, and nothing of Thaw's.
 
-It carries the modules that read images as they are, but for the names by which they import each other (`carried`).
+It carries the modules that read images as they are, except the names by which they import each other (`carried`).
 """
 
 import io

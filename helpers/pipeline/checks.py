@@ -172,7 +172,7 @@ def pretrained(argument: str) -> list[str]:
 
 
 def _fetch_weights(backbone: str) -> None:
-    """Fetch ImageNet weights, or say why they cannot be had, in a process of its own and once for each folder of runs.
+    """Fetch ImageNet weights, or say why they are missing, in a process of its own and once for each folder of runs.
 
     Raises:
         FileNotFoundError: they are not on this machine, and there is no network.
@@ -212,7 +212,7 @@ def warning(steps: list[planning.Step]) -> str:
         return ""
     kept = f"data/{split.link.parent.name}_split.csv"
     return (
-        "The images or labels have changed since this run was split. The split is dealt anew to keep its shares, so"
+        "The images or labels have changed since this run was split. The split is made again to keep its shares, so"
         " images move from one part to another, from test to train too. To keep every image where it was:"
         f" cp {project.display_path(earlier)} {kept}, and add --set split.previous={kept}"
     )

@@ -1,6 +1,6 @@
 """One stage made: by nobody else at the same time, by papermill, in a folder beside the place where it will be kept.
 
-Whatever ends a run, a kill or a full disk too, the same command goes on where it stopped.
+Whatever ends a run, a kill or a full disk too, the same command resumes it.
 """
 
 import errno
@@ -252,7 +252,7 @@ def _failure(step: Step, cause: str, trace: str = "") -> str:
         f"notebooks/{step.stage.notebook.name} failed: {cause}\n"
         f"  executed copy: {project.display_path(copy)}\n"
         f"  log: {project.display_path(log)}\n"
-        "  When the cause is mended, the same command goes on from here."
+        "  When the cause is fixed, the same command resumes here."
     )
 
 

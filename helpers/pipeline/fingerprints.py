@@ -41,7 +41,7 @@ def shown_by(notebook: Path) -> dict[str, str]:
 
 
 def code_of_modules(names: Iterable[str]) -> dict[str, str]:
-    """Return a hash for each of the helper modules `names` and each that they import, but for those in `SHOWS`.
+    """Return a hash for each of the helper modules `names` and each that they import, except those in `SHOWS`.
 
     Args:
         names: dotted names, such as "helpers.training.compiling".

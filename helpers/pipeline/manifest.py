@@ -66,7 +66,7 @@ def read(run: Path) -> dict[str, Any]:
     except ValueError:
         raise ValueError(f"{shown}/{FILE} is damaged: it is no JSON.") from None
     if not isinstance(content, dict) or "recipe" not in content:
-        raise ValueError(f"{shown}/{FILE} does not hold the recipe. `thaw run` on its recipe writes it anew.")
+        raise ValueError(f"{shown}/{FILE} does not hold the recipe. `thaw run` on its recipe writes it again.")
     return content
 
 

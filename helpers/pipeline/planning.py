@@ -165,7 +165,7 @@ def _state(folder: Path, link: Path, ingredients: dict[str, Any], recipe: recipe
             return "to do", f"its images have moved: {project.display_path(dangling)} leads nowhere"
         return "done", "done"
     if folder.with_name(folder.name + ".partial").is_dir():
-        return "to do", "was interrupted; it goes on where it stopped"
+        return "to do", "was interrupted; it resumes"
     return "to do", _why_stale(link, ingredients)
 
 
@@ -210,7 +210,7 @@ def link_stage(step: Step) -> None:
 
 
 def unlink_stale(steps: list[Step]) -> None:
-    """Take the links of stages that are to be made anew out of the run; what they lead to stays in the store."""
+    """Take the links of stages that are to be made again out of the run; what they lead to stays in the store."""
     for step in steps:
         if step.state == "to do":
             _unlink(step.link, step.stage)

@@ -122,7 +122,7 @@ def check(content: Mapping[str, Any]) -> list[str]:
 
 
 def _read_extended(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """Read a recipe with the one it extends beneath it, parameter by parameter."""
+    """Read a recipe with the one it extends below it, parameter by parameter."""
     if file in seen:
         raise notebooks.RecipeError(
             f"{project.display_path(file)} extends itself: {' -> '.join(p.name for p in (*seen, file))}."

@@ -131,7 +131,7 @@ def captions(table: pd.DataFrame) -> list[str]:
 
 
 def over(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Return an image with a map laid over it, uint8 (H, W, 3): red where the map is positive, blue where negative."""
+    """Return an image with a map drawn over it, uint8 (H, W, 3): red where the map is positive, blue where negative."""
     grey = np.repeat(np.asarray(image, np.float32).mean(axis=2, keepdims=True), 3, axis=2)
     largest = max(float(np.abs(heat).max()), 1e-12)
     strength = STRENGTH * np.clip(np.abs(heat) / largest, 0, 1)[..., None]

@@ -115,7 +115,7 @@ def mistakes(table: pd.DataFrame, root: str | Path = "", *, columns: int = 6, ax
         ax = theme.new(ax, (theme.WIDTH, 0.8))
         ax.set_axis_off()
         theme.text(
-            ax, 0, 0.5, "No mistakes: every image was classified rightly.", fontsize=10, color=theme.GREY, va="center"
+            ax, 0, 0.5, "No mistakes: every image was classified correctly.", fontsize=10, color=theme.GREY, va="center"
         )
         return ax
     paths = [Path(root) / path for path in table["path"]]

@@ -196,7 +196,7 @@ def _views(images: datasets.Folder, pixels: np.ndarray, augment, seed: int) -> I
 
 @contextmanager
 def _augmenting(images: datasets.Folder, pixels, augment, batch_size: int, seed: int) -> Iterator[Callable[[], int]]:
-    """Augment as a training of the whole model does: in every epoch anew."""
+    """Augment as a training of the whole model does: again in every epoch."""
     yield _taking(datasets.training(images, batch_size, seed=seed, augment=augment)[0])
 
 

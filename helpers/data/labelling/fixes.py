@@ -1,4 +1,4 @@
-"""Corrected labels, laid over a source as a patch: what `thaw review` found is put right and no image is touched.
+"""Corrected labels, applied to a source: what `thaw review` found is corrected and no image changes.
 
 A fixes file is a CSV with the columns path (relative to the source's root), label (the right one; empty takes the image
 out) and sha256 (of the image that was reviewed, so that a fix can never hit another one).

@@ -102,7 +102,7 @@ def examine(resized: Path, explored: Path, seed: int = 0) -> list[Verdict]:
 
 
 def facts(raw: Sequence[str | Path], seen: Sequence[str | Path]) -> pd.DataFrame:
-    """Return what is known of image files but for what they show: the columns of FACTS, NaN or "" where unknown.
+    """Return what is known of image files except what they show: the columns of FACTS, NaN or "" where unknown.
 
     Args:
         raw: the files as they came.
