@@ -1,10 +1,10 @@
 """Each system's recipe end to end, to its report: python benchmarks/systems.py (or `make systems`)
 
-The systems' own data sets are in no package registry and their networks take hours without a GPU. So every
-recipe is run as it stands except for three things: the images are those of the built-in set `textile`, smaller, and
-laid out in the form that the recipe reads (folders, a CSV, train and test halves, boxes, unlabelled images); EfficientNet-
-Lite0 takes the backbone's place; and each phase has few epochs. What it reaches says nothing about the systems; that it
-runs does. Everything is made again in runs/systems/; S4's variants share what they have in common.
+The systems' own data sets are in no package registry and their networks take hours without a GPU. So every recipe is
+run as it stands except for three things: the images are those of the built-in set `textile`, smaller, and laid out in
+the form that the recipe reads (folders, a CSV, train and test halves, boxes, unlabelled images); EfficientNet- Lite0
+takes the backbone's place; and each phase has few epochs. What it reaches says nothing about the systems; that it runs
+does. Everything is made again in runs/systems/; S4's variants share what they have in common.
 """
 
 import argparse

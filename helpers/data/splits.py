@@ -1,13 +1,13 @@
 """Which image goes to train, val and test: parts that no group straddles, whatever the order of the files.
 
 The rule of "ratio". Groups of several images are assigned first, the largest in front, each to the part that its
-classes are owed the most. Single images follow, in one line for each class, stratum by stratum; their shares make up for
-what the groups left over. Equals are ordered by a hash of the seed and their content. The next image always goes to the
-part that is furthest behind, so a class of n single images has its n p images of a part to within 4/3, and any
+classes are owed the most. Single images follow, in one line for each class, stratum by stratum; their shares make up
+for what the groups left over. Equals are ordered by a hash of the seed and their content. The next image always goes
+to the part that is furthest behind, so a class of n single images has its n p images of a part to within 4/3, and any
 stretch of its line, hence every stratum, to within 2. A part that was asked for and got nothing of a class then takes
 one group of it from the part that has the most, where the class has enough groups for every part. With shares of 0.6,
-0.15 and 0.25, a class of two images has one for train and one for test, and from the third on one for val; what becomes
-of a class that is a single group is the user's choice (`rare`).
+0.15 and 0.25, a class of two images has one for train and one for test, and from the third on one for val; what
+becomes of a class that is a single group is the user's choice (`rare`).
 
 When a data set grows, no rule without a memory keeps both the shares and every image's part: a part that never
 changes can depend on nothing but the image itself. So there are two honest ways. With `previous`, an earlier split is
