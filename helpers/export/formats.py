@@ -114,7 +114,7 @@ def _frozen(model: keras.Model, batch: int | None) -> Any:
 
 
 def _converter(model: keras.Model) -> Any:
-    return tf.lite.TFLiteConverter.from_concrete_functions([_frozen(model, 1)])
+    return tf.lite.TFLiteConverter.from_concrete_functions([_frozen(model, 1)], model)
 
 
 def _litert(model: keras.Model, file: Path, samples: np.ndarray) -> None:
