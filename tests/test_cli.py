@@ -398,10 +398,10 @@ def table(thaw, project, tmp_path, image_folder):
     image_folder(tmp_path / "set", {"images": 12}, size=32)
     names = [f"images-{number:02}" for number in range(12)]
 
-    def new(text: str | bytes, name: str = "labels.csv"):
+    def new(text: str | bytes, name: str = "labels.csv", *options: str):
         file = tmp_path / "set" / name
         file.write_bytes(text.encode() if isinstance(text, str) else text)
-        code, shown = thaw("new", "table", file)
+        code, shown = thaw("new", "table", file, *options)
         path = project / "recipes/table.yaml"
         found = sources.read(recipes.load(path).resolved("explore")) if path.exists() else None
         return code, " ".join(shown.split()), found
@@ -494,6 +494,16 @@ def test_a_table_with_no_sensible_reading_is_refused_with_its_line(table, text, 
     names, new = table
     code, shown, _ = new(text(names))
     assert code == 1 and said in shown, shown
+
+
+def test_the_columns_of_a_table_can_be_told(table):
+    names, new = table
+    text = lines(names, head="path,kind,roll", form="images/{0}.png,{1},{1}")
+    code, shown, _ = new(text, "labels.csv", "--label", "kynd")
+    assert code == 1 and "no column 'kynd'. Did you mean kind?" in shown
+    code, shown, found = new(text, "labels.csv", "--label", "kind", "--group", "roll")
+    assert code == 0 and "label 'kind', group 'roll'" in shown
+    assert set(found.table["label"]) == {"cat", "dog"} == set(found.table["group"])
 
 
 def test_a_table_has_no_levels_of_folders(thaw, project, tmp_path):

@@ -53,13 +53,15 @@ def new(
         Literal["auto", "upper", "lower", "path"],
         typer.Option(help="Of folders in folders, those that name the classes; path takes both names."),
     ] = "auto",
+    label: Annotated[str, typer.Option(metavar="COLUMN", help="Of a table: the column that holds the class.")] = "",
+    group: Annotated[str, typer.Option(metavar="COLUMN", help="Of a table: equal values stay in one part.")] = "",
 ) -> None:
     """Write recipes/NAME.yaml for your images, filled in from what is found and with every parameter explained."""
     from helpers.cli import starter
 
     if bool(source) == bool(origin):
         raise ValueError("Name one source: thaw new NAME SOURCE, or thaw new NAME --from ARCHIVE.")
-    console.print(starter.write_recipe(name, source or origin, classes))
+    console.print(starter.write_recipe(name, source or origin, classes, label=label, group=group))
 
 
 @app.command(rich_help_panel=RUN)
@@ -338,16 +340,9 @@ def reproduce(
 @app.command("ls", rich_help_panel=LOOK)
 def list_runs() -> None:
     """List the runs, the newest last: date, size, stages that are done, headline."""
-    from helpers.pipeline import housekeeping
+    from helpers.cli import terminal
 
-    folder = project.runs_folder()
-    table = Table("run", "made", "MB", "done", "headline", box=None, pad_edge=False)
-    for found in housekeeping.runs_in(folder):
-        made = found.created[:16].replace("T", " ")
-        table.add_row(found.name, made, f"{found.size / 1e6:,.1f}", str(len(found.stages)), _text(found.headline))
-    console.print(table)
-    store = housekeeping.size_of(folder / housekeeping.STORE) if (folder / housekeeping.STORE).is_dir() else 0
-    console.print(f"Runs share stages: together the store takes {store / 1e6:,.1f} MB.", style="dim")
+    terminal.show_runs(console)
 
 
 @app.command(rich_help_panel=KEEP_HOUSE)

@@ -19,7 +19,9 @@ SECONDS = {"a run": 40, "an image": 0.16}  # by one run, of ELPV on two cores; a
 UNEQUAL = 3  # weigh the classes when the largest has more than so many times the images of the smallest
 
 
-def write_recipe(name: str, source: str, class_folders: folders.Levels = "auto") -> str:
+def write_recipe(
+    name: str, source: str, class_folders: folders.Levels = "auto", *, label: str = "", group: str = ""
+) -> str:
     """Write recipes/<name>.yaml for the images in `source` and return a summary of what was found.
 
     Args:
@@ -27,6 +29,7 @@ def write_recipe(name: str, source: str, class_folders: folders.Levels = "auto")
         source: a folder, a table of labels or an archive (relative to the working directory), or the name of a built-in
             data set. An archive is unpacked into data/<name>.
         class_folders: of folders in folders, the one that names the class.
+        label, group: columns of a table of labels; "": found out.
 
     Raises:
         ValueError: the name cannot name a run, or the source holds no usable images, or an archive is unsafe.
@@ -39,7 +42,7 @@ def write_recipe(name: str, source: str, class_folders: folders.Levels = "auto")
     path = project.ROOT / "recipes" / f"{name}.yaml"
     if path.exists():
         raise FileExistsError(f"{project.display_path(path)} exists already. Take another name, or edit it.")
-    given, notes = _given(name, source, class_folders)
+    given, notes = _given(name, source, class_folders, label, group)
     explore = {key: p.default for key, p in notebooks.find_stage("explore").settings.items()}
     try:
         data = sources.read(explore | given)
@@ -89,12 +92,14 @@ def _time(images: int) -> str:
     )
 
 
-def _given(name: str, source: str, class_folders: folders.Levels) -> tuple[dict[str, Any], list[str]]:
+def _given(
+    name: str, source: str, class_folders: folders.Levels, label: str, group: str
+) -> tuple[dict[str, Any], list[str]]:
     """Return the parameters of 00_explore that a source on the command line means, and what was understood of it."""
     path = Path(source)
     if path.is_file() and archives.is_archive(path):
         folder = archives.unpack(path, project.ROOT / "data" / name)
-        given, notes = _given(name, str(folder), class_folders)
+        given, notes = _given(name, str(folder), class_folders, label, group)
         return given, [f"{path.name} is unpacked into {project.display_path(folder)}.", *notes]
     if path.is_file():
         if path.suffix.lower() not in tables.TABLES:
@@ -104,8 +109,10 @@ def _given(name: str, source: str, class_folders: folders.Levels) -> tuple[dict[
             )
         if class_folders != "auto":
             raise ValueError("--classes is for folders; a table names the class of each image itself.")
-        columns = tables.find_columns(path.resolve())
+        columns = tables.find_columns(path.resolve(), label, group)
         return {"source": project.display_path(columns.source)} | columns.parameters, columns.notes
+    if label or group:
+        raise ValueError(f"--label and --group name columns of a table of labels; {source} is none.")
     if path.is_dir():
         source = project.display_path(path.resolve())
     return {"source": source} | ({"class_folders": class_folders} if class_folders != "auto" else {}), []

@@ -1,13 +1,14 @@
-"""What `thaw run` shows: a line per stage, live progress while one is made, and the headline at the end."""
+"""What `thaw run` shows, a line per stage and live progress, and what `thaw ls` shows of all runs."""
 
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from helpers.core import disk, project
-from helpers.pipeline import chain, recipes
+from helpers.pipeline import chain, housekeeping, recipes
 
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal to draw on
 
@@ -115,3 +116,15 @@ def _finish(recipe: recipes.Recipe, event: chain.Finished, console: Console, is_
 
         console.print(metrics.headline(disk.read_json(event.metrics), recipe.published), markup=False)
     console.print(f"Report: {project.display_path(report)}", markup=False)
+
+
+def show_runs(console: Console) -> None:
+    """Print a line for each run, the newest last, and what the store takes."""
+    folder = project.runs_folder()
+    table = Table("run", "made", "MB", "done", "headline", box=None, pad_edge=False)
+    for run in housekeeping.runs_in(folder):
+        made, size = run.created[:16].replace("T", " "), f"{run.size / 1e6:,.1f}"
+        table.add_row(run.name, made, size, str(len(run.stages)), run.headline.replace("[", r"\["))
+    console.print(table)
+    store = housekeeping.size_of(folder / housekeeping.STORE) if (folder / housekeeping.STORE).is_dir() else 0
+    console.print(f"Runs share stages: together the store takes {store / 1e6:,.1f} MB.", style="dim")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from helpers.core import project
+from helpers.core import project, words
 from helpers.data.images import SUFFIXES
 from helpers.data.labelling import folders
 
@@ -125,19 +125,26 @@ class Columns:
     notes: list[str]
 
 
-def find_columns(file: Path) -> Columns:
+def find_columns(file: Path, label: str = "", group: str = "") -> Columns:
     """Find out which columns of a table hold the paths and the labels, and which folder the paths are relative to.
+
+    Args:
+        file: the table.
+        label: the column that holds the class; "": found out.
+        group: the column whose equal values stay together; "": found out, by its name.
 
     Raises:
         FileNotFoundError, ValueError: as `read`; or the columns cannot be told, or no image is found.
     """
     table = read(file)
+    if unknown := [column for column in (label, group) if column and column not in table]:
+        raise ValueError(f"{file.name} has no column {unknown[0]!r}.{words.did_you_mean(unknown[0], [*table])}")
     sample = table.iloc[np.unique(np.linspace(0, len(table) - 1, SAMPLE).astype(int))] if len(table) else table
     path, source, suffix, share = _find_images(file, sample)
     rest = [column for column in table if column != path]
     split = _named(rest, SPLITS, lambda column: {*table[column].str.strip().str.lower()} <= {*folders.PARTS})
-    group = _named(rest, GROUPS, lambda column: table[column].nunique() > 1)
-    label = _find_label(file, table, [column for column in rest if column not in (split, group)])
+    group = group or _named(rest, GROUPS, lambda column: column != label and table[column].nunique() > 1)
+    label = label or _find_label(file, table, [column for column in rest if column not in (split, group)])
     found = {"path": path, "label": label, "split": split, "group": group}
     parameters = {"labels": project.display_path(file)}
     parameters |= {f"{role}_column": column for role, column in found.items() if column and column != role}
@@ -198,8 +205,8 @@ def _find_label(file: Path, table: pd.DataFrame, columns: list[str]) -> str:
     shown = "; ".join(f"{column}: {', '.join(values)}" for column, values in few.items())
     what = "Several columns could hold the labels" if likely else "No column could hold the labels"
     raise ValueError(
-        f"labels: {what} of {file.name} ({shown or 'there is no other column'}). Call the right one label, or give"
-        " explore.label_column in a recipe."
+        f"labels: {what} of {file.name} ({shown or 'there is no other column'}). Say which: thaw new NAME"
+        f" {file.name} --label COLUMN, or explore.label_column in a recipe."
     )
 
 
