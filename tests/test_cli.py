@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 from typer.main import get_command
 
-from helpers.cli import archives, main
+from helpers.cli import main
 from helpers.core import notebooks, project
 from helpers.data import sources
+from helpers.data.labelling import archives
 from helpers.evaluation import prediction
 from helpers.pipeline import checks, planning, recipes
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from helpers.cli import archives
 from helpers.core import disk, machine, notebooks, project, words
 from helpers.data import images, sources, splits
-from helpers.data.labelling import folders, tables
+from helpers.data.labelling import archives, folders, tables
 from helpers.pipeline import recipes
 
 SAMPLE = 200  # images whose size is looked at
