@@ -1,5 +1,6 @@
 """docs/backbones.md: every network of the study has a name, and the numbers of the table are its own."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def _number(text: str) -> int:
 def _classifier(name: str, channels: int) -> int:
     """The numbers of the ImageNet classifier: one layer, or the three of a VGG on 7 x 7 pixels."""
     sizes = [49 * channels, 4096, 4096, CLASSES] if name.startswith("vgg") else [channels, CLASSES]
-    return sum((before + 1) * after for before, after in zip(sizes, sizes[1:], strict=False))
+    return sum((before + 1) * after for before, after in itertools.pairwise(sizes))
 
 
 def test_the_table_holds_the_25_networks_of_the_study():
