@@ -304,6 +304,7 @@ def loads_tensorflow(*lines: str) -> bool:
 WITHOUT_TENSORFLOW = ("core", "data", "models", "evaluation", "reports", "pipeline", "cli")
 LOADS_IT = {
     "helpers.evaluation.trust.explanation",
+    "helpers.models.adapters",
     "helpers.models.classifier",
     "helpers.models.levels",
     "helpers.models.unfreezing",
