@@ -42,15 +42,16 @@ def model_of(preset: str, **settings) -> keras.Model:
     """A classifier whose answers differ from image to image."""
     model = classifier.build(preset, 3, image_size=tiny_presets.SIZE, dropout=0, **settings)
     head, features = model.get_layer("probabilities"), keras.Model(model.input, model.layers[-1].input)
-    spread = np.asarray(features(pictures())).std()
-    head.kernel.assign(np.random.default_rng(1).normal(size=head.kernel.shape) / max(spread, 1e-6))
+    known = np.asarray(features(pictures()))
+    kernel = np.random.default_rng(1).normal(size=head.kernel.shape) / known.std(axis=0).mean()
+    head.set_weights([kernel, -known.mean(axis=0) @ kernel])
     return model
 
 
 def test_every_kind_that_is_listed_is_tried():
     assert {*ALL} == {*tiny_presets.KINDS, "SigLIP"}
     found = kerashub.presets()
-    assert len({preset.name for preset in found}) == len(found) > 80
+    assert len({preset.name for preset in found}) == len(found) > 60
     named = {preset.name: preset for preset in found}
     assert named["hub:vit_base_patch16_384_imagenet"] == kerashub.Preset(
         "hub:vit_base_patch16_384_imagenet", 86_090_496, 384, "tokens"
@@ -69,7 +70,9 @@ def test_the_command_lists_them():
 def test_a_preset_gives_what_keras_hub_gives_after_its_image_converter(kind, presets, tmp_path):
     name, network = presets(kind)
     model, images = backbones.build(name, tiny_presets.SIZE), pictures()
-    network = getattr(network, "vision_encoder", network)
+    if kind == "SigLIP":  # what its vision tower makes one vector of
+        tower = network.vision_encoder
+        network = keras.Model(tower.input, tower.post_layer_norm.output)
     scaled = images * np.float32(tiny_presets.SCALE) + np.float32(tiny_presets.OFFSET)
     expected = network(dict.fromkeys(network.input, scaled) if isinstance(network.input, dict) else scaled)
     assert len(model.output.shape) == (3 if kind in kerashub.GIVES["tokens"] else 4)
@@ -85,7 +88,7 @@ def test_both_phases_train_what_was_said_and_the_frontier_is_the_model(kind, ada
     model, images, labels = model_of(presets(kind)[0]), pictures(), np.eye(3)
     expected = np.asarray(model(images))
     assert np.ptp(expected, axis=0).max() > 0.05
-    for what, layer in (("none", "top_norm"), ("block3", "block2")):
+    for what, layer in (("none", "head_pool"), ("block3", "block2")):
         unfreezing.unfreeze(model, what)
         if what != "none":
             adapters.add(model, adapter)
@@ -132,6 +135,15 @@ def test_levels_and_tokens_are_pooled_as_is_said(kind, presets):
     np.testing.assert_allclose(both, np.concatenate([tokens[:, 0], mean], axis=1), atol=1e-5)
 
 
+def test_a_kind_that_cannot_be_saved_is_refused_before_it_trains(tmp_path):
+    shape = {"layerwise_depths": [1], "num_layers": 1, "layerwise_num_heads": [1], "layerwise_sr_ratios": [1]}
+    shape |= {"layerwise_patch_sizes": [7], "layerwise_strides": [4], "hidden_dims": [8], "max_drop_path_rate": 0.0}
+    hub.models.MiTBackbone(**shape, image_shape=tiny_presets.SHAPE).save_to_preset(str(tmp_path))
+    hub.layers.MiTImageConverter(image_size=(32, 32)).save_to_preset(str(tmp_path))
+    with pytest.raises(ValueError, match=r"is a MiT, which cannot be a backbone here. Take one of CSPNet, DenseNet"):
+        backbones.build(f"hub:{tmp_path}", 32)
+
+
 def test_another_size_of_image_is_refused_with_the_one_that_fits_or_taken(presets):
     with pytest.raises(ValueError, match=r"set resize.image_size to"):
         backbones.build(presets("SigLIP")[0], 48)
@@ -139,6 +151,7 @@ def test_another_size_of_image_is_refused_with_the_one_that_fits_or_taken(preset
     assert backbones.build(presets("DINOV3")[0], 48).output.shape[1] == 36 + 5
 
 
+@pytest.mark.slow
 def test_through_the_notebooks_with_an_adapter(presets, by_hand, resized, tmp_path):
     places = {"images": str(resized), "head": str(tmp_path / "head")}
     how = {"views": 2, "batch_size": 8}

@@ -14,7 +14,7 @@ KINDS = {
     "DINOV3": MLP,
     "CSPNet": {
         "stem_filters": 8, "stem_kernel_size": 3, "stem_strides": 1, "stackwise_depth": [1, 1],
-        "stackwise_strides": [2, 2], "stackwise_num_filters": [8, 16], "block_type": "dark_block",
+        "stackwise_strides": [2, 2], "stackwise_num_filters": [8, 16], "block_type": "dark_block", "stage_type": "dark",
     },
     "DenseNet": {"stackwise_num_repeats": [1, 1], "growth_rate": 4},
     "EfficientNet": {
@@ -23,27 +23,17 @@ KINDS = {
         "stackwise_squeeze_and_excite_ratios": [0.25, 0.25], "stackwise_strides": [1, 2],
         "stackwise_block_types": ["v1", "v1"], "width_coefficient": 1.0, "depth_coefficient": 1.0,
     },
-    "HGNetV2": {
-        "depths": [1, 1], "embedding_size": 8, "hidden_sizes": [8, 16], "stem_channels": [3, 8, 8],
-        "hidden_act": "relu", "use_learnable_affine_block": False,
-        "stackwise_stage_filters": [(8, 8, 8, 1, 1, 3), (8, 8, 16, 1, 1, 3)], "apply_downsample": [False, True],
-        "use_lightweight_conv_block": [False, False], "image_shape": SHAPE,
-    },
-    "MiT": {
-        "layerwise_depths": [1, 1], "num_layers": 2, "layerwise_num_heads": [1, 2], "layerwise_sr_ratios": [2, 1],
-        "max_drop_path_rate": 0.1, "layerwise_patch_sizes": [7, 3], "layerwise_strides": [4, 2],
-        "hidden_dims": [8, 16], "image_shape": SHAPE,
-    },
     "MobileNet": {
         "stackwise_expansion": [[8], [16]], "stackwise_num_blocks": [1, 1], "stackwise_num_filters": [[8], [8]],
         "stackwise_kernel_size": [[3], [3]], "stackwise_num_strides": [[2], [2]],
         "stackwise_se_ratio": [[None], [0.25]], "stackwise_activation": [["relu"], ["hard_swish"]],
-        "output_num_filters": 16, "input_activation": "hard_swish", "output_activation": "hard_swish",
+        "stackwise_padding": [[1], [1]], "output_num_filters": 16,
+        "input_activation": "hard_swish", "output_activation": "hard_swish",
         "input_num_filters": 8, "depthwise_filters": 8, "squeeze_and_excite": 0.5, "image_shape": SHAPE,
         "last_layer_filter": 16, "depthwise_stride": 1, "depthwise_residual": False,
     },
     "ResNet": {
-        "input_conv_filters": [8], "input_conv_kernel_sizes": [7], "stackwise_num_filters": [8, 8],
+        "input_conv_filters": [64], "input_conv_kernel_sizes": [7], "stackwise_num_filters": [64, 64],
         "stackwise_num_blocks": [1, 1], "stackwise_num_strides": [1, 2], "block_type": "basic_block",
     },
     "VGG": {"stackwise_num_repeats": [1, 1], "stackwise_num_filters": [8, 8]},
