@@ -123,7 +123,7 @@ def peak_memory() -> Iterator[dict[str, float]]:
     def look() -> None:
         while not done.wait(SECONDS_BETWEEN_LOOKS):
             for process in psutil.Process().children(recursive=True):
-                peak["mb"] = max(peak["mb"], _peak_of(process.pid))
+                peak["mb"] = max(peak["mb"], peak_of(process.pid))
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -134,7 +134,8 @@ def peak_memory() -> Iterator[dict[str, float]]:
         thread.join()
 
 
-def _peak_of(pid: int) -> float:
+def peak_of(pid: int) -> float:
+    """Return the most memory that a process has held, in MB; 0 once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1.024e-3 for line in lines if line.startswith("VmHWM"))

@@ -77,12 +77,27 @@ def test_the_backbone_that_tells_the_classes_apart_is_first_and_what_could_not_b
     assert probe.headline(table).startswith(f"good is best of 2: {100 * good['accuracy']:.1f} % of validation")
     table.to_csv(tmp_path / "bakeoff.csv", index=False)
     lines = bakeoff.as_text(tmp_path).splitlines()
-    assert [line.split()[0] for line in lines] == ["backbone", "good", "noise", "lost"] and "nowhere" not in lines[-1]
+    assert [line.split()[0] for line in lines] == ["backbone", "good", "noise", "lost", "Recommended:"]
+    assert "nowhere" not in lines[-2] and "Recommended: good;" in lines[-1]
     assert [text.get_text() for text in charts.intervals(table).get_yticklabels()] == ["noise", "good"]
     shown = charts.accuracy_and_speed(table.assign(images_per_second=[10.0, 900.0, np.nan]))
     assert {text.get_text() for text in shown.texts} == {"noise", "good"}
     shown.figure.draw_without_rendering()
     assert {"10", "100", "500"} <= {text.get_text() for text in shown.get_xticklabels()}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([("a", 0.9, 10, np.nan)], "a; there is no other."),
+        ([("a", 0.9, 10, np.nan), ("b", 0.5, 90, 1e-6)], "a; it is better than every other by more than chance."),
+        ([("a", 0.9, 10, np.nan), ("b", 0.88, 90, 0.3), ("c", 0.2, 999, 1e-9)], "b; it is the fastest of the 2"),
+        ([("a", 0.9, 99, np.nan), ("b", 0.88, 90, 0.3), ("c", np.nan, np.nan, np.nan)], "a; it is the best, and the"),
+    ],
+)
+def test_the_fastest_of_those_that_validation_cannot_tell_apart_is_recommended(rows, said):
+    table = pd.DataFrame(rows, columns=["backbone", "accuracy", "images_per_second", "p_value"])
+    assert probe.recommendation(table).startswith(f"Recommended: {said}")
 
 
 def test_without_any_backbone_the_reasons_are_told(found):

@@ -318,6 +318,7 @@ def loads_tensorflow(*lines: str) -> bool:
 WITHOUT_TENSORFLOW = ("core", "data", "models", "evaluation", "reports", "pipeline", "cli")
 LOADS_IT = {
     "helpers.evaluation.trust.explanation",
+    "helpers.models.adapters",
     "helpers.models.classifier",
     "helpers.models.joined",
     "helpers.models.levels",

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from helpers.cli import terminal
 from helpers.core import notebooks, project, words
+from helpers.evaluation import probe
 from helpers.models import backbones
 from helpers.pipeline import chain, planning, recipes
 
@@ -47,18 +48,19 @@ def run(recipe: recipes.Recipe, names: Sequence[str], console: Console, *, own_s
 
 
 def as_text(folder: Path) -> str:
-    """Return the ranking in a folder that `run` made as lines for a terminal; what is not available comes last."""
+    """Return the ranking in a folder that `run` made as lines for a terminal, what is not available, and the advice."""
     table = pd.read_csv(folder / "bakeoff.csv")
-    lines = [f"{'backbone':<24} {'accuracy on validation':<28} {'images/s':>9} {'memory':>9} {'weights':>9}"]
+    lines = [f"{'backbone':<24} {'accuracy on validation':<28} {'ms/image':>9} {'memory':>9} {'weights':>9}"]
     for row in table[table["problem"].isna()].itertuples():
         value, low, high = (words.percent(part) for part in (row.accuracy, row.low, row.high))
         accuracy = f"{value} ({low} to {high})"
         lines.append(
-            f"{row.backbone:<24} {accuracy:<28} {row.images_per_second:>9,.0f} {row.memory_mb:>6,.0f} MB"
+            f"{row.backbone:<24} {accuracy:<28} {1e3 / row.images_per_second:>9,.1f} {row.memory_mb:>6,.0f} MB"
             f" {row.model_mb:>6,.0f} MB"
         )
     failed = table[table["problem"].notna()]
-    return "\n".join([*lines, *(f"{row.backbone:<24} {row.problem.splitlines()[0]}" for row in failed.itertuples())])
+    lines += [f"{row.backbone:<24} {row.problem.splitlines()[0]}" for row in failed.itertuples()]
+    return "\n".join([*lines, probe.recommendation(table)])
 
 
 def _images() -> str:

@@ -123,18 +123,17 @@ def params(
 
 
 @app.command("backbones", rich_help_panel=START)
-def list_backbones() -> None:
+def list_backbones(hub: Annotated[bool, typer.Option("--hub", help="Those of KerasHub instead.")] = False) -> None:
     """List the backbones, with the size in pixels of the images that their ImageNet weights were trained on."""
-    from helpers.models import backbones
+    from helpers.cli import backbones
 
-    for name in backbones.names():
-        console.print(f"{name:<32} {backbones.spec(name).size or ''}", markup=False)
+    console.print("\n".join(backbones.hub_lines() if hub else backbones.lines()), markup=False)
 
 
 @app.command(rich_help_panel=COMPARE)
 def bakeoff(
     recipe: RecipeFile,
-    names: Annotated[str, typer.Option("--backbones", metavar="A,B,...", help="What to compare; see `backbones`.")],
+    names: Annotated[str, typer.Option("--backbones", metavar="A,B,...", help="What to compare, or all-local.")],
     overrides: Set = None,
     name: Name = "",
     own_size: Annotated[
@@ -142,12 +141,12 @@ def bakeoff(
     ] = False,
 ) -> None:
     """Rank backbones by a probe on the validation images of RECIPE, before anything is trained."""
+    from helpers.cli import backbones
     from helpers.cli import bakeoff as study
 
     loaded = recipes.load(recipe, overrides, name)
-    chosen = [part.strip() for part in names.split(",") if part.strip()]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    folder = study.run(loaded, chosen, console, own_size=own_size)
+    folder = study.run(loaded, backbones.named(names), console, own_size=own_size)
     console.print(study.as_text(folder), markup=False)
     console.print(f"Figures: {project.display_path(folder.parent / 'bakeoff.ipynb')}", markup=False)
 

@@ -25,6 +25,7 @@ FOLDS = 3
 TOLERANCE = 1e-2  # of the solver: ten times the usual, four times as fast and, measured on ELPV, no worse
 SECONDS = 3.0  # how long the forward pass is measured
 BATCH = 32
+SIGNIFICANT = 0.05  # of the test that two backbones differ
 COLUMNS = "backbone image_size accuracy low high balanced_accuracy p_value images_per_second memory_mb parameters"
 COLUMNS = [*COLUMNS.split(), "model_mb", "cache_mb", "strength", "problem"]
 
@@ -136,6 +137,20 @@ def headline(table: pd.DataFrame) -> str:
         f"{best['backbone']} is best of {known}: {value} of validation (95 % interval {low} to {high}),"
         f" {best['images_per_second']:,.0f} images/s"
     )
+
+
+def recommendation(table: pd.DataFrame) -> str:
+    """Return which backbone of a table of `rank` to take: the fastest that validation cannot tell from the best."""
+    known = table[table["accuracy"].notna()]
+    equal = known[~(known["p_value"] < SIGNIFICANT)]
+    name, best = equal.loc[equal["images_per_second"].idxmax(), "backbone"], table["backbone"].iloc[0]
+    if len(equal) == 1:
+        why = "it is better than every other by more than chance" if len(known) > 1 else "there is no other"
+    elif name == best:
+        why = f"it is the best, and the fastest of the {len(equal)} that validation cannot tell apart"
+    else:
+        why = f"it is the fastest of the {len(equal)} that validation cannot tell from {best}"
+    return f"Recommended: {name}; {why}."
 
 
 def write_predictions(folder: Path, predictions: dict[str, pd.DataFrame]) -> list[str]:

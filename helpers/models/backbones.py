@@ -107,7 +107,7 @@ def weights_installed(name: str) -> bool:
 
 
 def weights_here() -> list[str]:
-    """Return what ImageNet weights are on this machine: names of backbones, and of files that Keras downloaded."""
+    """Return the names of the backbones whose ImageNet weights are on this machine; loads no Keras."""
     return sorted(name for one in FAMILIES for name in one.here())
 
 

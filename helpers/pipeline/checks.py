@@ -18,7 +18,7 @@ TRAINED = ("head", "fine_tune")  # the stages that Keras is asked about
 # Parameters that are checked with Keras; those of the head and of fine_tune together.
 CHECKED = ("augmentation", "backbone", "dense", "epochs", "flip", "from_run", "imbalance", "label_smoothing", "levels")
 CHECKED += ("loss", "mix", "monitor", "next_unfreeze", "optimizer", "output", "profile_steps", "schedule", "steps")
-CHECKED += ("solver", "stop_smoothed", "unfreeze", "views")
+CHECKED += ("solver", "stop_smoothed", "unfreeze", "views", "adapter")
 
 ADDED = ("group", "format", "width", "height", "mode", "orientation", "taken")  # columns that 00_explore finds
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from helpers.core import child, words
-from helpers.models import backbones, classifier, unfreezing
+from helpers.models import adapters, backbones, classifier, unfreezing
 from helpers.models import levels as levels_of
 from helpers.training import compiling, fitting, profiling, solving, thaws, throughput, transforms
 
@@ -47,6 +47,7 @@ def _problems(stage: str, given: Mapping[str, Any]) -> list[str]:
         plan = thaws.plan(given["steps"], given)
     except ValueError as error:
         return [str(error), *_raised(checks)]
+    checks.append(lambda: adapters.rank(given["adapter"]))
     for thaw in plan:
         checks.append(lambda thaw=thaw: compiling.optimizer(thaw.optimizer, 1.0))
         checks.append(lambda thaw=thaw: _schedule(vars(thaw) | {"monitor": given["monitor"]}, thaw.epochs))
@@ -84,7 +85,11 @@ def _raised(checks: list[Callable[[], Any]]) -> list[str]:
 
 
 def check_layers(
-    backbone: str, image_size: int, choices: Mapping[str, Any], levels: str | Sequence[str] = "top"
+    backbone: str,
+    image_size: int,
+    choices: Mapping[str, Any],
+    levels: str | Sequence[str] = "top",
+    adapter: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Return what is wrong with choices of what to unfreeze and to read, tried on a backbone with random weights.
 
@@ -93,6 +98,7 @@ def check_layers(
         image_size: pixels.
         choices: the name of a parameter -> its value, see `unfreezing.unfreeze`.
         levels: what the head reads, see `classifier.build`.
+        adapter: what phase 2 trains in place of the thawed layers' own weights, see `adapters.takers`.
     """
     found = []
     try:
@@ -102,6 +108,8 @@ def check_layers(
     for name, what in choices.items():
         try:
             unfreezing.unfreeze(body, what)
+            if adapter and name.startswith("fine_tune."):
+                adapters.takers(body, adapter)
         except ValueError as error:
             found.append(f"{name}: {error}")
     try:
@@ -127,7 +135,7 @@ def problems(image_size: int, head: Mapping[str, Any], fine_tune: Mapping[str, A
         layers["head.next_unfreeze"] = head["next_unfreeze"]
     for number, step in enumerate(fine_tune["steps"], 1):
         layers |= {f"fine_tune.steps {number}: unfreeze": step["unfreeze"]} if "unfreeze" in step else {}
-    return found + check_layers(head["backbone"], image_size, layers, head["levels"])
+    return found + check_layers(head["backbone"], image_size, layers, head["levels"], fine_tune["adapter"])
 
 
 if __name__ == "__main__":

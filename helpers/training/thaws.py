@@ -10,7 +10,7 @@ import pandas as pd
 
 from helpers.compute import frontier, hardware
 from helpers.core import notebooks, words
-from helpers.models import unfreezing
+from helpers.models import adapters, unfreezing
 from helpers.training import compiling, datasets, feeds, fitting, saving, transforms
 
 FIELDS = ("unfreeze", "epochs", "learning_rate", "optimizer", "schedule", "batch_size")
@@ -130,9 +130,12 @@ def train(
         unfreezing.unfreeze(model, thaw.unfreeze)
         best = saving.best_after(out, thaw.end)
         if not best.is_file():
+            with hardware.scope():
+                adapters.add(model, parameters["adapter"], seed=parameters["seed"])
             _fit(thaw, model, train, val, out, augment, parameters)
             if saving.best_epoch(saving.read_history(out), parameters["monitor"])["epoch"] <= thaw.begin:
                 saving.bare(model).load_weights(saving.best_after(out, thaw.begin))
+            adapters.merge(model)
             saving.save_weights(saving.bare(model), best)
         saving.bare(model).load_weights(best)
 

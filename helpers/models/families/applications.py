@@ -128,8 +128,19 @@ class Applications(family.Family):
                 _set_normalization(model)
 
     def here(self) -> list[str]:
-        """Return the names of the files that Keras has downloaded."""
-        return sorted(path.name for path in (family.keras_home() / "models").glob("*.h5"))
+        """Return the networks whose file without the classifier Keras has downloaded."""
+        files = (path.name for path in (family.keras_home() / "models").glob("*no*top*.h5"))
+        return sorted({name for file in files if (name := _name_of(file))})
+
+
+def _name_of(file: str) -> str:
+    """Return the network whose weights a file of Keras holds; its name begins that of the file, in many spellings."""
+    begin = _bare(file.removeprefix("weights_"))
+    return max((name for name in SPECS if begin.startswith(_bare(name))), key=len, default="")
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def _preprocess(inputs, contract: str):

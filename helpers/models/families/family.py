@@ -102,7 +102,7 @@ class Family:
         return False
 
     def here(self) -> list[str]:
-        """Return what ImageNet weights of this family are on this machine, by name of backbone or file."""
+        """Return the names of the backbones whose ImageNet weights are on this machine."""
         return []
 
 

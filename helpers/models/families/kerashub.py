@@ -7,13 +7,17 @@ tokens, channels). A transformer's encoder is one layer in KerasHub; here each o
 
 import inspect
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from helpers.core.mended import kerashub as mended
 from helpers.models.families import family
 
 SMALLEST = 32  # pixels
+GIVES = {
+    "map": ("CSPNet", "DenseNet", "EfficientNet", "MobileNet", "ResNet", "VGG", "Xception"),
+    "tokens": ("DeiT", "DINOV2", "DINOV3", "SigLIP", "ViT"),
+}  # kinds of backbones. KerasHub 0.32 saves Swin and MiT in a form that it cannot load, HGNetV2 gives several maps
 
 
 class KerasHub(family.Family):
@@ -60,21 +64,42 @@ class KerasHub(family.Family):
         return 0
 
 
-def presets() -> Iterator[tuple[str, int, str]]:
-    """Yield name, number of weights and description of each vision preset that the installed KerasHub knows.
+@dataclass(frozen=True)
+class Preset:
+    """What the installed KerasHub tells of a preset before it is downloaded.
+
+    Attributes:
+        name: as recipes take it, ``hub:<preset>``.
+        weights: how many, the text tower of a pair included; 0 where KerasHub does not say.
+        size: height and width in pixels that its name or description states; None where they do not.
+        gives: "map" or "tokens".
+    """
+
+    name: str
+    weights: int
+    size: int | None
+    gives: str
+
+
+def presets() -> list[Preset]:
+    """Return the presets of the installed KerasHub that can be backbones, by name.
 
     Raises:
         ImportError: KerasHub is not installed.
     """
-    keras_hub = _keras_hub("The list of presets")
-    found = {}
-    for name in dir(keras_hub.layers):
-        kind = getattr(keras_hub.layers, name)
-        if isinstance(kind, type) and issubclass(kind, keras_hub.layers.ImageConverter) and kind.backbone_cls:
-            found |= kind.backbone_cls.presets
-    for name, about in sorted(found.items()):
-        facts = about.get("metadata", {})
-        yield f"hub:{name}", int(facts.get("params") or 0), str(facts.get("description", ""))
+    models = _keras_hub("The list of presets").models
+    found = []
+    for gives, kinds in GIVES.items():
+        for kind in (getattr(models, f"{kind}Backbone", None) for kind in kinds):
+            found += [_facts(name, about, gives) for name, about in getattr(kind, "presets", {}).items()]
+    return sorted(found, key=lambda preset: preset.name)
+
+
+def _facts(name: str, about: dict[str, Any], gives: str) -> Preset:
+    facts = about.get("metadata", {})
+    stated = re.search(r"(\d{3})x\1|image size (\d{3})", facts.get("description", ""))
+    size = next(filter(None, stated.groups())) if stated else None
+    return Preset(f"hub:{name}", int(facts.get("params") or 0), size and int(size), gives)
 
 
 def _keras_hub(what: str) -> Any:
@@ -102,6 +127,9 @@ def _preset(name: str, preset: str, shape: tuple[int, int, int], imagenet: bool)
             f"{name} cannot be built for images of {shape[0]}x{shape[1]} px: {reason} Most transformers take only the"
             " size of their pre-training, a multiple of their patches: set resize.image_size to it."
         ) from error
+    known = [kind for kinds in GIVES.values() for kind in kinds]
+    if (kind := type(hub).__name__.removesuffix("Backbone")) not in known:
+        raise ValueError(f"{name} is a {kind}, which cannot be a backbone here. Take one of {', '.join(known)}.")
     hub = getattr(hub, "vision_encoder", hub)
     own = tuple(hub.inputs[0].shape[1:])
     if len(hub.inputs) != 1 or own[:2] not in (shape[:2], (None, None)):

@@ -96,8 +96,8 @@ class Torchvision(family.Family):
             super().load(model, spec, path)
 
     def here(self) -> list[str]:
-        """Return the names of the files that were downloaded."""
-        return sorted(spec.file for spec in self.specs.values() if _on_this_machine(spec))
+        """Return the networks whose file Keras or PyTorch has downloaded."""
+        return [name for name, spec in self.specs.items() if _on_this_machine(spec)]
 
 
 def give(model: Any, spec: Spec, tensors: dict[str, np.ndarray]) -> None:
