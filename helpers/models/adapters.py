@@ -36,7 +36,7 @@ def rank(adapter: Mapping[str, Any]) -> int:
 def takers(backbone: keras.Model, adapter: Mapping[str, Any]) -> list[keras.layers.Layer]:
     """Return the layers of the thawed part that an adapter makes sense for, from low to high.
 
-    They are dense layers (those of attention too) and convolutions, but for depthwise ones, whose adapter has fewer
+    They are dense layers (those of attention too) and convolutions, except depthwise ones, whose adapter has fewer
     weights than the kernel.
 
     Args:
