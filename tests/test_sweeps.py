@@ -321,7 +321,7 @@ def test_a_job_in_a_process_of_its_own_tells_the_error_of_its_stage(tmp_path, im
     path.write_text(f"name: s\nexplore: {{source: {photos}}}\ngrid: {{split.rare: [error, drop]}}\nto: split\n")
     sweep = files.load(path)
     planned = plans.plan(sweep)
-    children = jobs.Jobs(sweep, 1)
+    children = jobs.Jobs(1)
     explore = next(unit for unit in planned.units.values() if unit.step.stage.name == "explore")
     assert children.make(explore, "1/3") > 0 and (explore.step.folder / stages.STAGE_FILE).is_file()
     (photos / "cat" / "cat-00.png").unlink()
