@@ -4,6 +4,7 @@ Its kernel is killed, as when a run is interrupted, and its unfinished stage is 
 the same stage with all its epochs, so a schedule sees its full length, and the result is that of an undisturbed one.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +39,7 @@ def make(step: planning.Step, until: int, watch: execution.Watch, say: Callable[
     """
     if not until:
         return execution.make(step, watch, say)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would say that the paused kernel died
     begun = time.monotonic()
     run = partial(execution.execute, wanted=lambda: epochs(step) < until)
     try:
