@@ -90,6 +90,11 @@ def score(path, epochs=None) -> float:
         ("search: {trials: 9, metric: test_loss}\ngrid: " + RANGES, "'val_loss' or 'val_accuracy'. Got 'test_loss'."),
         ("search: 40\ngrid: " + RANGES, "search: expected {metric: ..., trials: ..., sampler: ..., seed: ...}, got 40"),
         ("search: {trials: 9}\ngrid: {head.dropout: [0, 0.5]}", "search.trials: 9 of the 2 members that there are"),
+        (
+            "search: {trials: 9}\ngrid: {fine_tune.epochs: {log: [1, 8]}}",
+            "search.trials: 9 of the 8 members",
+        ),
+        ("search: {trials: 9}\ngrid: {fine_tune.epochs: {log: [1.5, 8]}}", "fine_tune.epochs takes whole numbers"),
         ("search: {trials: 9}\nseeds: {both: [1, 2]}\ngrid: " + RANGES, "would keep the lucky seeds"),
         ("search: {trials: 9}\nnames: letters\ngrid: " + RANGES, "names: a search names its members itself"),
         ("search: {trials: 9}\nhalving: {from_epochs: 1}\ngrid: " + RANGES, "give one of the two"),
@@ -203,6 +208,14 @@ def test_a_failed_member_is_tried_again_by_the_same_search(write, optuna, monkey
     assert 0 < len(told) < 6 and all(labels["fine_tune.unfreeze"] == "block6" for _, labels, _ in told)
     again = found(sweep, Pretended(monkeypatch))
     assert len(told) + len(again) == 6 and all(labels["fine_tune.unfreeze"] == "none" for _, labels, _ in again)
+
+
+def test_a_search_stops_where_a_stage_before_the_training_fails(write, optuna, monkeypatch):
+    sweep = files.load(write(f"search: {{trials: 6}}\ngrid: {RANGES}"))
+    make = Pretended(monkeypatch, fails=lambda given: "source" in given)
+    with pytest.raises(planning.StageError, match="explore of trial-001 failed, before any training"):
+        found(sweep, make)
+    assert len(everything(sweep)) == 1 and len(found(sweep, Pretended(monkeypatch))) == 6
 
 
 def test_two_processes_do_not_search_the_same(write, optuna, monkeypatch):

@@ -13,6 +13,7 @@ parameter that is a dict: `fine_tune.optimizer.weight_decay: [1e-3, 1e-2]`.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,10 @@ class Range:
     high: float
     log: bool
     whole: bool
+
+    def __len__(self) -> int:
+        """How many whole numbers it holds; without `whole`, more than any search tries."""
+        return int(self.high) - int(self.low) + 1 if self.whole else sys.maxsize
 
     def at(self, number: float) -> Point:
         """Return the point of a number, which is rounded to three significant digits."""
@@ -154,7 +159,10 @@ def _open_range(where: str, key: str, given: Mapping[str, Any], problems: list[s
     if kind == "log" and ends[0] <= 0:
         problems.append(f"{where}: the ends of a log range are above 0; got {ends!r}.")
         return []
-    return [Range(key, *ends, log=kind == "log", whole=_is_whole(key))]
+    if (whole := _is_whole(key)) and not all(float(end).is_integer() for end in ends):
+        problems.append(f"{where}: {key} takes whole numbers; got {ends!r}.")
+        return []
+    return [Range(key, *ends, log=kind == "log", whole=whole)]
 
 
 def _rounded(number: float) -> float:

@@ -164,11 +164,9 @@ def _untriable(base: dict[str, Any], lines: list[axes.Axis], search: options.Sea
         for point in [axis.at(axis.low), axis.at(axis.high)] if isinstance(axis, axes.Range) else axis:
             content, wrong = _changed(base, point.changes)
             problems += [problem for problem in wrong + recipes.check(content) if problem not in problems]
-    counts = [len(axis) for axis in lines if not isinstance(axis, axes.Range)]
-    if len(counts) == len(lines) and math.prod(counts) < search.trials:
+    if (count := math.prod(map(len, lines))) < search.trials:
         problems.append(
-            f"search.trials: {search.trials} of the {math.prod(counts)} members that there are. Without search, all are"
-            " made."
+            f"search.trials: {search.trials} of the {count} members that there are. Without search, all are made."
         )
     return problems
 

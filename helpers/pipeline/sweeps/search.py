@@ -4,6 +4,7 @@ The sweep's folder keeps it in `search.db`. Each draw follows from the seed, its
 search that was interrupted goes on as if it had not been. What it had begun is made first.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -87,7 +88,7 @@ def check() -> None:
 def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score: Score) -> Iterator[Event]:
     """Draw and make members until there are as many as the search has trials, and yield each event.
 
-    A member that fails is counted for now; the same search tries it again when it runs the next time.
+    A member whose training fails is counted for now; the same search tries it again when it runs the next time.
 
     Args:
         sweep: a checked sweep with `search`.
@@ -97,7 +98,7 @@ def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score
 
     Raises:
         ValueError: the folder holds another search.
-        RuntimeError: another process is at it.
+        RuntimeError: another process is at it, or a stage before the training failed.
     """
     with _opened(sweep) as study:
         _settle(sweep, study)
@@ -118,12 +119,23 @@ def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score
             planned = plans.plan(replace(sweep, members=list(batch.values())))
             yield from conduct.run(planned, make, pool, jobs)
             for number, member in batch.items():
+                _check_begun(member, planned.chains[member.name])
                 tried += 1
                 value = _value(sweep, member, planned.chains[member.name], score)
                 if not math.isnan(value):
                     study.tell(number, value)
                     yield Told(f"{tried}/{trials}", member, value, study.best_value)
         _write(sweep, study)
+
+
+def _check_begun(member: files.Member, steps: list[planning.Step]) -> None:
+    """Raise a StageError if a stage before any training failed: it would be drawn in vain."""
+    for step in itertools.takewhile(lambda step: not step.stage.trains, steps):
+        if not (step.folder / stages.STAGE_FILE).is_file():
+            raise planning.StageError(
+                f"{step.stage.name} of {member.name} failed, before any training, so the search stops here. When the"
+                " cause is mended, the same command goes on."
+            )
 
 
 def _members(sweep: files.Sweep, study: "Study") -> "list[FrozenTrial]":
