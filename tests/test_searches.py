@@ -215,7 +215,9 @@ def test_a_search_stops_where_a_stage_before_the_training_fails(write, optuna, m
     make = Pretended(monkeypatch, fails=lambda given: "source" in given)
     with pytest.raises(planning.StageError, match="explore of trial-001 failed, before any training"):
         found(sweep, make)
-    assert len(everything(sweep)) == 1 and len(found(sweep, Pretended(monkeypatch))) == 6
+    assert len(everything(sweep)) == 1
+    assert search.examples(sweep).members[0].labels == everything(sweep)[0][1], "what is drawn is planned as it is"
+    assert len(search.examples(sweep).members) == 6 and len(found(sweep, Pretended(monkeypatch))) == 6
 
 
 def test_two_processes_do_not_search_the_same(write, optuna, monkeypatch):

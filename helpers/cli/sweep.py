@@ -35,6 +35,8 @@ def run(sweep: files.Sweep, console: Console, *, count: int = 1, dry_run: bool =
     """
     if count < 1:
         raise ValueError(f"--jobs: expected 1 or more, got {count}.")
+    if address and count > 1:
+        raise ValueError("--jobs and --hosts: give one of the two; each host makes one stage at a time.")
     if sweep.search:
         search.check()
     planned = plans.plan(search.examples(sweep) if sweep.search else sweep)
@@ -79,7 +81,7 @@ def _events(planned: plans.Plan, sweep: files.Sweep, make: conduct.Make, pool: E
 def _say_plan(planned: plans.Plan, console: Console, count: int) -> None:
     sweep = planned.sweep
     if sweep.search:
-        told = f"by {sweep.search.metric}, sampler {sweep.search.sampler}; it may look as follows."
+        told = f"by {sweep.search.metric}, sampler {sweep.search.sampler}; what is not drawn yet may look as follows."
         console.print(f"{sweep.name}: a search of {sweep.search.trials} trials {told}", markup=False)
     if sweep.halving:
         told = " and ".join(map(str, halving.rungs(sweep)))

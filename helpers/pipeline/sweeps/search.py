@@ -52,15 +52,25 @@ Event = conduct.Made | conduct.Failed | conduct.Complete | Asked | Told
 
 
 def examples(sweep: files.Sweep) -> files.Sweep:
-    """Return a search with as many members as it has trials, spread evenly over what varies, to check and estimate."""
-    count, order = sweep.search.trials, random.Random(sweep.search.seed)
+    """Return a search with as many members as it has trials, to check and estimate.
+
+    Those that were drawn already are themselves; the others are spread evenly over what varies.
+
+    Raises:
+        ImportError, ValueError, RuntimeError: as `run`.
+    """
+    known: list[files.Member] = []
+    if (sweep.folder / DATABASE).is_file():
+        with _opened(sweep) as study:
+            known = [_member(sweep, study, trial.number) for trial in _members(sweep, study)]
+    count, order = max(0, sweep.search.trials - len(known)), random.Random(sweep.search.seed)
     columns = []
     for axis in sweep.lines:
         column = [_spread(axis, number, count) for number in range(count)]
         order.shuffle(column)
         columns.append(column)
     rows = zip(*columns, strict=True)
-    return replace(sweep, members=[sweep.member(_name(n), row) for n, row in enumerate(rows, 1)])
+    return replace(sweep, members=known + [sweep.member(_name(n), row) for n, row in enumerate(rows, len(known) + 1)])
 
 
 def _spread(axis: axes.Axis, number: int, count: int) -> axes.Point:
