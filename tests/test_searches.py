@@ -95,6 +95,10 @@ def score(path, epochs=None) -> float:
             "search.trials: 9 of the 8 members",
         ),
         ("search: {trials: 9}\ngrid: {fine_tune.epochs: {log: [1.5, 8]}}", "fine_tune.epochs takes whole numbers"),
+        (
+            "search: {trials: 2}\ngrid: {fine_tune.layer_decay: [0.5001, 0.5002]}",
+            "two values read alike: 0.5, 0.5. Give",
+        ),
         ("search: {trials: 9}\nseeds: {both: [1, 2]}\ngrid: " + RANGES, "would keep the lucky seeds"),
         ("search: {trials: 9}\nnames: letters\ngrid: " + RANGES, "names: a search names its members itself"),
         ("search: {trials: 9}\nhalving: {from_epochs: 1}\ngrid: " + RANGES, "give one of the two"),

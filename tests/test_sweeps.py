@@ -160,7 +160,7 @@ def test_thaw_run_says_that_a_sweep_is_none_of_its_files(write):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_in_the_suite_expands_and_says_how_to_run_it(path):
     sweep = files.load(path)
-    assert len(sweep.members) > 1
+    assert len(sweep.members) > 1 or sweep.search.trials > 1
     text = path.read_text(encoding="utf-8")
     assert f"# Run: thaw sweep {path.relative_to(ROOT)}" in text and path.stem.startswith(("elpv_", "s4_", "s5_"))
 

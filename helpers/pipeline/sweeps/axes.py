@@ -106,6 +106,11 @@ def as_text(label: Any) -> str:
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
+def name_of(point: Point) -> str:
+    """Return what is told about a point in one text."""
+    return ", ".join(as_text(label) for label in point.labels.values())
+
+
 def _mapping(where: str, given: Any, problems: list[str]) -> Mapping[str, Any]:
     if given is None or isinstance(given, Mapping):
         return given or {}
@@ -162,7 +167,8 @@ def _open_range(where: str, key: str, given: Mapping[str, Any], problems: list[s
     if (whole := _is_whole(key)) and not all(float(end).is_integer() for end in ends):
         problems.append(f"{where}: {key} takes whole numbers; got {ends!r}.")
         return []
-    return [Range(key, *ends, log=kind == "log", whole=whole)]
+    low, high = map(int, ends) if whole else ends
+    return [Range(key, low, high, log=kind == "log", whole=whole)]
 
 
 def _rounded(number: float) -> float:

@@ -164,6 +164,11 @@ def _untriable(base: dict[str, Any], lines: list[axes.Axis], search: options.Sea
         for point in [axis.at(axis.low), axis.at(axis.high)] if isinstance(axis, axes.Range) else axis:
             content, wrong = _changed(base, point.changes)
             problems += [problem for problem in wrong + recipes.check(content) if problem not in problems]
+        texts = [] if isinstance(axis, axes.Range) else [axes.name_of(point) for point in axis]
+        if len(set(texts)) < len(texts):
+            problems.append(
+                f"{' and '.join(axis[0].labels)}: two values read alike: {', '.join(texts)}. Give them names."
+            )
     if (count := math.prod(map(len, lines))) < search.trials:
         problems.append(
             f"search.trials: {search.trials} of the {count} members that there are. Without search, all are made."

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DATABASE, IMPORTANCE, BEST = "search.db", "importance.csv", "best.yaml"
 OF = "of"  # what a study notes: which sweep it is of
-LEAST_FOR_IMPORTANCE = 4  # finished trials
+LEAST_FOR_IMPORTANCE = 10  # finished trials
 
 Score = Callable[[Path], float]  # a history.csv -> the metric, NaN for none
 
@@ -262,16 +262,12 @@ def _distributions(sweep: files.Sweep) -> dict[str, Any]:
             kind = distributions.IntDistribution if axis.whole else distributions.FloatDistribution
             found[axis.key] = kind(axis.low, axis.high, log=axis.log)
         else:
-            found[_axis_name(axis)] = distributions.CategoricalDistribution([_point_name(point) for point in axis])
+            found[_axis_name(axis)] = distributions.CategoricalDistribution([axes.name_of(point) for point in axis])
     return found
 
 
 def _axis_name(axis: list[axes.Point]) -> str:
     return " and ".join(axis[0].labels)
-
-
-def _point_name(point: axes.Point) -> str:
-    return ", ".join(axes.as_text(label) for label in point.labels.values())
 
 
 def _name(number: int) -> str:
@@ -286,6 +282,6 @@ def _member(sweep: files.Sweep, study: "Study", number: int) -> files.Member:
         if isinstance(axis, axes.Range):
             points.append(axis.at(members[at].params[axis.key]))
         else:
-            names = [_point_name(point) for point in axis]
+            names = [axes.name_of(point) for point in axis]
             points.append(axis[names.index(members[at].params[_axis_name(axis)])])
     return sweep.member(_name(at + 1), points)
