@@ -70,6 +70,15 @@ def test_killed_twice_at_random_a_sweep_ends_with_the_same_tables(kind, recipe, 
     broken.thaw("sweep", file)
     for one, other in zip(tables(whole), tables(broken), strict=True):
         pd.testing.assert_frame_equal(one, other)
+    if kind == "halving":
+        (survivor,) = (whole.folder / "s").glob("*/fine_tune")
+        alone = Place(tmp_path / "alone", file)
+        alone.thaw("run", survivor.parent / "recipe.yaml", "--to", "fine_tune")
+        histories = [
+            place.folder / "s" / survivor.parent.name / "fine_tune" / "history.csv" for place in (whole, alone)
+        ]
+        one, other = (pd.read_csv(path).drop(columns=OWN_TIME) for path in histories)
+        pd.testing.assert_frame_equal(one, other)
     told = " and ".join(f"{moment:.0f} s" for moment in moments)
     with capsys.disabled():
         print(f"\n{kind}: {seconds:.0f} s undisturbed; killed after {told}, the same tables")

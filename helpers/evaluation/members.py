@@ -159,6 +159,13 @@ def importance(folder: str | os.PathLike) -> pd.DataFrame:
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["parameter", "importance"])
 
 
+def told(members: pd.DataFrame, board: pd.DataFrame, varies: list[str], monitor: str = "val_loss") -> str:
+    """Say what `sentence` says, and how many members were stopped early, so that they are not taken for the others."""
+    stopped = members["state"].str.startswith("stopped").sum()
+    early = f" {stopped} of {len(members)} were stopped early: their numbers are of fewer epochs." if stopped else ""
+    return sentence(board, varies, monitor) + early
+
+
 def sentence(board: pd.DataFrame, varies: list[str], monitor: str = "val_loss") -> str:
     """Say in a line which setting is best, and whether the seeds can tell it from the second."""
     if board.empty:
