@@ -160,7 +160,7 @@ def test_thaw_run_says_that_a_sweep_is_none_of_its_files(write):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_in_the_suite_expands_and_says_how_to_run_it(path):
     sweep = files.load(path)
-    assert len(sweep.members) > 1
+    assert len(sweep.members) > 1 or sweep.search.trials > 1
     text = path.read_text(encoding="utf-8")
     assert f"# Run: thaw sweep {path.relative_to(ROOT)}" in text and path.stem.startswith(("elpv_", "s4_", "s5_"))
 
@@ -321,7 +321,7 @@ def test_a_job_in_a_process_of_its_own_tells_the_error_of_its_stage(tmp_path, im
     path.write_text(f"name: s\nexplore: {{source: {photos}}}\ngrid: {{split.rare: [error, drop]}}\nto: split\n")
     sweep = files.load(path)
     planned = plans.plan(sweep)
-    children = jobs.Jobs(sweep, 1)
+    children = jobs.Jobs(1)
     explore = next(unit for unit in planned.units.values() if unit.step.stage.name == "explore")
     assert children.make(explore, "1/3") > 0 and (explore.step.folder / stages.STAGE_FILE).is_file()
     (photos / "cat" / "cat-00.png").unlink()

@@ -158,13 +158,14 @@ def sweep(
     name: Name = "",
     jobs: Annotated[int, typer.Option(help="Stages made at a time; they share the cores.")] = 1,
     dry_run: Annotated[bool, typer.Option(help="Only say what would be made, and what it would take.")] = False,
+    hosts: Hosts = "",
 ) -> None:
     """Run every member of the sweep in FILE, each shared stage once, and the study of them all."""
     from helpers.cli import sweep as sweeps
     from helpers.pipeline.sweeps import files
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if sweeps.run(files.load(file, overrides, name), console, count=jobs, dry_run=dry_run):
+    if sweeps.run(files.load(file, overrides, name), console, count=jobs, dry_run=dry_run, address=hosts):
         raise typer.Exit(1)
 
 

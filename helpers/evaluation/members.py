@@ -11,6 +11,8 @@ from scipy import stats
 from helpers.core import disk, notebooks, project, words
 
 SWEEP = "sweep.csv"  # what `thaw sweep` notes of its members
+STOPPED = "{stage}-stopped.csv"  # the epochs of a training that it stopped early, in the member's run
+IMPORTANCE = "importance.csv"  # what a search notes
 SEED = "seed"
 ABOUT = ("member", "state", "error")
 SCORES = ("val_loss", "val_accuracy", "loss_area", "gap", "overfitting", "best_epoch", "epochs", "seconds")
@@ -148,6 +150,22 @@ def two_way(members: pd.DataFrame, varies: list[str], score: str = "val_accuracy
     return table.reindex(index=members[keys[0]].unique(), columns=members[keys[1]].unique())
 
 
+def importance(folder: str | os.PathLike) -> pd.DataFrame:
+    """Return what a search has found to matter: columns parameter and importance, a share of the differences (fANOVA).
+
+    There are no rows where the folder holds no search.
+    """
+    path = project.resolve(folder) / IMPORTANCE
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["parameter", "importance"])
+
+
+def told(members: pd.DataFrame, board: pd.DataFrame, varies: list[str], monitor: str = "val_loss") -> str:
+    """Say what `sentence` says, and how many members were stopped early, so that they are not taken for the others."""
+    stopped = members["state"].str.startswith("stopped").sum()
+    early = f" {stopped} of {len(members)} were stopped early: their numbers are of fewer epochs." if stopped else ""
+    return sentence(board, varies, monitor) + early
+
+
 def sentence(board: pd.DataFrame, varies: list[str], monitor: str = "val_loss") -> str:
     """Say in a line which setting is best, and whether the seeds can tell it from the second."""
     if board.empty:
@@ -170,8 +188,10 @@ def _short(value: Any) -> str:
 
 
 def _history(run: Path) -> pd.DataFrame:
-    trained = [run / stage.name / "history.csv" for stage in notebooks.stages().values() if stage.trains]
-    parts = [part for path in trained if path.is_file() and len(part := pd.read_csv(path))]
+    trained = [stage.name for stage in notebooks.stages().values() if stage.trains]
+    places = [(run / stage / "history.csv", run / STOPPED.format(stage=stage)) for stage in trained]
+    paths = [next(filter(Path.is_file, both), None) for both in places]
+    parts = [part for path in paths if path and len(part := pd.read_csv(path))]
     if not parts:
         return pd.DataFrame()
     table = pd.concat(parts, ignore_index=True)

@@ -13,7 +13,7 @@ from helpers.core import notebooks, project, words
 
 RUN_NAME = re.compile(r"[^\W_][\w-]{0,99}(/[^\W_][\w-]{0,99})?")  # SWEEP/MEMBER too
 ABOUT_THE_RUN = {"name", "extends", "description", "published"}
-OF_A_SWEEP = {"grid", "zip", "members", "seeds", "names", "to"}  # see `sweeps.files`
+OF_A_SWEEP = {"grid", "zip", "members", "seeds", "names", "to", "search", "halving"}  # see `sweeps.files`
 
 
 @dataclass

@@ -181,6 +181,22 @@ def parallel(
     return ax
 
 
+def importance(table: pd.DataFrame, ax: Axes | None = None) -> Axes | None:
+    """The share of each parameter in what makes members differ; None, after a line that says so, for no search."""
+    if table.empty:
+        print("This is no search: nothing says how much each parameter matters.")
+        return None
+    ax = theme.new(ax, (theme.WIDTH, theme.tall(len(table))))
+    rows = np.arange(len(table))[::-1]
+    ax.barh(rows, table["importance"], height=0.55, color=theme.BLUE)
+    ax.set_yticks(rows, [words.shorten(str(name).rpartition(".")[2], 40) for name in table["parameter"]], fontsize=9)
+    ax.set_xlim(0, 1)
+    ax.xaxis.set_major_formatter(theme.PERCENT)
+    ax.set_xlabel("share of the differences between members")
+    theme.grid(ax, "x")
+    return ax
+
+
 def _place(column: pd.Series) -> pd.Series:
     """Where the values stand on a line from 0 to 1: by their logarithm, their size, or their order."""
     if pd.api.types.is_numeric_dtype(column) and column.nunique() > 1:

@@ -5,11 +5,15 @@
     members: {softmax: {head: {dense: []}}, one_layer: {head: {dense: [1024]}}}   # named sets of parameters: one axis
     seeds: {training: [1, 2, 3]}   # split, training, or both: one axis
 
+In a search the ends of a range are enough, `{log: [1e-6, 1e-2]}` or `{linear: [0, 0.5]}`: any number between them may
+be tried.
+
 A value may have a name: `fine_tune.unfreeze: {PT0: none, PT2: 0.4, PT5: all}`. A third part of a name is a key of a
 parameter that is a dict: `fine_tune.optimizer.weight_decay: [1e-3, 1e-2]`.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,17 +39,50 @@ class Point:
     changes: dict[str, Any]
 
 
-Axis = list[Point]
+@dataclass(frozen=True)
+class Range:
+    """All numbers from `low` to `high`, of which a search tries any: an axis without points.
+
+    Attributes:
+        key: "stage.parameter" or "stage.parameter.key".
+        log: whether equal ratios count alike, in place of equal differences.
+        whole: whether only whole numbers are meant.
+    """
+
+    key: str
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+    def __len__(self) -> int:
+        """How many whole numbers it holds; without `whole`, more than any search tries."""
+        return int(self.high) - int(self.low) + 1 if self.whole else sys.maxsize
+
+    def at(self, number: float) -> Point:
+        """Return the point of a number, which is rounded to three significant digits."""
+        value = int(number) if self.whole else _rounded(number)
+        return Point({self.key: value}, {self.key: value})
 
 
-def read(content: Mapping[str, Any]) -> tuple[list[Axis], list[str]]:
-    """Return the axes of a sweep's content, members first and seeds last, and every problem in words."""
+Axis = list[Point] | Range
+
+
+def read(content: Mapping[str, Any], *, searched: bool = False) -> tuple[list[Axis], list[str]]:
+    """Return the axes of a sweep's content, members first and seeds last, and every problem in words.
+
+    Args:
+        content: of the file.
+        searched: whether a range may be given by its ends alone.
+    """
     problems: list[str] = []
-    axes = [_members(content.get("members"), problems), _zip(content.get("zip"), problems)]
+    axes: list[Axis] = [_members(content.get("members"), problems), _zip(content.get("zip"), problems)]
     for key, values in _mapping("grid", content.get("grid"), problems).items():
-        axes.append(
-            [Point({key: label}, {key: value}) for label, value in _values(f"grid.{key}", key, values, problems)]
-        )
+        where = f"grid.{key}"
+        if searched and isinstance(values, Mapping) and set(values) in ({"log"}, {"linear"}):
+            axes += _open_range(where, key, values, problems)
+        else:
+            axes.append([Point({key: label}, {key: value}) for label, value in _values(where, key, values, problems)])
     axes.append(_seeds(content.get("seeds"), problems))
     kept = [axis for axis in axes if axis]
     if not kept and not problems:
@@ -67,6 +104,11 @@ def as_text(label: Any) -> str:
         return text
     digits, exponent = f"{label:.{DIGITS - 1}e}".split("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def name_of(point: Point) -> str:
+    """Return what is told about a point in one text."""
+    return ", ".join(as_text(label) for label in point.labels.values())
 
 
 def _mapping(where: str, given: Any, problems: list[str]) -> Mapping[str, Any]:
@@ -109,8 +151,28 @@ def _range(where: str, key: str, given: Mapping[str, Any], problems: list[str]) 
         values = [low * 10 ** (step / number) for step in range(math.floor(steps) + 1)]
     else:
         values = [low + (high - low) * step / (number - 1) for step in range(number)]
-    rounded = dict.fromkeys(float(f"{value:.{DIGITS}g}") for value in values)
+    rounded = dict.fromkeys(map(_rounded, values))
     return [int(value) if value.is_integer() and _is_whole(key) else value for value in rounded]
+
+
+def _open_range(where: str, key: str, given: Mapping[str, Any], problems: list[str]) -> list[Range]:
+    """Return the range between two ends, a list of one; none where there is a problem."""
+    ((kind, ends),) = given.items()
+    if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_number, ends)) or ends[0] >= ends[1]:
+        problems.append(f"{where}: expected the ends of a range, as in {{{kind}: [low, high]}}, got {dict(given)!r}.")
+        return []
+    if kind == "log" and ends[0] <= 0:
+        problems.append(f"{where}: the ends of a log range are above 0; got {ends!r}.")
+        return []
+    if (whole := _is_whole(key)) and not all(float(end).is_integer() for end in ends):
+        problems.append(f"{where}: {key} takes whole numbers; got {ends!r}.")
+        return []
+    low, high = map(int, ends) if whole else ends
+    return [Range(key, low, high, log=kind == "log", whole=whole)]
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.{DIGITS}g}")
 
 
 def _is_number(value: Any) -> bool:
@@ -124,7 +186,7 @@ def _is_whole(key: str) -> bool:
     return parameter is not None and parameter.annotation is int
 
 
-def _zip(given: Any, problems: list[str]) -> Axis:
+def _zip(given: Any, problems: list[str]) -> list[Point]:
     columns = {
         key: _values(f"zip.{key}", key, values, problems) for key, values in _mapping("zip", given, problems).items()
     }
@@ -143,7 +205,7 @@ def _zip(given: Any, problems: list[str]) -> Axis:
     ]
 
 
-def _members(given: Any, problems: list[str]) -> Axis:
+def _members(given: Any, problems: list[str]) -> list[Point]:
     axis = []
     if given is not None and not isinstance(given, Mapping):
         problems.append(f"members: expected {{name: {{stage: {{parameter: value}}}}}}, got {given!r}.")
@@ -161,7 +223,7 @@ def _members(given: Any, problems: list[str]) -> Axis:
     return axis
 
 
-def _seeds(given: Any, problems: list[str]) -> Axis:
+def _seeds(given: Any, problems: list[str]) -> list[Point]:
     """Return the axis of seeds: of the stages that train, of those before them, or of all of these."""
     if given is None:
         return []

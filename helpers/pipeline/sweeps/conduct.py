@@ -17,7 +17,7 @@ Make = Callable[[plans.Unit, str], float]  # a unit and its place, such as "4/41
 
 @dataclass(frozen=True)
 class Made:
-    """A stage was made: its place, such as "4/41", what it is, the seconds that it took and its headline."""
+    """A stage was made, or paused: its place, such as "4/41", what it is, the seconds that it took, its headline."""
 
     place: str
     name: str
@@ -107,13 +107,21 @@ def run(planned: plans.Plan, make: Make, pool: Executor, jobs: int = 1) -> Itera
             place = f"{places.pop(future)}/{count}"
             try:
                 seconds = future.result()
-                headline = disk.read_json(unit.step.folder / stages.STAGE_FILE)["headline"]
-                yield Made(place, unit.name, seconds, headline)
+                yield Made(place, unit.name, seconds, _headline(unit))
             except (RuntimeError, ValueError, OSError) as error:
                 failed[unit.step.folder] = str(error)
                 _drop(waiting, failed)
                 yield Failed(place, unit.name, str(error), unit.members)
         yield from _complete(planned, waiting, running, failed, told)
+
+
+def _headline(unit: plans.Unit) -> str:
+    try:
+        return disk.read_json(unit.step.folder / stages.STAGE_FILE)["headline"]
+    except FileNotFoundError:
+        if not unit.until:
+            raise
+        return f"paused after {unit.until} epochs"
 
 
 def _ready(waiting: dict[Path, plans.Unit], running: dict[Future, plans.Unit], failed: dict) -> list[plans.Unit]:
@@ -131,6 +139,8 @@ def _drop(waiting: dict[Path, plans.Unit], failed: dict[Path, str]) -> None:
 
 def _complete(planned: plans.Plan, waiting: dict, running: dict, failed: dict, told: set) -> Iterator[Complete]:
     """Finish the run of each member that has all its stages and was not told yet."""
+    if planned.until:
+        return
     open_ = waiting.keys() | {unit.step.folder for unit in running.values()} | failed.keys()
     for member in planned.sweep.members:
         if member.name not in told and not any(step.folder in open_ for step in planned.chains[member.name]):

@@ -6,6 +6,7 @@ fine_tune: {unfreeze: block6, epochs: 10}
 grid: {fine_tune.learning_rate: {log: [1e-6, 1e-2], per_decade: 4}}
 to: fine_tune             # the last stage to make; test stays closed
 names: "rate-{learning_rate}"   # or letters, or {letters: B}; without it, names tell what varies
+search: {trials: 40}      # or halving: {from_epochs: 2}; see `options`
 """
 
 import copy
@@ -13,18 +14,18 @@ import itertools
 import math
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from helpers.core import notebooks, project, words
 from helpers.pipeline import recipes
-from helpers.pipeline.sweeps import axes
+from helpers.pipeline.sweeps import axes, options
 
 MOST = 2000  # members; more is a slip of the pen
 STUDY = "study"  # the folder beside the members that holds what they tell together
-KEPT_CACHE = "keep_cache"
+KEPT_CACHE, EPOCHS = "keep_cache", "epochs"  # parameters that sweeps know
 LETTERS = string.ascii_uppercase
 
 
@@ -43,10 +44,13 @@ class Sweep:
 
     Attributes:
         name: of the sweep and of the folder of its runs.
-        members: in the order of the axes, the last one quickest.
+        members: in the order of the axes, the last one quickest; a search has none before it begins.
         last: the last stage to make, "" for the whole chain.
         varies: the columns of the members' labels, in order.
         path: the file.
+        base: the recipe's content that all members share.
+        lines: the axes.
+        search, halving: how it spends its time, None for all members to the end.
     """
 
     name: str
@@ -54,11 +58,41 @@ class Sweep:
     last: str = ""
     varies: list[str] = field(default_factory=list)
     path: Path | None = None
+    base: dict[str, Any] = field(default_factory=dict)
+    lines: list[axes.Axis] = field(default_factory=list)
+    search: options.Search | None = None
+    halving: options.Halving | None = None
 
     @property
     def folder(self) -> Path:
         """The folder in which its members lie as runs."""
         return project.runs_folder() / self.name
+
+    @property
+    def metric(self) -> str:
+        """What ranks the members; "" where the sweep leaves it to the study."""
+        option = self.search or self.halving
+        return option.metric if option else ""
+
+    def member(self, name: str, points: Sequence[axes.Point]) -> Member:
+        """Return the member of one point of each axis."""
+        labels, changes = _together(points)
+        content, _ = _changed(self.base, changes)
+        recipe = recipes.build(content | {"name": f"{self.name}/{name}"}, self.path)
+        return Member(name, labels, recipe)
+
+    def recipe_of(self, member: Member, description: str) -> recipes.Recipe:
+        """Return a member's recipe for a run of its own, called SWEEP_best."""
+        sections = {
+            stage: {
+                key: value
+                for key, value in section.items()
+                if key != KEPT_CACHE or key in (self.base.get(stage) or {})  # else it is for the other members' sake
+            }
+            for stage, section in member.recipe.stages.items()
+        }
+        about = {"description": description, "published": member.recipe.published}
+        return recipes.Recipe(f"{self.name}_best", sections, **about, path=self.path)
 
 
 def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -> Sweep:
@@ -80,15 +114,78 @@ def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -
     problems += recipes.check(base)
     if "/" in str(content["name"]):
         problems.append(f"name: {content['name']!r} names a member; a sweep's name has no slash.")
-    lines, wrong = axes.read(content)
+    search = options.read(options.Search, content.get("search"), problems)
+    halving = options.read(options.Halving, content.get("halving"), problems)
+    lines, wrong = axes.read(content, searched=search is not None)
     problems += wrong
     last = _last(content.get("to"), problems)
-    members = _members(base, lines, content.get("names"), file, problems) if not problems else []
+    problems += _undecided(content) if search or halving else []
+    if search and not problems:
+        problems += _untriable(base, lines, search, last)
+    members = _members(base, lines, content.get("names"), file, problems) if not (search or problems) else []
     problems += _twins(members, last) if not problems else []
+    if halving and not problems:
+        problems += _unstoppable(members, last, halving)
     if problems:
         told = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
         raise notebooks.RecipeError(f"{project.display_path(file)} cannot be run:\n{told}")
-    return Sweep(content["name"], members, last, list(members[0].labels), file)
+    varies = [key for axis in lines for key in ([axis.key] if isinstance(axis, axes.Range) else axis[0].labels)]
+    return Sweep(content["name"], members, last, varies, file, base, lines, search, halving)
+
+
+def trained(recipe: recipes.Recipe, last: str = "") -> str:
+    """Return the last stage up to `last` that trains, "" for none: what ranks the members is its history."""
+    chain = recipe.chain()
+    kept = chain[: chain.index(last) + 1] if last in chain else chain
+    return next((name for name in reversed(kept) if notebooks.stages()[name].trains), "")
+
+
+def _undecided(content: Mapping[str, Any]) -> list[str]:
+    """Name what a sweep whose members depend on each other's results cannot have."""
+    problems = []
+    if "search" in content and "halving" in content:
+        problems.append("halving: a search trains every trial to the end; give one of the two.")
+    if "seeds" in content:
+        problems.append(
+            "seeds: a search, and halving too, would keep the lucky seeds. Leave them out here, and compare the best"
+            " settings over seeds in a sweep of their own."
+        )
+    if "search" in content and "names" in content:
+        problems.append("names: a search names its members itself: trial-001, trial-002 ...")
+    return problems
+
+
+def _untriable(base: dict[str, Any], lines: list[axes.Axis], search: options.Search, last: str) -> list[str]:
+    """Return what is wrong with any point of the axes, or with a search of them."""
+    problems: list[str] = []
+    if not trained(recipes.build(base, None), last):
+        problems.append(f"to: nothing is trained up to {last}, so there is no {search.metric} to search by.")
+    for axis in lines:
+        for point in [axis.at(axis.low), axis.at(axis.high)] if isinstance(axis, axes.Range) else axis:
+            content, wrong = _changed(base, point.changes)
+            problems += [problem for problem in wrong + recipes.check(content) if problem not in problems]
+        texts = [] if isinstance(axis, axes.Range) else [axes.name_of(point) for point in axis]
+        if len(set(texts)) < len(texts):
+            problems.append(
+                f"{' and '.join(axis[0].labels)}: two values read alike: {', '.join(texts)}. Give them names."
+            )
+    if (count := math.prod(map(len, lines))) < search.trials:
+        problems.append(
+            f"search.trials: {search.trials} of the {count} members that there are. Without search, all are made."
+        )
+    return problems
+
+
+def _unstoppable(members: list[Member], last: str, halving: options.Halving) -> list[str]:
+    """Name members that cannot be stopped after the first epochs."""
+    problems = []
+    for member in members:
+        stage = trained(member.recipe, last)
+        epochs = member.recipe.resolved(stage).get(EPOCHS, 0) if stage else 0
+        if epochs <= halving.from_epochs:
+            what = f"{stage}.{EPOCHS} is {epochs}" if stage else "it trains nothing"
+            problems.append(f"halving.from_epochs: {halving.from_epochs} must be fewer than {member.name} has; {what}.")
+    return problems
 
 
 def _last(given: Any, problems: list[str]) -> str:
@@ -109,8 +206,8 @@ def _members(base: dict[str, Any], lines: list[axes.Axis], names: Any, file: Pat
     found, seen = [], {}
     for places in itertools.product(*(range(len(axis)) for axis in lines)):
         points = [axis[place] for axis, place in zip(lines, places, strict=True)]
-        labels = {key: label for point in points for key, label in point.labels.items()}
-        content, wrong = _changed(base, {key: v for point in points for key, v in point.changes.items()})
+        labels, changes = _together(points)
+        content, wrong = _changed(base, changes)
         wrong += recipes.check(content)
         problems += [problem for problem in wrong if problem not in problems]
         if wrong:
@@ -126,6 +223,12 @@ def _members(base: dict[str, Any], lines: list[axes.Axis], names: Any, file: Pat
         seen[name] = True
         found.append(Member(name, labels, recipes.build(content | {"name": f"{base['name']}/{name}"}, file)))
     return found
+
+
+def _together(points: Sequence[axes.Point]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the labels and the changes of one point of each axis."""
+    labels = {key: label for point in points for key, label in point.labels.items()}
+    return labels, {key: value for point in points for key, value in point.changes.items()}
 
 
 def _changed(base: dict[str, Any], changes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from functools import partial
 
 from helpers.core import project
-from helpers.pipeline import execution, planning, recipes
-from helpers.pipeline.sweeps import files, plans
+from helpers.pipeline import planning, recipes
+from helpers.pipeline.sweeps import pauses, plans
 
 LAST_WORDS = 2000  # characters of an unexpected error
 
@@ -22,8 +23,7 @@ LAST_WORDS = 2000  # characters of an unexpected error
 class Jobs:
     """Makes units in child processes, each on the cores of a free place."""
 
-    def __init__(self, sweep: files.Sweep, jobs: int):
-        self.recipes = {member.name: member.recipe for member in sweep.members}
+    def __init__(self, jobs: int):
         self.free: queue.Queue[set[int]] = queue.Queue()
         for cores in deal_cores(jobs):
             self.free.put(cores)
@@ -35,11 +35,10 @@ class Jobs:
         Raises:
             planning.StageError: it failed; the message is that of the child.
         """
-        recipe = self.recipes[unit.members[0]]
-        request = {"name": recipe.name, "sections": recipe.stages, "stage": unit.step.stage.name}
+        request = {"name": unit.recipe.name, "sections": unit.recipe.stages, "stage": unit.step.stage.name}
         cores = self.free.get()
         try:
-            request |= {"fingerprint": unit.step.fingerprint, "cores": sorted(cores)}
+            request |= {"fingerprint": unit.step.fingerprint, "until": unit.until, "cores": sorted(cores)}
             return self._ask(request)
         finally:
             self.free.put(cores)
@@ -94,7 +93,8 @@ def _make(request: dict) -> dict:
         step = next(step for step in planning.plan(recipe) if step.stage.name == request["stage"])
         if step.fingerprint != request["fingerprint"]:
             raise planning.StageError("the images, the code or a file changed since the sweep began; run it again.")
-        return {"seconds": execution.make(step, lambda line: None, lambda text: print(text, file=sys.stderr))}
+        say = partial(print, file=sys.stderr)
+        return {"seconds": pauses.make(step, request["until"], lambda line: None, say)}
     except (RuntimeError, ValueError, OSError) as error:
         return {"error": str(error)}
 

@@ -7,10 +7,8 @@ from statistics import median
 from typing import Any
 
 from helpers.core import disk, notebooks, project, stages
-from helpers.pipeline import chain, fingerprints, housekeeping, planning
+from helpers.pipeline import chain, fingerprints, housekeeping, planning, recipes
 from helpers.pipeline.sweeps import files
-
-EPOCHS = "epochs"  # the parameter in proportion to which a training takes time
 
 
 @dataclass
@@ -20,12 +18,16 @@ class Unit:
     Attributes:
         step: of the first member that needs it.
         needs: the folders of the stages that it reads and that are to be made too.
+        recipe: of that member.
         members: names of all members that need it.
+        until: epochs after which it is paused, to go on later; 0 for never.
     """
 
     step: planning.Step
     needs: set[Path]
+    recipe: recipes.Recipe
     members: list[str] = field(default_factory=list)
+    until: int = 0
 
     @property
     def name(self) -> str:
@@ -42,11 +44,13 @@ class Plan:
         sweep: the sweep.
         chains: the steps of each member.
         units: what is to be made, by its folder, each after what it reads.
+        until: epochs after which the last stages are paused, 0 for never; paused members are not complete.
     """
 
     sweep: files.Sweep
     chains: dict[str, list[planning.Step]]
     units: dict[Path, Unit]
+    until: int = 0
 
     @property
     def stages(self) -> int:
@@ -72,7 +76,7 @@ def plan(sweep: files.Sweep) -> Plan:
         for step in chains[member.name]:
             if step.state == "to do":
                 needs = {folder for folder in step.input_folders.values() if folder in units}
-                units.setdefault(step.folder, Unit(step, needs)).members.append(member.name)
+                units.setdefault(step.folder, Unit(step, needs, member.recipe)).members.append(member.name)
     return Plan(sweep, chains, units)
 
 
@@ -125,7 +129,7 @@ def _most_similar(parameters: dict[str, Any], records: list[dict[str, Any]]) -> 
 
     def differences(record: dict[str, Any]) -> int:
         before = record["parameters"]
-        ignored = {EPOCHS, *fingerprints.DECIDE_NOTHING}
+        ignored = {files.EPOCHS, *fingerprints.DECIDE_NOTHING}
         return sum(before.get(name) != value for name, value in parameters.items() if name not in ignored)
 
     counted = [(differences(record), record) for record in records]
@@ -134,7 +138,11 @@ def _most_similar(parameters: dict[str, Any], records: list[dict[str, Any]]) -> 
 
 
 def _times(parameters: dict[str, Any], before: dict[str, Any]) -> float:
-    return parameters[EPOCHS] / before[EPOCHS] if parameters.get(EPOCHS) and before.get(EPOCHS) else 1.0
+    return (
+        parameters[files.EPOCHS] / before[files.EPOCHS]
+        if parameters.get(files.EPOCHS) and before.get(files.EPOCHS)
+        else 1.0
+    )
 
 
 def by_stage(planned: Plan) -> Iterator[tuple[str, int, int]]:

@@ -1,0 +1,287 @@
+"""A search: members drawn one after the other from what varies, by Optuna, where those before them did well.
+
+The sweep's folder keeps it in `search.db`. Each draw follows from the seed, its number and what is known by then, so a
+search that was interrupted goes on as if it had not been. What it had begun is made first.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from helpers.core import disk, project, stages
+from helpers.pipeline import fingerprints, planning
+from helpers.pipeline.sweeps import axes, conduct, files, pauses, plans
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+DATABASE, IMPORTANCE, BEST = "search.db", "importance.csv", "best.yaml"
+OF = "of"  # what a study notes: which sweep it is of
+LEAST_FOR_IMPORTANCE = 10  # finished trials
+
+Score = Callable[[Path], float]  # a history.csv -> the metric, NaN for none
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A member belongs to the search now, or did when it was interrupted."""
+
+    member: files.Member
+
+
+@dataclass(frozen=True)
+class Told:
+    """A member has its number: which it is, of how many, its name, what it is told by, the number and the best yet."""
+
+    place: str
+    member: files.Member
+    value: float
+    best: float
+
+
+Event = conduct.Made | conduct.Failed | conduct.Complete | Asked | Told
+
+
+def examples(sweep: files.Sweep) -> files.Sweep:
+    """Return a search with as many members as it has trials, to check and estimate.
+
+    Those that were drawn already are themselves; the others are spread evenly over what varies.
+
+    Raises:
+        ImportError, ValueError, RuntimeError: as `run`.
+    """
+    known: list[files.Member] = []
+    if (sweep.folder / DATABASE).is_file():
+        with _opened(sweep) as study:
+            known = [_member(sweep, study, trial.number) for trial in _members(sweep, study)]
+    count, order = max(0, sweep.search.trials - len(known)), random.Random(sweep.search.seed)
+    columns = []
+    for axis in sweep.lines:
+        column = [_spread(axis, number, count) for number in range(count)]
+        order.shuffle(column)
+        columns.append(column)
+    rows = zip(*columns, strict=True)
+    return replace(sweep, members=known + [sweep.member(_name(n), row) for n, row in enumerate(rows, len(known) + 1)])
+
+
+def _spread(axis: axes.Axis, number: int, count: int) -> axes.Point:
+    if not isinstance(axis, axes.Range):
+        return axis[number % len(axis)]
+    share = number / max(count - 1, 1)
+    if axis.log:
+        return axis.at(axis.low * (axis.high / axis.low) ** share)
+    return axis.at(axis.low + (axis.high - axis.low) * share)
+
+
+def check() -> None:
+    """Make sure that Optuna is here.
+
+    Raises:
+        ImportError: it is not.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise ImportError("search needs an extra: pip install -e '.[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score: Score) -> Iterator[Event]:
+    """Draw and make members until there are as many as the search has trials, and yield each event.
+
+    A member whose training fails is counted for now; the same search tries it again when it runs the next time.
+
+    Args:
+        sweep: a checked sweep with `search`.
+        make, pool: as for `conduct.run`.
+        jobs: members drawn at a time, and units made at a time.
+        score: what the search goes by.
+
+    Raises:
+        ValueError: the folder holds another search.
+        RuntimeError: another process is at it, or a stage before the training failed.
+    """
+    with _opened(sweep) as study:
+        _settle(sweep, study)
+        begun: list[int] = []  # trials without a result
+        for trial in _members(sweep, study):
+            if trial.state.is_finished():
+                yield Asked(_member(sweep, study, trial.number))
+                yield conduct.Complete(_member(sweep, study, trial.number).name)
+            else:
+                begun.append(trial.number)
+        trials, tried = sweep.search.trials, len(_members(sweep, study)) - len(begun)
+        while begun or len(_members(sweep, study)) < trials:
+            while len(begun) < jobs and len(_members(sweep, study)) < trials:
+                begun.append(_ask(sweep, study))
+            batch = {number: _member(sweep, study, number) for number in begun[:jobs]}
+            begun = begun[jobs:]
+            yield from map(Asked, batch.values())
+            planned = plans.plan(replace(sweep, members=list(batch.values())))
+            yield from conduct.run(planned, make, pool, jobs)
+            for number, member in batch.items():
+                _check_begun(member, planned.chains[member.name])
+                tried += 1
+                value = _value(sweep, member, planned.chains[member.name], score)
+                if not math.isnan(value):
+                    study.tell(number, value)
+                    yield Told(f"{tried}/{trials}", member, value, study.best_value)
+        _write(sweep, study)
+
+
+def _check_begun(member: files.Member, steps: list[planning.Step]) -> None:
+    """Raise a StageError if a stage before any training failed: it would be drawn in vain."""
+    for step in itertools.takewhile(lambda step: not step.stage.trains, steps):
+        if not (step.folder / stages.STAGE_FILE).is_file():
+            raise planning.StageError(
+                f"{step.stage.name} of {member.name} failed, before any training, so the search stops here. When the"
+                " cause is mended, the same command goes on."
+            )
+
+
+def _members(sweep: files.Sweep, study: "Study") -> "list[FrozenTrial]":
+    """Return the trials that are members; the others drew what one before them had drawn, or were killed meanwhile."""
+    first: dict[str, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        if len(trial.params) == len(sweep.lines):
+            first.setdefault(repr(sorted(trial.params.items())), trial)
+    return list(first.values())
+
+
+def _settle(sweep: files.Sweep, study: "Study") -> None:
+    """Tell each trial that is no member what is known of the one like it."""
+    from optuna.trial import TrialState
+
+    members = _members(sweep, study)
+    numbers = {trial.number for trial in members}
+    for trial in study.get_trials():
+        if not trial.state.is_finished() and trial.number not in numbers:
+            known = next((other.value for other in members if other.params == trial.params), None)
+            study.tell(trial.number, known, state=TrialState.FAIL if known is None else TrialState.COMPLETE)
+
+
+def _ask(sweep: files.Sweep, study: "Study") -> int:
+    """Draw a member that was not there before and return its trial's number; after a repeated draw, a random one."""
+    sampler, before = sweep.search.sampler, len(_members(sweep, study))
+    while True:
+        drawn = sum(len(trial.params) == len(sweep.lines) for trial in study.get_trials(deepcopy=False))
+        study.sampler = _sampler(sampler, sweep.search.seed, drawn)
+        trial = study.ask(_distributions(sweep))
+        if len(_members(sweep, study)) > before:
+            return trial.number
+        _settle(sweep, study)
+        sampler = "random"
+
+
+def _value(sweep: files.Sweep, member: files.Member, steps: list[planning.Step], score: Score) -> float:
+    """Return the score of a member, NaN unless all of it was made."""
+    if not all((step.folder / stages.STAGE_FILE).is_file() for step in steps):
+        return math.nan
+    trained = files.trained(member.recipe, sweep.last)
+    return score(pauses.history(next(step for step in steps if step.stage.name == trained)))
+
+
+def _write(sweep: files.Sweep, study: "Study") -> None:
+    """Write what the search has found: the share of the differences that each thing makes, and the best recipe."""
+    from optuna import importance
+
+    finished = [trial for trial in _members(sweep, study) if trial.value is not None]
+    if not finished:
+        return
+    if len(finished) >= LEAST_FOR_IMPORTANCE and len({trial.value for trial in finished}) > 1:
+        evaluator = importance.FanovaImportanceEvaluator(seed=sweep.search.seed)
+        found = importance.get_param_importances(study, evaluator=evaluator)
+        lines = [f'"{name}",{share:.4f}\n' for name, share in found.items()]
+        disk.write_text(sweep.folder / IMPORTANCE, "".join(["parameter,importance\n", *lines]))
+    best = min(finished, key=lambda trial: trial.value if sweep.search.falls else -trial.value)
+    member = _member(sweep, study, best.number)
+    said = f"{member.name}, the best of {len(finished)} by {sweep.search.metric}: {best.value:.4f}"
+    recipe = sweep.recipe_of(member, said)
+    disk.write_text(sweep.folder / BEST, recipe.as_yaml())
+
+
+@contextmanager
+def _opened(sweep: files.Sweep) -> Iterator["Study"]:
+    """Open the search of a sweep, or begin it, and keep other processes from it."""
+    check()
+    import optuna
+
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    path = sweep.folder / DATABASE
+    try:
+        with FileLock(path.with_suffix(".lock"), timeout=0):
+            study = optuna.create_study(
+                storage=f"sqlite:///{path}",
+                study_name=sweep.name,
+                direction="minimize" if sweep.search.falls else "maximize",
+                load_if_exists=True,
+            )
+            found = study.user_attrs.get(OF)
+            if found is None:
+                study.set_user_attr(OF, _identity(sweep))
+            elif found != _identity(sweep):
+                raise ValueError(
+                    f"{project.display_path(path)} holds a search of another recipe, metric or other ranges. Take"
+                    " another --name, or remove this file to begin anew; stages that are made already are kept."
+                )
+            yield study
+    except Timeout:
+        raise RuntimeError(f"Another thaw sweep is at work on {project.display_path(path)}.") from None
+
+
+def _identity(sweep: files.Sweep) -> str:
+    base = sweep.member("x", []).recipe
+    lines = [[vars(axis)] if isinstance(axis, axes.Range) else [vars(point) for point in axis] for axis in sweep.lines]
+    return fingerprints.fingerprint([base.stages, lines, sweep.search.metric, sweep.last])
+
+
+def _sampler(name: str, seed: int, number: int) -> Any:
+    """Return what makes the draw of a number: seeded anew for each, so that an interruption changes none."""
+    import numpy as np
+    from optuna import samplers
+
+    own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return samplers.RandomSampler(own) if name == "random" else samplers.TPESampler(seed=own)
+
+
+def _distributions(sweep: files.Sweep) -> dict[str, Any]:
+    from optuna import distributions
+
+    found: dict[str, Any] = {}
+    for axis in sweep.lines:
+        if isinstance(axis, axes.Range):
+            kind = distributions.IntDistribution if axis.whole else distributions.FloatDistribution
+            found[axis.key] = kind(axis.low, axis.high, log=axis.log)
+        else:
+            found[_axis_name(axis)] = distributions.CategoricalDistribution([axes.name_of(point) for point in axis])
+    return found
+
+
+def _axis_name(axis: list[axes.Point]) -> str:
+    return " and ".join(axis[0].labels)
+
+
+def _name(number: int) -> str:
+    return f"trial-{number:03d}"
+
+
+def _member(sweep: files.Sweep, study: "Study", number: int) -> files.Member:
+    members = _members(sweep, study)
+    at = [trial.number for trial in members].index(number)
+    points = []
+    for axis in sweep.lines:
+        if isinstance(axis, axes.Range):
+            points.append(axis.at(members[at].params[axis.key]))
+        else:
+            names = [axes.name_of(point) for point in axis]
+            points.append(axis[names.index(members[at].params[_axis_name(axis)])])
+    return sweep.member(_name(at + 1), points)
