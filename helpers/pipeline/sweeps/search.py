@@ -144,7 +144,7 @@ def _check_begun(member: files.Member, steps: list[planning.Step]) -> None:
         if not (step.folder / stages.STAGE_FILE).is_file():
             raise planning.StageError(
                 f"{step.stage.name} of {member.name} failed, before any training, so the search stops here. When the"
-                " cause is mended, the same command goes on."
+                " cause is fixed, the same command resumes."
             )
 
 
@@ -231,7 +231,7 @@ def _opened(sweep: files.Sweep) -> Iterator["Study"]:
             elif found != _identity(sweep):
                 raise ValueError(
                     f"{project.display_path(path)} holds a search of another recipe, metric or other ranges. Take"
-                    " another --name, or remove this file to begin anew; stages that are made already are kept."
+                    " another --name, or remove this file to begin again; stages that are made already are kept."
                 )
             yield study
     except Timeout:
@@ -245,7 +245,7 @@ def _identity(sweep: files.Sweep) -> str:
 
 
 def _sampler(name: str, seed: int, number: int) -> Any:
-    """Return what makes the draw of a number: seeded anew for each, so that an interruption changes none."""
+    """Return what makes the draw of a number: seeded for each on its own, so that an interruption changes none."""
     import numpy as np
     from optuna import samplers
 
