@@ -88,6 +88,7 @@ def test_merged_it_gives_the_same_and_has_the_layers_it_had(tmp_path):
     for _ in range(3):
         step(model)
     expected, frozen = np.array(model(images())), np.array(plain.get_layer("backbone").get_layer("block1_dense").kernel)
+    adapters.merge(model)
     saving.save(model, tmp_path, images())
     np.testing.assert_allclose(model(images()), expected, atol=1e-6)
     assert np.abs(expected - plain(images())).max() > 0.01
@@ -97,6 +98,14 @@ def test_merged_it_gives_the_same_and_has_the_layers_it_had(tmp_path):
     np.testing.assert_array_equal(loaded.get_layer("backbone").get_layer("block1_dense").kernel, frozen)
     assert unfreezing.trainable_table(model).equals(unfreezing.unfreeze(plain, "block2"))
     assert unfreezing.unfreeze(model, "all").equals(unfreezing.unfreeze(plain, "all"))
+
+
+def test_a_model_whose_adapters_were_forgotten_is_not_kept_in_silence(tmp_path):
+    model = compiled(thawed())
+    for _ in range(3):
+        step(model)
+    with pytest.raises((ValueError, RuntimeError), match="could not be loaded|does not predict what was trained"):
+        saving.save(model, tmp_path, images())
 
 
 def test_a_graph_compiled_before_the_merge_gives_the_same_after_it():
@@ -257,6 +266,7 @@ for devices in ("cpu", "auto"):
     model.fit(images, np.eye(3)[np.arange(8) % 3], batch_size=4, epochs=3, shuffle=False, verbose=0)
     out = Path(sys.argv[1], devices)
     out.mkdir()
+    adapters.merge(model)
     saving.save(model, out, images)
     found.append(keras.models.load_model(out / "model.keras").get_weights())
 assert hardware.replicas() == 2

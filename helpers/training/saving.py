@@ -17,7 +17,6 @@ import pandas as pd
 
 from helpers.compute import graphs, hardware, ranks
 from helpers.core import disk, project, stages
-from helpers.models import adapters
 from helpers.training import compiling
 
 SOLVED = "solver.csv"  # the path of a head that was solved, in the stage's folder
@@ -105,8 +104,8 @@ def uninterrupted() -> Iterator[None]:
 def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
     """Save the whole model as out/model.keras and prove that it predicts the same when loaded.
 
-    It is saved without optimiser and loss, and adapters are added to the kernels, so that plain Keras loads it. Where
-    several ranks trained it, each computes alone from here on.
+    It is saved without optimiser and loss, so that plain Keras loads it. Where several ranks trained it, each computes
+    alone from here on.
 
     Args:
         model: the classifier.
@@ -118,7 +117,6 @@ def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
     """
     path = out / "model.keras"
     ranks.leave(model)
-    adapters.merge(model)
     plain = bare(model)
     for layer in plain._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
