@@ -100,6 +100,14 @@ def test_merged_it_gives_the_same_and_has_the_layers_it_had(tmp_path):
     assert unfreezing.unfreeze(model, "all").equals(unfreezing.unfreeze(plain, "all"))
 
 
+def test_a_model_whose_adapters_were_forgotten_is_not_kept_in_silence(tmp_path):
+    model = compiled(thawed())
+    for _ in range(3):
+        step(model)
+    with pytest.raises((ValueError, RuntimeError), match="could not be loaded|does not predict what was trained"):
+        saving.save(model, tmp_path, images())
+
+
 def test_a_graph_compiled_before_the_merge_gives_the_same_after_it():
     model = compiled(thawed())
     step(model)

@@ -112,6 +112,7 @@ def test_both_phases_train_what_was_said_and_the_frontier_is_the_model(kind, ada
             assert bool(norms) == (not adapter), "LayerNormalization of a thawed block trains, beside an adapter not"
             assert all(("lora_kernel" in path) == bool(adapter) for path in of_block)
     final = np.asarray(model(images))
+    adapters.merge(model)
     saving.save(model, tmp_path, images)
     loaded = hardware.load(tmp_path / "model.keras")
     np.testing.assert_allclose(loaded(images), final, atol=1e-5)
