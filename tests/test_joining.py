@@ -268,7 +268,7 @@ def test_two_stages_are_found_by_the_merged_classes_and_the_better_way_is_kept(p
     assert left["groups"] == [["cat", "dog"]]
     assert disk.read_json(place / "two" / "join" / "class_names.json") == NAMES
     record = disk.read_json(place / "two" / "join" / stages.STAGE_FILE)
-    assert "worth it on validation" in record["headline"]
+    assert "lower the validation loss" in record["headline"]
 
 
 def test_the_command_trains_both_stages_and_compares_the_whole(place, monkeypatch):

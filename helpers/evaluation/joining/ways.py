@@ -90,10 +90,10 @@ def shown(way: Way, members: Sequence[runs_of.Member]) -> str:
 def sentence(found: Sequence[Way], chosen: Way, members: Sequence[runs_of.Member]) -> str:
     """Say in one sentence what joining brings on validation."""
     alone = found[0]
-    verb = "is worth it" if chosen.val_loss < alone.val_loss else "is not worth it"
-    what = "Two stages" if chosen.how in TWO_STAGE else f"Joining {sum(share > 0 for share in chosen.shares)} runs"
+    verb = "lower" if chosen.val_loss < alone.val_loss else "do not lower"
+    what = "Two stages" if chosen.how in TWO_STAGE else f"{sum(share > 0 for share in chosen.shares)} runs joined"
     return (
-        f"{what} ({chosen.how}) {verb} on validation: loss {alone.val_loss:.4f} of {members[0].name} alone,"
+        f"{what} ({chosen.how}) {verb} the validation loss: {alone.val_loss:.4f} of {members[0].name} alone,"
         f" {chosen.val_loss:.4f} joined; accuracy {alone.val_accuracy:.4f}, {chosen.val_accuracy:.4f}."
     )
 
