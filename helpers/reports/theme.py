@@ -102,6 +102,6 @@ def name_axis(ax: Axes, axis: str, names: list[str], limit: int = 30, first: flo
         ax.set_yticks(first + np.arange(0, len(names), step), shown, rotation=0, **style)
     else:
         room = points / len(names) / (0.6 * style["fontsize"])  # characters that fit side by side
-        turn = {} if max(map(len, shown)) < room else {"rotation": 90} if len(names) > 12 else {
+        turn = {} if max(map(len, shown)) + 1 < room else {"rotation": 90} if len(names) > 12 else {
             "rotation": 35, "ha": "right", "rotation_mode": "anchor"}  # fmt: skip
         ax.set_xticks(first + np.arange(0, len(names), step), shown, **style, **turn)
