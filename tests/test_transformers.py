@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from helpers.cli import main
 from helpers.compute import fast_layers, frontier, hardware
-from helpers.models import adapters, backbones, classifier, levels, unfreezing
+from helpers.models import adapters, backbones, classifier, fetching, levels, unfreezing
 from helpers.models.families import kerashub
 from helpers.training import saving
 from tests import tiny_presets
@@ -143,6 +143,16 @@ def test_a_kind_that_cannot_be_saved_is_refused_before_it_trains(tmp_path):
     hub.layers.MiTImageConverter(image_size=(32, 32)).save_to_preset(str(tmp_path))
     with pytest.raises(ValueError, match=r"is a MiT, which cannot be a backbone here. Take one of CSPNet, DenseNet"):
         backbones.build(f"hub:{tmp_path}", 32)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "SigLIP", "DINOV3", "VGG"])
+def test_a_preset_is_fetched_at_the_size_that_it_is_made_for(kind, presets, monkeypatch):
+    name, build, sizes = presets(kind)[0], backbones.build, []
+    monkeypatch.setattr(
+        backbones, "build", lambda name, size, weights: sizes.append(size) or build(name, size, weights)
+    )
+    fetching.fetch(name)
+    assert sizes == [224 if kind == "VGG" else tiny_presets.SIZE]
 
 
 def test_another_size_of_image_is_refused_with_the_one_that_fits_or_taken(presets):

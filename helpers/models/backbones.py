@@ -106,6 +106,17 @@ def weights_installed(name: str) -> bool:
     return own.installed(found)
 
 
+def own_size(name: str) -> int:
+    """Return the height and width in pixels that the ImageNet weights of a backbone were trained at.
+
+    Raises:
+        ValueError: the name is unknown.
+        ImportError: ``hub:`` without KerasHub.
+    """
+    own, found = _find(name)
+    return found.size or own.own_size(found)
+
+
 def weights_here() -> list[str]:
     """Return the names of the backbones whose ImageNet weights are on this machine; loads no Keras."""
     return sorted(name for one in FAMILIES for name in one.here())

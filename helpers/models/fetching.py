@@ -19,7 +19,7 @@ def fetch(name: str) -> None:
     backbones.weights_installed(name)  # says which package to install, without loading Keras
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     socket.setdefaulttimeout(SECONDS_WITHOUT_AN_ANSWER)
-    backbones.build(name, backbones.spec(name).size or 224, "imagenet")
+    backbones.build(name, backbones.own_size(name), "imagenet")
 
 
 if __name__ == "__main__":

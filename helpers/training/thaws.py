@@ -130,8 +130,6 @@ def train(
         unfreezing.unfreeze(model, thaw.unfreeze)
         best = saving.best_after(out, thaw.end)
         if not best.is_file():
-            with hardware.scope():
-                adapters.add(model, parameters["adapter"], seed=parameters["seed"])
             _fit(thaw, model, train, val, out, augment, parameters)
             if saving.best_epoch(saving.read_history(out), parameters["monitor"])["epoch"] <= thaw.begin:
                 saving.bare(model).load_weights(saving.best_after(out, thaw.begin))
@@ -142,6 +140,8 @@ def train(
 
 def _fit(thaw, model, train, val, out: Path, augment, parameters: Mapping[str, Any]) -> None:
     """Do what the cells of 04 do for the last thaw."""
+    with hardware.scope():
+        adapters.add(model, parameters["adapter"], seed=parameters["seed"])
     draws = {"seed": parameters["seed"], "augment": augment}
     batches = {"batch_size": thaw.batch_size, "balanced": parameters["imbalance"] == "balanced_batches"}
     sizes = {name: parameters[name] for name in ("views", "cache_gb")}

@@ -81,6 +81,10 @@ class Family:
         else:
             _load_every_weight(model, path)
 
+    def own_size(self, spec: Spec) -> int:
+        """Return the size in pixels that suits the weights of a backbone whose `spec` does not tell it."""
+        return 224
+
     def prefix_tokens(self, model: Any) -> int:
         """Return how many tokens, such as the class token, come before those of the image's patches."""
         return 0

@@ -52,6 +52,12 @@ class KerasHub(family.Family):
         norm.name = "top_norm"
         return norm(x)
 
+    def own_size(self, spec: family.Spec) -> int:
+        """Return the size of images that the preset itself is made for; see `family.Family`."""
+        backbone = _keras_hub(spec.name).models.Backbone
+        hub = backbone.from_preset(spec.name.removeprefix("hub:"), load_weights=False)
+        return getattr(hub, "vision_encoder", hub).inputs[0].shape[1] or super().own_size(spec)
+
     def prefix_tokens(self, model: Any) -> int:
         """Return how many tokens come before those of the image's patches; see `family.Family`."""
         for layer in model.layers:
