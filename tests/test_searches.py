@@ -230,6 +230,13 @@ def test_two_processes_do_not_search_the_same(write, optuna, monkeypatch):
         found(sweep, Pretended(monkeypatch))
 
 
+def test_what_a_search_draws_anew_each_time_has_no_main_effects():
+    rows = [(10.0**-n, ("block6", "none")[n % 2], 16 * (n % 3), n / 8) for n in range(1, 9)]
+    table = pd.DataFrame(rows, columns=["rate", "part", "size", "val_loss"])
+    assert set(members.effects(table, ["rate", "part", "size"])["factor"]) == {"part", "size"}
+    assert members.effects(table, ["rate", "part"]).empty
+
+
 # Halving
 
 RATES = "grid: {fine_tune.learning_rate: {log: [1e-6, 1e-2], per_decade: 2}}\nfine_tune: {epochs: 20}\n"

@@ -74,10 +74,8 @@ def test_killed_twice_at_random_a_sweep_ends_with_the_same_tables(kind, recipe, 
         (survivor,) = (whole.folder / "s").glob("*/fine_tune")
         alone = Place(tmp_path / "alone", file)
         alone.thaw("run", survivor.parent / "recipe.yaml", "--to", "fine_tune")
-        histories = [
-            place.folder / "s" / survivor.parent.name / "fine_tune" / "history.csv" for place in (whole, alone)
-        ]
-        one, other = (pd.read_csv(path).drop(columns=OWN_TIME) for path in histories)
+        history = survivor.relative_to(whole.folder) / "history.csv"
+        one, other = (pd.read_csv(place.folder / history).drop(columns=OWN_TIME) for place in (whole, alone))
         pd.testing.assert_frame_equal(one, other)
     told = " and ".join(f"{moment:.0f} s" for moment in moments)
     with capsys.disabled():

@@ -124,12 +124,13 @@ def effects(members: pd.DataFrame, varies: list[str], monitor: str = "val_loss")
     """Return the main effect of each value of each thing that varies: the mean of its members less that of all.
 
     The interval is that of the mean over these members by Student's t, so what else varies among them widens it.
+    What has about as many values as there are members, such as a rate that a search draws, has no such effects.
 
     Returns:
-        Columns factor, value, members, effect, low, high; no rows where only one thing varies.
+        Columns factor, value, members, effect, low, high; no rows where fewer than two things are left.
     """
-    factors = [name for name in settings(varies) if members[name].nunique() > 1]
     known = members[members[monitor].notna()]
+    factors = [name for name in settings(varies) if 1 < known[name].nunique() <= len(known) / 2]
     rows = []
     for factor in factors if len(factors) > 1 else []:
         for value, group in known.groupby(factor, sort=False):

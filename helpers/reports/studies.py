@@ -133,7 +133,7 @@ def heat(table: pd.DataFrame | None, label: str = "accuracy on validation", ax: 
 def effects(table: pd.DataFrame, monitor: str = "val_loss", ax: Axes | None = None) -> Axes | None:
     """The main effect of each value with its interval; None, after a line that says so, for fewer than two factors."""
     if table.empty:
-        print("Only one thing varies: there are no main effects to compare.")
+        print("No two things vary whose values several members share: there are no main effects to compare.")
         return None
     ax = theme.new(ax, (theme.WIDTH, theme.tall(len(table))))
     rows = np.arange(len(table))[::-1]

@@ -52,8 +52,8 @@ def read(kind: type[Option], given: Any, problems: list[str]) -> Any:
     except pydantic.ValidationError as error:
         for item in error.errors():
             key = str(item["loc"][0])
-            hint = (
-                words.did_you_mean(key, known) if key not in known else f" Got {given[key]!r}." if key in given else ""
-            )
+            hint = f" Got {given[key]!r}." if key in given else ""
+            if key not in known:
+                hint = words.did_you_mean(key, known)
             problems.append(f"{name}.{key}: {item['msg']}.{hint}")
         return None
