@@ -77,6 +77,20 @@ def test_p_values_of_several_entries_are_adjusted_by_holm():
     np.testing.assert_allclose(adjusted, [0.03, np.nan, 0.06, 0.06])
 
 
+def test_among_several_entries_the_intervals_are_wider_and_a_verdict_needs_the_test_too():
+    """A gain that is "better" as one pair may be chance when it is the best of five."""
+    base, gained = rights(400, 0.8, 1), np.zeros(400, bool)
+    gained[np.flatnonzero(~base)[:7]] = True
+    gained[np.flatnonzero(base)[:1]] = True
+    second = a_run("b", base ^ gained, parameters={"epochs": 9})
+    others = [a_run(f"c{n}", rights(400, 0.8, n), parameters={"epochs": 10 + n}) for n in range(2, 6)]
+    (alone, _), (among, _) = compared(a_run("a", base), second), compared(a_run("a", base), second, *others)
+    pick = lambda table: table[(table["entry"] == "b") & (table["metric"] == "accuracy")].iloc[0]  # noqa: E731
+    one, many = pick(alone), pick(among)
+    assert one["difference"] == many["difference"] > 0 and many["low"] < one["low"] and many["high"] > one["high"]
+    assert many["p_value"] > 0.05 and many["verdict"] == "no difference shown"
+
+
 def test_several_seeds_have_no_mcnemar_test_and_their_mean_is_compared():
     runs = [a_run(f"a{seed}", rights(300, 0.7, seed), seed=seed) for seed in range(2)]
     table, _ = compared(*runs, a_run("b", rights(300, 0.95, 9), parameters={"epochs": 5}))

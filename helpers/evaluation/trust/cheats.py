@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import ExifTags, Image
 
-from helpers.core import disk, linear, words
+from helpers.core import disk, linear, parallel, words
 from helpers.data import images as files
 from helpers.data import inventory
 from helpers.evaluation import metrics
@@ -108,14 +108,16 @@ def facts(raw: Sequence[str | Path], seen: Sequence[str | Path]) -> pd.DataFrame
         raw: the files as they came.
         seen: the same images as the model sees them, for colours and contrast, which are fractions of white.
     """
-    return pd.DataFrame(
-        [_facts(Path(path)) + _colours(own) for path, own in zip(raw, seen, strict=True)], columns=[*FACTS]
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 00_explore has told of what is odd in a file
+        of_files = list(parallel.in_threads(_facts, [Path(path) for path in raw]))
+    colours = parallel.in_threads(_colours, seen)
+    return pd.DataFrame([one + other for one, other in zip(of_files, colours, strict=True)], columns=[*FACTS])
 
 
 def border(paths: Sequence[str | Path]) -> np.ndarray:
     """Return the outermost ring of each image, made 16 x 16 pixels small, float32 (images, 180), 0 to 1."""
-    return np.stack([_ring(path) for path in paths])
+    return np.stack(list(parallel.in_threads(_ring, paths)))
 
 
 def judge(
@@ -191,13 +193,9 @@ def _numbers(table: pd.DataFrame) -> pd.DataFrame:
 
 def _facts(path: Path) -> list:
     data = files.read_bytes(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 00_explore has told of what is odd in a file
-        image = files.open_image(data, max_pixels=None)
-        (width, height), about = image.size, image.getexif()
-        taken = about.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal) or about.get(
-            ExifTags.Base.DateTime
-        )
+    image = files.open_image(data, max_pixels=None)
+    (width, height), about = image.size, image.getexif()
+    taken = about.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal) or about.get(ExifTags.Base.DateTime)
     camera = f"{about.get(ExifTags.Base.Make, '')} {about.get(ExifTags.Base.Model, '')}".strip()
     moment = pd.to_datetime(str(taken), format="%Y:%m:%d %H:%M:%S", errors="coerce")
     day, hour = (moment.toordinal(), moment.hour + moment.minute / 60) if pd.notna(moment) else (np.nan, np.nan)
@@ -221,8 +219,8 @@ def _quality(image: Image.Image) -> float:
 def _small(path: str | Path, side: int) -> np.ndarray:
     opened = files.open_image(files.read_bytes(path), max_pixels=None)
     array = files.decode(opened, at_least=(side, side))
-    picture = Image.fromarray(np.asarray(array, np.uint8))
-    return np.asarray(picture.resize((side, side), Image.Resampling.BOX), np.float32) / 255
+    image = Image.fromarray(np.asarray(array, np.uint8))
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32) / 255
 
 
 def _ring(path: str | Path) -> np.ndarray:
