@@ -8,7 +8,7 @@ import sys
 import pytest
 from test_manifest import thaw  # noqa: F401
 
-from helpers.cli import doctor, main
+from helpers.cli import doctor
 from helpers.cli.doctor import GpuFacts
 from helpers.core import child, machine, notebooks, project
 from helpers.models import backbones
@@ -135,14 +135,14 @@ def test_memory_and_cores_of_a_container_count(monkeypatch, tmp_path):
 
 
 def test_prefetch_knows_backbones_and_recipes(tmp_path):
-    assert main._backbones_in("resnet50") == ["resnet50"]
+    assert checks.pretrained("resnet50") == ["resnet50"]
     recipe = tmp_path / "r.yaml"
     recipe.write_text("head: {backbone: efficientnet_b5}\n")
-    assert main._backbones_in(str(recipe)) == ["efficientnet_b5"]
+    assert checks.pretrained(str(recipe)) == ["efficientnet_b5"]
     recipe.write_text("head: {backbone: efficientnet_b5, weights: none}\n")
-    assert main._backbones_in(str(recipe)) == []
+    assert checks.pretrained(str(recipe)) == []
     with pytest.raises(ValueError, match="Did you mean resnet50"):
-        main._backbones_in("resnet5")
+        checks.pretrained("resnet5")
 
 
 @pytest.fixture

@@ -649,7 +649,7 @@ def test_a_failing_cell_is_told_with_all_that_helps(toys, fail):
 def test_a_kernel_that_dies_is_told(toys, fail, death):
     message = fail(death)
     assert "00_explore.ipynb failed: its kernel died, most often because memory ran out" in message
-    assert "executed copy: " in message and "goes on from here" in message
+    assert "executed copy: " in message and "the same command resumes here" in message
     assert toys.plan()["explore"].state == "to do" and not (toys.runs / "toy/explore").exists()
 
 

@@ -34,7 +34,7 @@ def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: st
     else:
         better = best["fine_tune"] < best["head"] if "loss" in monitor else best["fine_tune"] > best["head"]
         phase = "fine_tune" if better else "head"
-        joined = fine_tune is not None and set(fine_tune["phase"]) == {JOINED}
+        joined = set(fine_tune.get("phase", ())) == {JOINED}
         what, second = ("Joining runs", "the joined model") if joined else ("Fine-tuning", "phase 2")
         change = f"{words} went from {best['head']:.4f} (phase 1) to {best['fine_tune']:.4f} ({second})"
         sentence = (
