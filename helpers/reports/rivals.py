@@ -81,10 +81,11 @@ def costs(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.scatter(table["minutes"], table["accuracy"], s=area, color=theme.BLUE, alpha=0.55, linewidths=0, zorder=3)
     ordered = table.sort_values(["minutes", "accuracy"], ascending=[True, False], kind="stable")
     front = ordered[ordered["accuracy"] > ordered["accuracy"].cummax().shift(fill_value=-1)]
-    ax.step(front["minutes"], front["accuracy"], where="post", color=theme.GREY, linewidth=0.9, linestyle=(0, (4, 4)))
-    for row in table.itertuples():
-        text = f"{words.shorten(row.entry, 26)}, {row.megabytes:.0f} MB"
-        ax.annotate(text, (row.minutes, row.accuracy), (9, 5), textcoords="offset points", fontsize=8.5,
+    ends = [*front["minutes"], 1.25 * table["minutes"].max()], [*front["accuracy"], front["accuracy"].iloc[-1]]
+    ax.step(*ends, where="post", color=theme.GREY, linewidth=0.9, linestyle=(0, (4, 4)))
+    for number, row in enumerate(ordered.itertuples()):  # above and below in turn, since neighbours may lie close
+        text, away = f"{words.shorten(row.entry, 26)}, {row.megabytes:.0f} MB", (9, -14 if number % 2 else 6)
+        ax.annotate(text, (row.minutes, row.accuracy), away, textcoords="offset points", fontsize=8.5,
                     color=theme.INK, parse_math=False)  # fmt: skip
     ax.set(xlabel="minutes of training, both phases", ylabel="accuracy on validation")
     ax.margins(x=0.25, y=0.25)
