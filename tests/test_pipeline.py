@@ -263,6 +263,16 @@ def test_two_runs_are_compared_on_the_same_images(done, mirrored):
     assert "1/1" not in done.thaw("compare", "tiny", "mirrored")  # nothing is made twice
 
 
+def test_a_run_joined_with_its_twin_is_the_run_itself(done, mirrored):
+    shown = done.thaw("run", done.recipe, "--name", "joined", "--set", "join.runs=[mirrored]", "--to", "join")
+    assert re.findall(r"^\d/6 (\w+) ", shown, re.M) == ["join"]
+    histories = [pd.read_csv(done.run / stage / "history.csv")["val_loss"].min() for stage in ("head", "fine_tune")]
+    joined = pd.read_csv(done.folder / "joined/join/history.csv")
+    assert list(joined["phase"]) == ["join"] and joined["val_loss"][0] == pytest.approx(min(histories), rel=1e-2)
+    refused = done.thaw("run", done.recipe, "--name", "joined", "--set", "join.runs=[joined]", code=1)
+    assert "this run itself" in refused
+
+
 # Killed, in a fresh store
 
 
