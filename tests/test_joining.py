@@ -11,6 +11,7 @@ from helpers.data import resizing
 from helpers.evaluation import entries, selection
 from helpers.evaluation.joining import confused, ways
 from helpers.evaluation.joining import runs as runs_of
+from helpers.evaluation.trust import calibration
 from helpers.models import joined
 
 SIZE = 8
@@ -70,6 +71,21 @@ def test_two_stages_give_the_group_times_the_class_within_it(hard, pixels, tmp_p
     np.testing.assert_allclose(say(model, pixels).sum(axis=1), 1, atol=1e-5)
     model.save(tmp_path / "model.keras")
     np.testing.assert_allclose(say(keras.saving.load_model(tmp_path / "model.keras"), pixels), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["logits", "soft"])
+def test_a_joined_model_takes_a_calibration_in_another_process(kind, pixels, tmp_path):
+    """There, the names of operations are counted from the beginning, and none may stand twice."""
+    if kind == "logits":
+        model = joined.mean([network(3, 0), network(3, 1)], (0.5, 0.5), "logits")
+    else:
+        names = ["pets", "bee", "ant"]
+        model = joined.two_stage(network(3, 0), names, {"pets": network(2, 1)}, {"pets": ["dog", "cat"]}, NAMES)
+    model.save(tmp_path / "model.keras")
+    keras.backend.clear_session()
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    warm = calibration.Calibration("temperature", (0.5,), (0.0,), 10)
+    np.testing.assert_allclose(say(calibration.within(loaded, warm), pixels), warm(say(loaded, pixels)), atol=1e-5)
 
 
 def test_models_that_do_not_fit_are_refused():

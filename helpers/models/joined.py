@@ -39,7 +39,7 @@ def mean(models: Sequence[keras.Model], shares: Sequence[float], of: Of = "proba
     total = keras.layers.Add(name="mean", **EXACT)(scaled) if len(scaled) > 1 else scaled[0]
     if of == "logits":
         total = keras.layers.Softmax(name="mean_probabilities", **EXACT)(total)
-    return keras.Model(image, total, name="ensemble")
+    return _sealed(keras.Model(image, total, name="ensemble"))
 
 
 def soup(models: Sequence[keras.Model]) -> keras.Model:
@@ -106,7 +106,13 @@ def two_stage(
     whole = keras.layers.Multiply(name="two_stage", **EXACT)(
         [keras.ops.take(outer, np.array(rows, np.int32), axis=1), factors]
     )
-    return keras.Model(image, whole, name="two_stage_classifier")
+    return _sealed(keras.Model(image, whole, name="two_stage_classifier"))
+
+
+def _sealed(inner: keras.Model) -> keras.Model:
+    """Return a model that holds another as its one layer, so that what is put on top finds no operation of its name."""
+    image = keras.Input(inner.input_shape[1:], name="image")
+    return keras.Model(image, inner(image, training=False), name="joined")
 
 
 def part_of(model: keras.Model, number: int) -> keras.Model:
