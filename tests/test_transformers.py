@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 from helpers.cli import main
 from helpers.compute import fast_layers, frontier, hardware
+from helpers.export import formats
+from helpers.export.carried import networks
 from helpers.models import adapters, backbones, classifier, fetching, levels, unfreezing
 from helpers.models.families import kerashub
 from helpers.training import saving
@@ -176,3 +178,13 @@ def test_through_the_notebooks_with_an_adapter(presets, by_hand, resized, tmp_pa
     model = hardware.load(tmp_path / "x" / "model.keras")
     assert model.count_params() == hardware.load(tmp_path / "head" / "model.keras").count_params()
     assert not any("lora" in weight.path for weight in model.weights)
+
+
+@pytest.mark.parametrize("kind", BY_BLOCK)
+def test_litert_carries_a_transformer(kind, presets, tmp_path):
+    model = model_of(presets(kind)[0])
+    expected = np.asarray(model(pictures()))
+    run = networks.load(formats.write(model, "litert", tmp_path, pictures()))
+    given = np.concatenate([run(one[None]) for one in pictures()])
+    assert np.ptp(expected, axis=0).max() > 0.2
+    np.testing.assert_allclose(given, expected, atol=1e-4)
