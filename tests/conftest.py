@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from helpers.core import disk, notebooks, project
+from helpers.pipeline.sweeps import files
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
 
@@ -60,6 +61,18 @@ def by_hand() -> Callable[..., dict]:
     by then.
     """
     return _by_hand
+
+
+@pytest.fixture
+def refuse(write) -> Callable[[str], str]:
+    """A function that loads the sweep that the module's `write` makes of a text, and returns why it is refused."""
+
+    def refuse(text: str) -> str:
+        with pytest.raises(notebooks.RecipeError) as error:
+            files.load(write(text))
+        return str(error.value)
+
+    return refuse
 
 
 SHAPES = ["disc", "square", "cross"]

@@ -1,5 +1,8 @@
 """Several runs as one model: ensembles, soups, two stages; groups of confused classes; what is refused."""
 
+import shutil
+from dataclasses import replace
+
 import keras
 import numpy as np
 import pandas as pd
@@ -284,10 +287,10 @@ def test_two_stages_are_found_by_the_merged_classes_and_the_better_way_is_kept(p
     assert left["groups"] == [["cat", "dog"]]
     assert disk.read_json(place / "two" / "join" / "class_names.json") == NAMES
     record = disk.read_json(place / "two" / "join" / stages.STAGE_FILE)
-    assert "lower the validation loss" in record["headline"]
+    assert "Two stages (" in record["headline"]
 
 
-def test_the_command_trains_both_stages_and_compares_the_whole(place, monkeypatch):
+def test_the_command_plans_both_stages_and_the_whole(place, monkeypatch):
     """What it runs, and on what; that it runs to its page is a part of `make systems`."""
     monkeypatch.setenv("THAW_RUNS", str(place))
     plain = place / "plain"
@@ -320,12 +323,24 @@ def test_a_soup_wants_the_same_head(place, by_hand):
     assert left["chosen"].val_loss <= min(way.val_loss for way in left["tried"] if way.how == "alone")
 
 
-def test_a_run_that_has_learned_from_the_test_images_is_refused(place, by_hand):
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_run_that_has_chosen_or_learned_by_a_test_image_is_refused(place, tmp_path, part):
+    members = runs_of.members(runs_of.phases(str(place / "plain")), [str(place / "seed")])
+    table = disk.read_table(place / "seed" / "resize" / "images.csv")
+    table.loc[table.index[table["part"] == part][0], "sha256"] = table.loc[table["part"] == "test", "sha256"].iloc[0]
+    shutil.copytree(place / "seed" / "resize", tmp_path / "resize", symlinks=True)
+    table.to_csv(tmp_path / "resize" / "images.csv", index=False)
+    runs_of.check(members, place / "plain" / "resize")
+    with pytest.raises(ValueError, match="has seen 1 images"):
+        runs_of.check([members[0], replace(members[1], images=tmp_path / "resize")], place / "plain" / "resize")
+
+
+def test_a_run_with_another_split_is_refused(place, by_hand):
     other = place / "other"
     given = {"explore": str(place / "plain" / "explore"), "ratio": [0.5, 0.25, 0.25]}
     by_hand("split", **given, seed=99, out=str(other / "split"))
     train(by_hand, other, other / "split", seed=1)
-    with pytest.raises(ValueError, match="images that this run measures on"):
+    with pytest.raises(ValueError, match="that this run measures on"):
         join(by_hand, place, "leak", ["other"])
 
 

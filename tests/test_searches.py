@@ -10,7 +10,7 @@ from rich.console import Console
 from test_store import FINISH, FIRST_WORD, IMPORTS, NEXT_WORD, NOTE, OPEN, toys  # noqa: F401
 
 from helpers.cli import sweep as command
-from helpers.core import disk, notebooks, project, stages
+from helpers.core import disk, project, stages
 from helpers.evaluation import members
 from helpers.pipeline import planning, recipes
 from helpers.pipeline.sweeps import conduct, files, halving, pauses, search
@@ -32,16 +32,6 @@ def write(tmp_path, image_folder, runs_folder):
         return path
 
     return write
-
-
-@pytest.fixture
-def refuse(write):
-    def refuse(text: str) -> str:
-        with pytest.raises(notebooks.RecipeError) as error:
-            files.load(write(text))
-        return str(error.value)
-
-    return refuse
 
 
 class Pretended:

@@ -34,16 +34,6 @@ def write(tmp_path):
     return write
 
 
-@pytest.fixture
-def refuse(write):
-    def refuse(text: str) -> str:
-        with pytest.raises(notebooks.RecipeError) as error:
-            files.load(write(text))
-        return str(error.value)
-
-    return refuse
-
-
 def names(sweep: files.Sweep) -> list[str]:
     return [member.name for member in sweep.members]
 

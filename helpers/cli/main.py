@@ -85,7 +85,6 @@ def run(
     loaded = recipes.load(recipe, overrides, name)
     rebuild = rebuild if rebuild in ("", "all") else notebooks.find_stage(rebuild).name
     between = [notebooks.find_stage(stage).name if stage else "" for stage in (first, last)]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     terminal.run(loaded, console, *between, rebuild=rebuild, dry_run=dry_run, address=hosts)
 
 
@@ -145,7 +144,6 @@ def bakeoff(
     from helpers.cli import bakeoff as study
 
     loaded = recipes.load(recipe, overrides, name)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = study.run(loaded, backbones.named(names), console, own_size=own_size)
     console.print(study.as_text(folder), markup=False)
     console.print(f"Figures: {project.display_path(folder.parent / 'bakeoff.ipynb')}", markup=False)
@@ -164,7 +162,6 @@ def sweep(
     from helpers.cli import sweep as sweeps
     from helpers.pipeline.sweeps import files
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if sweeps.run(files.load(file, overrides, name), console, count=jobs, dry_run=dry_run, address=hosts):
         raise typer.Exit(1)
 
@@ -177,7 +174,6 @@ def compare(
     """Say which of RUNS is better, by how much, and whether it is more than chance."""
     from helpers.cli import compare as study
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console.print(f"Page: {project.display_path(study.run(runs, console, common=common))}", markup=False)
 
 
@@ -192,7 +188,6 @@ def two_stage(
     """Group the classes that RUN confuses, train a model for each group, and compare the whole with RUN."""
     from helpers.cli import two_stage as study
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     page = study.run(run, groups, console, overrides=overrides or [])
     console.print(f"Page: {project.display_path(page)}", markup=False)
 
@@ -367,7 +362,8 @@ def _text(value: object) -> str:
 
 
 def entry() -> None:
-    """Run the command line: an expected error is one clear message and exit code 1, Ctrl-C is exit code 130."""
+    """Run the command line: an expected error is one clear message and exit code 1, Ctrl-C 130, SIGTERM 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except SystemExit as end:

@@ -54,7 +54,8 @@ def soup(models: Sequence[keras.Model]) -> keras.Model:
     if different := [number for number, own in enumerate(shapes, 1) if own != shapes[0]]:
         raise ValueError(f"Model {different[0]} has other weights than model 1, so they have no mean.")
     every = [model.get_weights() for model in models]
-    models[0].set_weights([np.mean(same, axis=0, dtype=np.float64).astype(same[0].dtype) for same in zip(*every)])  # noqa: B905
+    alike = zip(*every, strict=True)
+    models[0].set_weights([np.mean(same, axis=0, dtype=np.float64).astype(same[0].dtype) for same in alike])
     return models[0]
 
 

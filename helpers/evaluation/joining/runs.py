@@ -82,19 +82,19 @@ def check(members: Sequence[Member], source: Path) -> None:
         source: the folder of 02_resize that the run itself reads.
 
     Raises:
-        ValueError: a run has learned from an image that this one measures on; it reads its images otherwise; or the
-            classes fit neither an ensemble nor two stages.
+        ValueError: a run has learned or chosen by an image that this one measures on; it reads its images otherwise;
+            or the classes fit neither an ensemble nor two stages.
     """
     table = disk.read_table(source / "images.csv")
-    closed = set(table.loc[table["part"].isin(("val", "test")), "sha256"])
+    val, test = (set(table.loc[table["part"] == part, "sha256"]) for part in ("val", "test"))
     about = disk.read_json(source / "resize.json")
     for one in members[1:]:
         own = disk.read_table(one.images / "images.csv")
-        learned = set(own.loc[own["part"] == "train", "sha256"]) & closed
-        if learned:
+        learned, chose = (set(own.loc[own["part"] == part, "sha256"]) for part in ("train", "val"))
+        if seen := learned & (val | test) | chose & test:
             raise ValueError(
-                f"runs: {one.name} has learned from {len(learned):,} images that this run measures on. Give both the"
-                " same split (split.seed, split.ratio and what else 01 reads)."
+                f"runs: {one.name} has seen {len(seen):,} images, in train or val, that this run measures on. Give both"
+                " the same split (split.seed, split.ratio and what else 01 reads)."
             )
         read = disk.read_json(one.images / "resize.json")
         if different := [key for key in PIXELS if read.get(key) != about.get(key)]:

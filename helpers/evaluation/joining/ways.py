@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from helpers.evaluation import selection
 from helpers.evaluation.joining import runs as runs_of
@@ -89,22 +90,22 @@ def shown(way: Way, members: Sequence[runs_of.Member]) -> str:
 
 def sentence(found: Sequence[Way], chosen: Way, members: Sequence[runs_of.Member]) -> str:
     """Say in one sentence what joining brings on validation."""
-    alone = found[0]
-    verb = "lower" if chosen.val_loss < alone.val_loss else "do not lower"
-    what = "Two stages" if chosen.how in TWO_STAGE else f"{sum(share > 0 for share in chosen.shares)} runs joined"
+    alone, used = found[0], sum(share > 0 for share in chosen.shares)
+    what = "Two stages" if chosen.how in TWO_STAGE else f"{used} of {len(members)} runs joined"
     return (
-        f"{what} ({chosen.how}) {verb} the validation loss: {alone.val_loss:.4f} of {members[0].name} alone,"
-        f" {chosen.val_loss:.4f} joined; accuracy {alone.val_accuracy:.4f}, {chosen.val_accuracy:.4f}."
+        f"{what} ({chosen.how}): validation loss {chosen.val_loss:.4f}, and {alone.val_loss:.4f} of"
+        f" {members[0].name} alone; accuracy {chosen.val_accuracy:.4f}, and {alone.val_accuracy:.4f}."
     )
 
 
-def history(found: Sequence[Way], chosen: Way, members: Sequence[runs_of.Member]) -> pd.DataFrame:
+def history(chosen: Way, members: Sequence[runs_of.Member]) -> pd.DataFrame:
     """Return the one row that stands for the joining in the run's history; seconds are those of all its trainings."""
+    from helpers.training import saving
+
     used = [one for one, share in zip(members, chosen.shares, strict=True) if share]
     row = {"epoch": members[0].epochs + 1, "phase": selection.JOINED, "val_loss": chosen.val_loss}
     row |= {"val_accuracy": chosen.val_accuracy, "seconds": sum(one.seconds for one in used)}
-    columns = ["epoch", "phase", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds"]
-    return pd.DataFrame([row]).reindex(columns=columns)
+    return pd.DataFrame([row]).reindex(columns=[*saving.HISTORY_COLUMNS])
 
 
 def greedy(scores: Sequence[np.ndarray], labels: np.ndarray, of: str = "probabilities") -> tuple[float, ...]:
@@ -136,9 +137,7 @@ def mean(scores: Sequence[np.ndarray], shares: Sequence[float], of: str = "proba
     stack = np.stack([np.asarray(one, np.float64) for one in scores])
     if of == "probabilities":
         return np.tensordot(np.asarray(shares), stack, axes=1)
-    logits = np.tensordot(np.asarray(shares), np.log(np.maximum(stack, SMALLEST)), axes=1)
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
+    return softmax(np.tensordot(np.asarray(shares), np.log(np.maximum(stack, SMALLEST)), axes=1), axis=1)
 
 
 def loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
