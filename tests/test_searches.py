@@ -91,7 +91,11 @@ def score(path, epochs=None) -> float:
         ),
         ("search: {trials: 9}\nseeds: {both: [1, 2]}\ngrid: " + RANGES, "would keep the lucky seeds"),
         ("search: {trials: 9}\nnames: letters\ngrid: " + RANGES, "names: a search names its members itself"),
-        ("search: {trials: 9}\nhalving: {from_epochs: 1}\ngrid: " + RANGES, "give one of the two"),
+        ("search: {trials: 9}\nhalving: {from_epochs: 10}\ngrid: " + RANGES, "fine_tune.epochs is 10"),
+        (
+            "search: {trials: 9, metric: val_accuracy}\nhalving: {from_epochs: 1}\ngrid: " + RANGES,
+            "halving.metric: val_loss, but search.metric: val_accuracy. Give both the same.",
+        ),
         ("search: {trials: 9}\ngrid: {fine_tune.learning_rate: {log: [0, 1]}}", "the ends of a log range are above 0"),
         ("search: {trials: 9}\ngrid: {head.dropout: {linear: [1, 0]}}", "grid.head.dropout: expected the ends of a"),
         (
@@ -212,6 +216,28 @@ def test_a_search_stops_where_a_stage_before_the_training_fails(write, optuna, m
     assert len(everything(sweep)) == 1
     assert search.examples(sweep).members[0].labels == everything(sweep)[0][1], "what is drawn is planned as it is"
     assert len(search.examples(sweep).members) == 6 and len(found(sweep, Pretended(monkeypatch))) == 6
+
+
+def test_a_search_that_halves_stops_the_hopeless_and_finds_the_same_after_kills(write, optuna, monkeypatch):
+    text = f"search: {{trials: 12}}\nhalving: {{from_epochs: 2, eta: 3}}\nfine_tune: {{epochs: 8}}\ngrid: {RANGES}"
+    whole, make = files.load(write(text, "whole")), Pretended(monkeypatch)
+    events = list(search.run(whole, make, conduct.Inline(), 1, score))
+    stopped = [event for event in events if isinstance(event, halving.Stopped)]
+    told = [event for event in events if isinstance(event, search.Told)]
+    assert len(stopped) + len(told) == 12 and len(stopped) >= 4 and told[0].member.name == "trial-001"
+    assert {event.epochs for event in stopped} <= {2, 6} and all(1 < event.rank <= event.compared for event in stopped)
+    assert told[-1].best == min(event.value for event in told), "one that was stopped is not the best"
+    assert (whole.folder / stopped[0].member / halving.STOPPED.format(stage="fine_tune")).is_file()
+    epochs = sum(until or 8 for stage, until in make.names if stage == "fine_tune")
+    assert epochs < 12 * 8
+    broken = files.load(write(text, "broken"))
+    for units in (7, 5):
+        found(broken, Pretended(monkeypatch, ends_after=units))
+    again = list(search.run(broken, Pretended(monkeypatch), conduct.Inline(), 1, score))
+    assert everything(broken) == everything(whole) and len(everything(whole)) == 12
+    assert [event for event in again if isinstance(event, halving.Stopped)] == stopped
+    with pytest.raises(ValueError, match="holds a search of another recipe"):
+        found(files.load(write(text.replace("eta: 3", "eta: 2"), "whole")), Pretended(monkeypatch))
 
 
 def test_two_processes_do_not_search_the_same(write, optuna, monkeypatch):

@@ -301,6 +301,20 @@ def test_a_watermark_in_a_corner_is_found_by_the_border(tmp_path):
     assert found.is_suspicious and found.value > 0.9 and "border" in str(found)
 
 
+def test_a_folder_that_goes_with_a_class_is_found_and_a_folder_of_the_class_is_not(tmp_path):
+    rows = photos(tmp_path / "p", 160)
+    raw, labels = cheats.facts(rows["path"], rows["path"]), rows["label"]
+    groups = [str(number) for number in range(len(rows))]
+    sites = [f"site {number % 4 // 2 * 2 + (label == 'a')}/{number}.jpg" for number, label in enumerate(labels)]
+    found = cheats.judge("facts", raw.assign(folder=cheats.folders_of(sites, labels)), labels, groups)
+    assert found.is_suspicious and found.fields[0] == ("folder", 1.0) and "folder (100" in str(found)
+    below = [f"train/{label}/{number}.jpg" for number, label in enumerate(labels)]
+    assert set(cheats.folders_of(below, labels)) == {"train"}
+    renamed = [f"n{label == 'a'}/{number}.jpg" for number, label in enumerate(labels)]
+    assert set(cheats.folders_of(renamed, labels)) == {""}, "the classes by another name"
+    assert cheats.folders_of(["a/b/1.jpg", "a/c/x/2.jpg", "a/c/3.jpg"], ["a/b", "a/c", "a/c"]) == ["", "x", ""]
+
+
 def test_a_clean_set_gives_no_alarm(tmp_path):
     for what, found in verdicts_on(photos(tmp_path / "p", 240, seed=3)).items():
         assert not found.is_suspicious, what

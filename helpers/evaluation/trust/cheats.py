@@ -1,13 +1,14 @@
 """Is the model cheating? What can be predicted from what should not matter.
 
-Two small classifiers learn the classes from facts about the files alone (size, JPEG compression, date, camera,
+Two small classifiers learn the classes from facts about the files alone (size, JPEG compression, date, camera, folder,
 colour) and from the border of the images alone. What they can tell apart, a network can learn in place of the object.
 """
 
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,7 @@ FACTS = {
     "taken": "date",
     "hour": "time of day",
     "camera": "camera",
+    "folder": "folder",
     "brightness": "brightness",
     "red": "redness",
     "blue": "blueness",
@@ -97,12 +99,14 @@ def examine(resized: Path, explored: Path, seed: int = 0) -> list[Verdict]:
     rows = sample(disk.read_table(resized / "images.csv"), seed)
     groups = inventory.read(explored).drop_duplicates("path").set_index("path")["group"].reindex(rows["source"])
     seen = [resized / path for path in rows["path"]]
-    known = {"facts": facts([explored / "source" / path for path in rows["source"]], seen), "border": border(seen)}
+    raw = facts([explored / "source" / path for path in rows["source"]], seen)
+    raw["folder"] = folders_of(rows["source"], rows["label"])
+    known = {"facts": raw, "border": border(seen)}
     return [judge(what, numbers, rows["label"], groups, seed=seed) for what, numbers in known.items()]
 
 
 def facts(raw: Sequence[str | Path], seen: Sequence[str | Path]) -> pd.DataFrame:
-    """Return what is known of image files except what they show: the columns of FACTS, NaN or "" where unknown.
+    """Return what is known of image files except what they show: columns of FACTS, NaN or "" where unknown.
 
     Args:
         raw: the files as they came.
@@ -112,7 +116,22 @@ def facts(raw: Sequence[str | Path], seen: Sequence[str | Path]) -> pd.DataFrame
         warnings.simplefilter("ignore")  # 00_explore has told of what is odd in a file
         of_files = list(parallel.in_threads(_facts, [Path(path) for path in raw]))
     colours = parallel.in_threads(_colours, seen)
-    return pd.DataFrame([one + other for one, other in zip(of_files, colours, strict=True)], columns=[*FACTS])
+    columns = [name for name in FACTS if name != "folder"]
+    return pd.DataFrame([one + other for one, other in zip(of_files, colours, strict=True)], columns=columns)
+
+
+def folders_of(paths: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Return the folder of each image without the parts that name a class; all "" where folders are classes renamed.
+
+    Args:
+        paths: below the source.
+        labels: class of each image.
+    """
+    classes = {part for label in set(labels) for part in label.split("/")}
+    kept = [[part for part in PurePosixPath(path).parent.parts if _plain(part) not in classes] for path in paths]
+    found = ["/".join(parts) for parts in kept]
+    pairs = set(zip(found, labels, strict=True))
+    return [""] * len(found) if len(pairs) == len(set(found)) == len(set(labels)) else found
 
 
 def border(paths: Sequence[str | Path]) -> np.ndarray:
@@ -189,6 +208,10 @@ def _numbers(table: pd.DataFrame) -> pd.DataFrame:
         if as_numbers.nunique(dropna=False) > 1:
             kept[name] = as_numbers.astype(float).fillna(-1.0)
     return pd.DataFrame(kept if kept else {"nothing": np.zeros(len(table))})
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name.strip())  # as labels are written
 
 
 def _facts(path: Path) -> list:

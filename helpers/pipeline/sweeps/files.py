@@ -6,7 +6,7 @@ fine_tune: {unfreeze: block6, epochs: 10}
 grid: {fine_tune.learning_rate: {log: [1e-6, 1e-2], per_decade: 4}}
 to: fine_tune             # the last stage to make; test stays closed
 names: "rate-{learning_rate}"   # or letters, or {letters: B}; without it, names tell what varies
-search: {trials: 40}      # or halving: {from_epochs: 2}; see `options`
+search: {trials: 40}      # or halving: {from_epochs: 2}, or both; see `options`
 """
 
 import copy
@@ -125,7 +125,11 @@ def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -
     members = _members(base, lines, content.get("names"), file, problems) if not (search or problems) else []
     problems += _twins(members, last) if not problems else []
     if halving and not problems:
-        problems += _unstoppable(members, last, halving)
+        problems += _unstoppable(_ends(base, lines) if search else members, last, halving)
+        if search and search.metric != halving.metric:
+            problems.append(
+                f"halving.metric: {halving.metric}, but search.metric: {search.metric}. Give both the same."
+            )
     if problems:
         told = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
         raise notebooks.RecipeError(f"{project.display_path(file)} cannot be run:\n{told}")
@@ -143,8 +147,6 @@ def trained(recipe: recipes.Recipe, last: str = "") -> str:
 def _undecided(content: Mapping[str, Any]) -> list[str]:
     """Name what a sweep whose members depend on each other's results cannot have."""
     problems = []
-    if "search" in content and "halving" in content:
-        problems.append("halving: a search trains every trial to the end; give one of the two.")
     if "seeds" in content:
         problems.append(
             "seeds: a search, and halving too, would keep the lucky seeds. Leave them out here, and compare the best"
@@ -174,6 +176,16 @@ def _untriable(base: dict[str, Any], lines: list[axes.Axis], search: options.Sea
             f"search.trials: {search.trials} of the {count} members that there are. Without search, all are made."
         )
     return problems
+
+
+def _ends(base: dict[str, Any], lines: list[axes.Axis]) -> list[Member]:
+    """Return a member of a search for each value of each axis, or each end of it."""
+    found = []
+    for axis in lines:
+        for point in [axis.at(axis.low), axis.at(axis.high)] if isinstance(axis, axes.Range) else axis:
+            content, _ = _changed(base, point.changes)
+            found.append(Member(f"a trial with {axes.name_of(point)}", point.labels, recipes.build(content, None)))
+    return found
 
 
 def _unstoppable(members: list[Member], last: str, halving: options.Halving) -> list[str]:

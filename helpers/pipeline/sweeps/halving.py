@@ -17,7 +17,9 @@ from helpers.pipeline.sweeps import conduct, files, pauses, plans
 
 STOPPED = "{stage}-stopped.csv"  # in the run of a member that was stopped: the epochs that it was judged by
 
-Score = Callable[[Path, int], float]  # a history.csv and how many of its epochs count -> the metric, maybe NaN
+Score = Callable[
+    [Path, int | None], float
+]  # a history.csv and how many epochs of it, None for all -> the metric, or NaN
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score
         ranked = _ranked(sweep, planned, [member for member in going if member.name not in failed], epochs, score)
         kept = max(1, len(going) // sweep.halving.eta)
         for rank, member in enumerate(ranked[kept:], kept + 1):
-            _stop(member, planned, epochs)
+            stop(member, planned, epochs)
             yield Stopped(member.name, epochs, rank, len(ranked))
         chosen = {member.name for member in ranked[:kept]}
         going = [member for member in going if member.name in chosen]
@@ -95,7 +97,7 @@ def _ranked(sweep: files.Sweep, planned: plans.Plan, members: list[files.Member]
     return sorted(members, key=place)
 
 
-def _stop(member: files.Member, planned: plans.Plan, epochs: int) -> None:
+def stop(member: files.Member, planned: plans.Plan, epochs: int) -> None:
     """Write the run of a member that does not go on: the stages before its training, and the epochs that count."""
     *before, training = planned.chains[member.name]
     conduct.finish(member, before[-1].stage.name)

@@ -1,24 +1,25 @@
 """A search: members drawn one after the other from what varies, by Optuna, where those before them did well.
 
 The sweep's folder keeps it in `search.db`. Each draw follows from the seed, its number and what is known by then, so a
-search that was interrupted goes on as if it had not been. What it had begun is made first.
+search that was interrupted goes on as if it had not been. What it had begun is made first. With `halving` in the file a
+member is paused and compared with those before it, and the hopeless do not go on (Li et al., "A System for Massively
+Parallel Hyperparameter Tuning", MLSys 2020, in the form that pauses nobody for others).
 """
 
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from helpers.core import disk, project, stages
 from helpers.pipeline import fingerprints, planning
-from helpers.pipeline.sweeps import axes, conduct, files, pauses, plans
+from helpers.pipeline.sweeps import axes, conduct, files, halving, pauses, plans
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 DATABASE, IMPORTANCE, BEST = "search.db", "importance.csv", "best.yaml"
 OF = "of"  # what a study notes: which sweep it is of
 LEAST_FOR_IMPORTANCE = 10  # finished trials
-
-Score = Callable[[Path], float]  # a history.csv -> the metric, NaN for none
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Told:
     best: float
 
 
-Event = conduct.Made | conduct.Failed | conduct.Complete | Asked | Told
+Event = conduct.Made | conduct.Failed | conduct.Complete | halving.Stopped | Asked | Told
 
 
 def examples(sweep: files.Sweep) -> files.Sweep:
@@ -95,7 +94,7 @@ def check() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score: Score) -> Iterator[Event]:
+def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score: halving.Score) -> Iterator[Event]:
     """Draw and make members until there are as many as the search has trials, and yield each event.
 
     A member whose training fails is counted for now; the same search tries it again when it runs the next time.
@@ -111,12 +110,16 @@ def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score
         RuntimeError: another process is at it, or a stage before the training failed.
     """
     with _opened(sweep) as study:
+        from optuna.trial import TrialState
+
         _settle(sweep, study)
         begun: list[int] = []  # trials without a result
         for trial in _members(sweep, study):
             if trial.state.is_finished():
-                yield Asked(_member(sweep, study, trial.number))
-                yield conduct.Complete(_member(sweep, study, trial.number).name)
+                member = _member(sweep, study, trial.number)
+                yield Asked(member)
+                is_whole = trial.state == TrialState.COMPLETE
+                yield conduct.Complete(member.name) if is_whole else _stopped(sweep, study, trial.number, member)
             else:
                 begun.append(trial.number)
         trials, tried = sweep.search.trials, len(_members(sweep, study)) - len(begun)
@@ -126,16 +129,70 @@ def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score
             batch = {number: _member(sweep, study, number) for number in begun[:jobs]}
             begun = begun[jobs:]
             yield from map(Asked, batch.values())
+            tried += len(batch)
+            if sweep.halving:
+                yield from _halve(sweep, study, batch, make, pool, jobs, score)
             planned = plans.plan(replace(sweep, members=list(batch.values())))
             yield from conduct.run(planned, make, pool, jobs)
             for number, member in batch.items():
                 _check_begun(member, planned.chains[member.name])
-                tried += 1
                 value = _value(sweep, member, planned.chains[member.name], score)
                 if not math.isnan(value):
                     study.tell(number, value)
-                    yield Told(f"{tried}/{trials}", member, value, study.best_value)
+                    place = f"{tried - len(batch) + list(batch).index(number) + 1}/{trials}"
+                    yield Told(place, member, value, study.best_value)
         _write(sweep, study)
+
+
+def _halve(
+    sweep: files.Sweep, study: "Study", batch: dict[int, files.Member], make, pool, jobs, score
+) -> Iterator[Event]:
+    """Train the members of a batch until each comparison, and take those out of it that do not go on."""
+    from optuna.trial import TrialState
+
+    for epochs in halving.rungs(replace(sweep, members=list(batch.values()))):
+        planned = halving.until(sweep, list(batch.values()), epochs)
+        yield from conduct.run(planned, make, pool, jobs)
+        for number, member in list(batch.items()):
+            _check_begun(member, planned.chains[member.name])
+            _report(study, number, epochs, score(pauses.history(planned.chains[member.name][-1]), epochs))
+            if not _goes_on(sweep, study, number, epochs):
+                halving.stop(member, planned, epochs)
+                study.tell(number, state=TrialState.PRUNED)
+                yield _stopped(sweep, study, number, member)
+                del batch[number]
+        if not batch:
+            return
+
+
+def _report(study: "Study", number: int, epochs: int, value: float) -> None:
+    """Note what a trial is worth after some epochs, unless it is known; what has failed is worth nothing."""
+    from optuna.trial import Trial
+
+    known = study.get_trials(deepcopy=False)[number]
+    if epochs not in known.intermediate_values and not math.isnan(value):
+        Trial(study, known._trial_id).report(value, epochs)
+
+
+def _goes_on(sweep: files.Sweep, study: "Study", number: int, epochs: int) -> bool:
+    """Say whether a trial is among the best one in `eta` of those before it, as known after so many epochs."""
+    if epochs not in study.get_trials(deepcopy=False)[number].intermediate_values:
+        return True  # it has failed, and says so
+    rank, compared = _rank(sweep, study, number, epochs)
+    return rank <= max(1, compared // sweep.halving.eta)
+
+
+def _rank(sweep: files.Sweep, study: "Study", number: int, epochs: int) -> tuple[int, int]:
+    """Return a trial's rank after so many epochs, and among how many: it and those that were drawn before it."""
+    trials = study.get_trials(deepcopy=False)[: number + 1]
+    values = [trial.intermediate_values[epochs] for trial in trials if epochs in trial.intermediate_values]
+    sign = 1 if sweep.search.falls else -1
+    return 1 + sum(sign * other < sign * values[-1] for other in values), len(values)
+
+
+def _stopped(sweep: files.Sweep, study: "Study", number: int, member: files.Member) -> halving.Stopped:
+    epochs = study.get_trials(deepcopy=False)[number].last_step
+    return halving.Stopped(member.name, epochs, *_rank(sweep, study, number, epochs))
 
 
 def _check_begun(member: files.Member, steps: list[planning.Step]) -> None:
@@ -165,7 +222,8 @@ def _settle(sweep: files.Sweep, study: "Study") -> None:
     numbers = {trial.number for trial in members}
     for trial in study.get_trials():
         if not trial.state.is_finished() and trial.number not in numbers:
-            known = next((other.value for other in members if other.params == trial.params), None)
+            whole = [other for other in members if other.state == TrialState.COMPLETE]
+            known = next((other.value for other in whole if other.params == trial.params), None)
             study.tell(trial.number, known, state=TrialState.FAIL if known is None else TrialState.COMPLETE)
 
 
@@ -182,19 +240,20 @@ def _ask(sweep: files.Sweep, study: "Study") -> int:
         sampler = "random"
 
 
-def _value(sweep: files.Sweep, member: files.Member, steps: list[planning.Step], score: Score) -> float:
+def _value(sweep: files.Sweep, member: files.Member, steps: list[planning.Step], score: halving.Score) -> float:
     """Return the score of a member, NaN unless all of it was made."""
     if not all((step.folder / stages.STAGE_FILE).is_file() for step in steps):
         return math.nan
     trained = files.trained(member.recipe, sweep.last)
-    return score(pauses.history(next(step for step in steps if step.stage.name == trained)))
+    return score(pauses.history(next(step for step in steps if step.stage.name == trained)), None)
 
 
 def _write(sweep: files.Sweep, study: "Study") -> None:
     """Write what the search has found: the share of the differences that each thing makes, and the best recipe."""
     from optuna import importance
+    from optuna.trial import TrialState
 
-    finished = [trial for trial in _members(sweep, study) if trial.value is not None]
+    finished = [trial for trial in _members(sweep, study) if trial.state == TrialState.COMPLETE]
     if not finished:
         return
     if len(finished) >= LEAST_FOR_IMPORTANCE and len({trial.value for trial in finished}) > 1:
@@ -241,7 +300,8 @@ def _opened(sweep: files.Sweep) -> Iterator["Study"]:
 def _identity(sweep: files.Sweep) -> str:
     base = sweep.member("x", []).recipe
     lines = [[vars(axis)] if isinstance(axis, axes.Range) else [vars(point) for point in axis] for axis in sweep.lines]
-    return fingerprints.fingerprint([base.stages, lines, sweep.search.metric, sweep.last])
+    halves = [vars(sweep.halving)] if sweep.halving else []
+    return fingerprints.fingerprint([base.stages, lines, sweep.search.metric, sweep.last, *halves])
 
 
 def _sampler(name: str, seed: int, number: int) -> Any:
