@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export PYTHONNOUSERSITE = 1
 
-.PHONY: demo test lint audit lock lab clean env systems crash browser cluster
+.PHONY: demo test lint audit lock lab clean env systems slow crash browser cluster
 
 demo: env  ## the main job: solar cells to a report
 	$(BIN)/thaw run recipes/elpv.yaml
@@ -16,6 +16,10 @@ test: env  ## all tests but the slow proofs
 
 systems: env  ## the five systems' recipes end to end, on built-in images with a small network
 	$(BIN)/python benchmarks/systems.py
+
+slow: env  ## proofs that make test has no time for, with transformers and a search (installs two extras), minutes
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[hub,search]'
+	$(BIN)/python -m pytest -m slow
 
 crash: env  ## kills, full disks and read-only folders on the real notebooks, minutes
 	$(BIN)/python -m pytest -m crash

@@ -42,7 +42,7 @@ def files(folder, most: int) -> list:
     resized = project.resolve(disk.read_json(folder / stages.STAGE_FILE)["parameters"]["images"])
     table = disk.read_table(resized / "images.csv")
     rows = table[table["part"] == "test"]
-    return [resized / path for path in rows["path"].sample(min(most, len(rows)), random_state=0)]
+    return [resized / file for file in rows["file"].sample(min(most, len(rows)), random_state=0)]
 
 
 def distances(folder, paths: list) -> np.ndarray:

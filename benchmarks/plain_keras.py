@@ -74,7 +74,7 @@ def read(folder: str, part: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     table = pd.read_csv(Path(folder) / "images.csv")
     names = json.loads((Path(folder) / "class_names.json").read_text())
     table = table[table["part"] == part]
-    images = [tf.io.decode_png(tf.io.read_file(str(Path(folder) / path)), 3).numpy() for path in table["path"]]
+    images = [tf.io.decode_png(tf.io.read_file(str(Path(folder) / file)), 3).numpy() for file in table["file"]]
     return np.stack(images), table["label"].map(names.index).to_numpy("int32"), list(table["path"])
 
 

@@ -101,7 +101,7 @@ def read(folder: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:
     with open(Path(folder) / "images.csv", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["part"] == part]
     names = json.loads((Path(folder) / "class_names.json").read_text())
-    images = np.stack([np.asarray(Image.open(Path(folder) / row["path"]).convert("RGB")) for row in rows])
+    images = np.stack([np.asarray(Image.open(Path(folder) / row["file"]).convert("RGB")) for row in rows])
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor([names.index(row["label"]) for row in rows])
 
 

@@ -88,7 +88,8 @@ def resized(tmp_path_factory, image_folder):
         for path in sorted((folder / part).rglob("*.png")):
             label = path.parent.name
             rows.append(
-                {"path": project.relative(path, folder), "label": label, "part": part, "sha256": path.stem + part}
+                {"path": path.name, "label": label, "part": part, "file": project.relative(path, folder)}
+                | {"sha256": path.stem + part}
             )
     pd.DataFrame(rows).to_csv(folder / "images.csv", index=False)
     disk.write_json(folder / "class_names.json", SHAPES)

@@ -1,15 +1,10 @@
 """Adapters: what they train, that they change nothing by themselves, and that nothing of them is left in the end."""
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
 
 from helpers.compute import fast_layers, frontier, graphs
-from helpers.core import project
 from helpers.models import adapters, classifier, unfreezing
 from helpers.training import checks, saving
 
@@ -242,44 +237,3 @@ def test_04_trains_with_adapters_resumes_exactly_and_leaves_none(views, by_hand,
         assert trained == (np.array(one) != np.array(first)).any()
     histories = [saving.read_history(tmp_path / name) for name in ("whole", "cut")]
     assert histories[0]["val_loss"].equals(histories[1]["val_loss"]) and len(histories[0]) == 4
-
-
-TOGETHER = """
-import sys
-from pathlib import Path
-import keras, numpy as np, tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from helpers.compute import hardware
-from helpers.models import adapters, unfreezing
-from helpers.training import saving
-from tests.test_adapters import LORA, attentive
-found = []
-for devices in ("cpu", "auto"):
-    print(hardware.prepare(devices, trains=True, precision="float32"))
-    with hardware.scope():
-        model = attentive()
-        unfreezing.unfreeze(model, "block2")
-        adapters.add(model, LORA, seed=5)
-        model.compile(keras.optimizers.SGD(0.1), "categorical_crossentropy", jit_compile=False)
-    images = np.random.default_rng(0).uniform(0, 4, (8, 32, 32, 3)).astype("float32")
-    model.fit(images, np.eye(3)[np.arange(8) % 3], batch_size=4, epochs=3, shuffle=False, verbose=0)
-    out = Path(sys.argv[1], devices)
-    out.mkdir()
-    adapters.merge(model)
-    saving.save(model, out, images)
-    found.append(keras.models.load_model(out / "model.keras").get_weights())
-assert hardware.replicas() == 2
-before = attentive().get_weights()
-assert any(np.abs(one - first).max() > 1e-3 for one, first in zip(found[0], before))
-print(max(np.abs(one - other).max() for one, other in zip(*found)))
-"""
-
-
-@pytest.mark.slow
-def test_two_devices_train_adapters_as_one_does(tmp_path):
-    command = [sys.executable, "-c", TOGETHER, str(tmp_path)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
-    done = subprocess.run(command, cwd=project.ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert float(done.stdout.split()[-1]) < 1e-5

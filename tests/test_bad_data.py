@@ -44,8 +44,8 @@ class Outcome:
         return "" if rows.empty else rows["reason"].iloc[0]
 
     def pixels(self, path: str) -> np.ndarray:
-        row = self.images[self.images["source"] == path].iloc[0]
-        return images.load(self.folder / row["path"], 32)
+        row = self.images[self.images["path"] == path].iloc[0]
+        return images.load(self.folder / row["file"], 32)
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -96,8 +96,8 @@ def fingerprints(root: Path) -> dict[str, str]:
 def check_the_rest(outcome: Outcome) -> None:
     """The sound images are all there, and nothing is both used and quarantined."""
     sound = {f"{name}/sound{number}.png" for name in ("cat", "dog") for number in range(SOUND)}
-    assert sound <= set(outcome.images["source"])
-    assert not set(outcome.images["source"]) & set(outcome.quarantine["path"])
+    assert sound <= set(outcome.images["path"])
+    assert not set(outcome.images["path"]) & set(outcome.quarantine["path"])
     assert not outcome.images["path"].duplicated().any()
 
 
@@ -255,7 +255,7 @@ def test_a_broken_link_is_quarantined(root):
 def test_a_linked_image_is_an_image(root):
     picture(77).save(root.parent / "elsewhere.png")
     (root / "cat" / "linked.png").symlink_to(root.parent / "elsewhere.png")
-    assert "cat/linked.png" in set(process(root).images["source"])
+    assert "cat/linked.png" in set(process(root).images["path"])
 
 
 def test_an_unreadable_file_is_quarantined(root, monkeypatch):
@@ -315,8 +315,8 @@ def test_names_that_would_meet_stay_apart(root, names):
         pytest.skip("this file system holds the two names to be one")
     outcome = process(root)
     check_the_rest(outcome)
-    written = outcome.images[outcome.images["source"].isin([f"cat/{name}" for name in names])]["path"]
-    stems = {Path(path).stem.casefold() for path in written}
+    written = outcome.images[outcome.images["path"].isin([f"cat/{name}" for name in names])]["file"]
+    stems = {Path(file).stem.casefold() for file in written}
     assert len(stems) == 2
     assert not np.array_equal(outcome.pixels(f"cat/{names[0]}"), outcome.pixels(f"cat/{names[1]}"))
 
@@ -538,7 +538,7 @@ def test_dialects_of_csv(labelled, text):
 def test_quotes_and_commas_in_names(labelled, tmp_path):
     picture(50).save(tmp_path / "raw" / 'a "b", c.png')
     outcome = labelled(rows('"a ""b"", c.png","a"'))
-    assert 'a "b", c.png' in set(outcome.images["source"])
+    assert 'a "b", c.png' in set(outcome.images["path"])
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x00rubbish", b"path\n\xff.png,a", rows(head="path").encode()])
@@ -584,7 +584,7 @@ def test_a_suffix_is_added_and_a_subfolder_kept(labelled, tmp_path):
     picture(50).save(tmp_path / "raw" / "sub" / "x.png")
     text = rows("sub/x,a").replace(".png", "")
     outcome = labelled(text, suffix=".png")
-    assert len(outcome.images) == 13 and "sub/x.png" in set(outcome.images["source"])
+    assert len(outcome.images) == 13 and "sub/x.png" in set(outcome.images["path"])
 
 
 def test_thresholds_make_classes_of_numbers(labelled):

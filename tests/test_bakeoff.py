@@ -39,7 +39,7 @@ def resized(tmp_path):
     parts = ["train"] * 120 + ["val"] * 90 + ["test"] * 30
     labels = [NAMES[number % 3] for number in range(len(parts))]
     paths = [f"{part}/{label}/{number}.png" for number, (part, label) in enumerate(zip(parts, labels, strict=True))]
-    table = {"path": paths, "label": labels, "part": parts, "source": paths, "sha256": paths}
+    table = {"path": paths, "label": labels, "part": parts, "file": paths, "sha256": paths}
     pd.DataFrame(table).to_csv(tmp_path / "images.csv", index=False)
     disk.write_json(tmp_path / "class_names.json", NAMES)
     disk.write_json(tmp_path / "resize.json", {"image_size": 64, "fit": "crop", "format": "png"})

@@ -298,11 +298,11 @@ def test_a_recipe_with_the_section_crops_between_explore_and_split(cropped):
     table = pd.read_csv(run / "resize/images.csv", keep_default_na=False)
     boxes = {f"{x} {y} {x + 32} {y + 32}" for x in (0, 32, 64) for y in (0, 32)}
     assert set(table["box"]) == boxes | {""}
-    for path, source, box in table[["path", "source", "box"]].to_numpy():
-        pixels = images.load(run / "resize" / path, 32)
-        assert (pixels == RED).all() == (box != ""), source
+    for path, file, box in table[["path", "file", "box"]].to_numpy():
+        pixels = images.load(run / "resize" / file, 32)
+        assert (pixels == RED).all() == (box != ""), path
     raw = pd.read_csv(run / "explore/inventory.csv").set_index("path")["sha256"]
-    assert (table["sha256"] == table["source"].map(raw)).all()
+    assert (table["sha256"] == table["path"].map(raw)).all()
 
 
 def test_images_that_are_alike_once_they_are_cut_stay_together(cropped):

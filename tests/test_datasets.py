@@ -25,8 +25,8 @@ def resized(tmp_path_factory, image_folder):
     for seed, (part, counts) in enumerate(COUNTS.items()):
         image_folder(folder / part, counts, size=SIZE, seed=seed)
         files = sorted((folder / part).rglob("*.png"))
-        rows += [(str(f.relative_to(folder)), f.parent.name, part, f"raw/{f.name}", f"{part}{f.name}") for f in files]
-    table = pd.DataFrame(rows, columns=["path", "label", "part", "source", "sha256"])
+        rows += [(f"raw/{f.name}", f.parent.name, part, str(f.relative_to(folder)), f"{part}{f.name}") for f in files]
+    table = pd.DataFrame(rows, columns=["path", "label", "part", "file", "sha256"])
     table.to_csv(folder / "images.csv", index=False)
     disk.write_json(folder / "class_names.json", ["dog", "cat", "owl"])
     disk.write_json(folder / "resize.json", {"image_size": SIZE, "fit": "crop", "format": "png"})
@@ -75,7 +75,8 @@ def equal(first, second):
 
 def test_images_are_read_in_the_order_of_the_table(resized, train, pixels):
     table = pd.read_csv(resized / "images.csv").query("part == 'train'")
-    assert train.paths == [str(resized / path) for path in table["path"]] and len(train) == 11
+    assert train.files == [str(resized / file) for file in table["file"]] and len(train) == 11
+    assert train.paths == table["path"].to_list()
     assert [train.class_names[label] for label in train.labels] == table["label"].to_list()
     assert train.class_names == ["dog", "cat", "owl"] and train.image_size == SIZE
     assert pixels.shape == (11, SIZE, SIZE, 3) and pixels.dtype == np.uint8
@@ -85,8 +86,8 @@ def test_images_are_read_in_the_order_of_the_table(resized, train, pixels):
 def test_pixels_are_rgb(train, pixels):
     import cv2
 
-    for path, image in zip(train.paths, pixels, strict=True):
-        np.testing.assert_array_equal(image, cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB))
+    for file, image in zip(train.files, pixels, strict=True):
+        np.testing.assert_array_equal(image, cv2.cvtColor(cv2.imread(file), cv2.COLOR_BGR2RGB))
 
 
 def test_an_empty_part_is_an_error(resized):

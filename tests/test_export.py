@@ -55,14 +55,14 @@ def run(tmp_path_factory, image_folder):
         small = place / "resize" / part / name / f"{path.stem}.png"
         small.parent.mkdir(parents=True, exist_ok=True)
         images.write(small, images.load(path, SIZE))
-        rows.append({"path": f"{part}/{name}/{path.stem}.png", "label": name, "part": part,
-                     "source": f"{name}/{path.name}", "sha256": str(number)})  # fmt: skip
+        rows.append({"path": f"{name}/{path.name}", "label": name, "part": part,
+                     "file": f"{part}/{name}/{path.stem}.png", "sha256": str(number)})  # fmt: skip
     pd.DataFrame(rows).to_csv(place / "resize" / "images.csv", index=False)
     about = {"image_size": SIZE, "fit": "crop", "format": "png", "levels": [0, 4095]}
     disk.write_json(place / "resize" / "resize.json", about)
     model = network()
     features = keras.Model(model.input, model.layers[-3].output).predict(
-        np.stack([images.load(raw / row["source"], SIZE) for row in rows]), verbose=0
+        np.stack([images.load(raw / row["path"], SIZE) for row in rows]), verbose=0
     )
     norm = model.layers[-2]
     norm.moving_mean.assign(features.mean(axis=0))

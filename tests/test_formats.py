@@ -186,8 +186,8 @@ def test_one_range_goes_from_00_to_the_model_and_beyond_it_is_told(tmp_path, by_
     by_hand("resize", split=at["split"], image_size=64, out=at["resize"])
     assert disk.read_json(f"{at['resize']}/resize.json")["levels"] == [0, 4095]
     for row in disk.read_table(f"{at['resize']}/images.csv").head(4).itertuples():
-        raw = cv2.imread(str(tmp_path / "photos" / row.source), cv2.IMREAD_UNCHANGED)
-        small = cv2.imread(f"{at['resize']}/{row.path}")[..., 0]
+        raw = cv2.imread(str(tmp_path / "photos" / row.path), cv2.IMREAD_UNCHANGED)
+        small = cv2.imread(f"{at['resize']}/{row.file}")[..., 0]
         assert np.abs(raw * (255 / 4095) - small).max() <= 1
     import keras
 

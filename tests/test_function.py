@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     for number in range(6):
         path = place / f"{number}.png"
         cv2.imwrite(str(path), np.full((SIZE, SIZE, 3), number * 50, np.uint8))
-        rows.append({"path": path.name, "label": CLASSES[number > 2], "part": "val", "source": path.name})
+        rows.append({"path": path.name, "label": CLASSES[number > 2], "part": "val", "file": path.name})
     pd.DataFrame(rows).to_csv(place / "images.csv", index=False)
     (place / "source").symlink_to(place)
     disk.write_json(place / "model.json", {"image_size": SIZE, "fit": "crop", "backbone": "toy"})

@@ -145,6 +145,7 @@ def test_mixed_precision_trains_and_opens_in_float32_elsewhere(tmp_path, monkeyp
         keys=[str(index) for index in range(len(PIXELS))],
         labels=LABELS,
         paths=[str(index) for index in range(len(PIXELS))],
+        files=[""] * len(PIXELS),
         class_names=["a", "b", "c"],
         image_size=32,
     )

@@ -32,8 +32,8 @@ def trained(tmp_path_factory, image_folder):
     for seed, (part, counts) in enumerate(COUNTS.items()):
         image_folder(home / "images" / part, counts, size=32, seed=seed)
         files = sorted((home / "images" / part).rglob("*.png"))
-        rows += [(str(f.relative_to(home / "images")), f.parent.name, part, f.name, f"{part}{f.name}") for f in files]
-    table = pd.DataFrame(rows, columns=["path", "label", "part", "source", "sha256"])
+        rows += [(f.name, f.parent.name, part, str(f.relative_to(home / "images")), f"{part}{f.name}") for f in files]
+    table = pd.DataFrame(rows, columns=["path", "label", "part", "file", "sha256"])
     table.to_csv(home / "images" / "images.csv", index=False)
     disk.write_json(home / "images" / "class_names.json", ["dog", "cat", "owl"])
     disk.write_json(home / "images" / "resize.json", {"image_size": 32, "fit": "crop", "format": "png"})

@@ -72,7 +72,7 @@ def add_evaluation(run, names=NAMES, n=60, perfect=False):
     probabilities = rng.dirichlet(np.ones(len(names)), n) + np.eye(len(names))[truth] * (5 if perfect else 0.4)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     paths = [f"test/{i}.png" for i in range(n)]
-    table = tables.predictions_table(paths, [names[i] for i in truth], probabilities, names)
+    table = tables.predictions_table(paths, [names[i] for i in truth], probabilities, names, files=paths)
     table.to_csv(folder / "predictions.csv", index=False)
     (run / "resize" / "test").mkdir(parents=True, exist_ok=True)
     for path in paths[: n // 2]:

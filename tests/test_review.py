@@ -74,9 +74,8 @@ def run(raw, tmp_path, monkeypatch) -> Path:
     listed = pd.read_csv(folder / "resize/images.csv")
     rng = np.random.default_rng(0)
     features = rng.normal(0, 0.5, (len(listed), 4)).astype(np.float32)
-    features[:, 0] += [3 if truth[path] == "dog" else -3 for path in listed["source"]]
-    table = listed.drop(columns="path").rename(columns={"source": "path"})
-    monkeypatch.setattr(label_errors, "embed", lambda head, resized: (table, features))
+    features[:, 0] += [3 if truth[path] == "dog" else -3 for path in listed["path"]]
+    monkeypatch.setattr(label_errors, "embed", lambda head, resized: (listed, features))
     return folder
 
 
@@ -89,9 +88,9 @@ def make_run(folder: Path, root: Path, settings: dict) -> Path:
     inventory.write(folder / "explore", source, table, quarantine)
     disk.write_json(folder / "explore/groups.json", {"near_duplicates": 8})
     part = ["train", "val", "train", "test", "train"]
-    images = table.assign(source=table["path"], part=[part[row % 5] for row in range(len(table))])
-    images["path"] = images["part"] + "/" + images["source"]
-    images[["path", "label", "part", "source", "sha256"]].to_csv(folder / "resize/images.csv", index=False)
+    images = table.assign(part=[part[row % 5] for row in range(len(table))])
+    images["file"] = images["part"] + "/" + images["path"]
+    images[["path", "label", "part", "file", "sha256"]].to_csv(folder / "resize/images.csv", index=False)
     for name in ("resize", "head"):
         disk.write_json(folder / name / "class_names.json", words.natural_order(table["label"]))
     (folder / "head/model.keras").write_bytes(b"not needed")
@@ -485,5 +484,5 @@ def test_the_command_writes_the_page(tmp_path, image_folder, capsys, monkeypatch
     shown = capsys.readouterr().out
     assert not end.value.code and "page.html" in shown and "explore.fixes" in shown
     table, features = label_errors.embed(folder / "head", folder / "resize")
-    assert features.shape == (24, 8) and set(table["path"]) == set(listed["source"])
+    assert features.shape == (24, 8) and set(table["path"]) == set(listed["path"])
     assert f"{len(table)} images were judged" in Page(tmp_path / "page.html").text

@@ -466,10 +466,10 @@ def test_resized_images_lie_in_the_same_folders(laid, format):
     folder, split, _ = laid
     out = folder.parent / "resized"
     written, quarantine = resizing.write_images(out, folder, image_size=32, fit="crop", format=format)
-    assert quarantine.empty and list(written.columns) == ["path", "label", "part", "source", "sha256"]
-    assert set(written["source"]) == set(split["path"]) and written["path"].str.endswith(f".{format}").all()
+    assert quarantine.empty and list(written.columns) == ["path", "label", "part", "file", "sha256"]
+    assert set(written["path"]) == set(split["path"]) and written["file"].str.endswith(f".{format}").all()
     for row in written.itertuples():
-        assert row.path.startswith(f"{row.part}/{row.label}/") and Image.open(out / row.path).size == (32, 32)
+        assert row.file.startswith(f"{row.part}/{row.label}/") and Image.open(out / row.file).size == (32, 32)
     found = pd.read_csv(out / "images.csv", dtype=str)
     assert (found["path"] == written["path"]).all() and (out / "resize.json").is_file()
 

@@ -17,8 +17,8 @@ def images(tmp_path_factory, image_folder):
     folder = tmp_path_factory.mktemp("resized")
     image_folder(folder / "train", {"cat": COUNT // 2, "dog": COUNT // 2}, size=SIZE)
     files = sorted(folder.rglob("*.png"))
-    rows = [(str(f.relative_to(folder)), f.parent.name, "train", f.name, f.name) for f in files]
-    table = pd.DataFrame(rows, columns=["path", "label", "part", "source", "sha256"])
+    rows = [(f.name, f.parent.name, "train", str(f.relative_to(folder)), f.name) for f in files]
+    table = pd.DataFrame(rows, columns=["path", "label", "part", "file", "sha256"])
     table.to_csv(folder / "images.csv", index=False)
     disk.write_json(folder / "class_names.json", ["cat", "dog"])
     disk.write_json(folder / "resize.json", {"image_size": SIZE, "fit": "crop", "format": "png"})

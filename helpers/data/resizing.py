@@ -12,7 +12,7 @@ from helpers.data.formats import deep
 from helpers.data.images import ImageError
 from helpers.data.splits import PARTS
 
-IMAGE_COLUMNS = ["path", "label", "part", "source", "sha256"]
+IMAGE_COLUMNS = ["path", "label", "part", "file", "sha256"]
 QUARANTINE_COLUMNS = ["path", "label", "reason", "detail"]
 
 
@@ -40,28 +40,28 @@ def write_images(
             all stay as they are. Only labels change, not the folders of the files.
 
     Returns:
-        What was written to images.csv (path relative to `out`, label, part, source, sha256 of the raw file) and to
-        quarantine.csv.
+        What was written to images.csv (path below the source, label, part, file below `out`, sha256 of the raw file)
+        and to quarantine.csv.
     """
     split = links.read_split(source)
-    split = split[split["part"].isin(PARTS)].rename(columns={"path": "source"})
+    split = split[split["part"].isin(PARTS)].rename(columns={"file": "link"})
     if names is not None:
         split = split.assign(label=split["label"].map(names)).dropna(subset="label").reset_index(drop=True)
-    table = split.assign(path=[str(PurePosixPath(file).with_suffix(f".{format}")) for file in split["file"]])
-    for folder in sorted({PurePosixPath(path).parent for path in table["path"]}):
+    table = split.assign(file=[str(PurePosixPath(link).with_suffix(f".{format}")) for link in split["link"]])
+    for folder in sorted({PurePosixPath(file).parent for file in table["file"]}):
         (out / folder).mkdir(parents=True, exist_ok=True)
     levels = disk.read_json(source / deep.FILE) if (source / deep.FILE).is_file() else None
     range_of_deep = deep.Levels(levels["black"], levels["white"]) if levels else None
     how = {"image_size": image_size, "fit": fit, "quality": quality, "levels": range_of_deep}
     convert = partial(_convert, source=source, out=out, **how)
     boxes = table["box"] if "box" in table else [""] * len(table)
-    files = list(zip(table["file"], table["path"], boxes, strict=True))
-    seen = [source, out, *(source / file for file in table["file"].head(1))]  # the last is a link to the raw images
+    files = list(zip(table["link"], table["file"], boxes, strict=True))
+    seen = [source, out, *(source / link for link in table["link"].head(1))]  # the last is a link to the raw images
     each = parallel.for_each(convert, files, workers=workers, label="resize", reads=seen)
     problems = pd.DataFrame(each, index=table.index)
     table[["reason", "detail"]] = problems
     bad = table["reason"] != ""
-    quarantine = table.assign(path=table["source"]).loc[bad, QUARANTINE_COLUMNS].reset_index(drop=True)
+    quarantine = table.loc[bad, QUARANTINE_COLUMNS].reset_index(drop=True)
     table = table.loc[~bad, IMAGE_COLUMNS + box_column(table)].reset_index(drop=True)
     table.to_csv(out / "images.csv", index=False)
     quarantine.to_csv(out / "quarantine.csv", index=False)

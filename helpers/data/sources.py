@@ -19,7 +19,7 @@ import pandas as pd
 from helpers.core import project, words
 from helpers.data.labelling import fixes, folders, labels
 
-RESERVED = {"path", "label", "predicted", "confidence"}  # columns of the tables of predictions
+RESERVED = {"path", "file", "label", "predicted", "confidence"}  # columns of the tables of predictions
 
 
 @dataclass

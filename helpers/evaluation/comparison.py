@@ -122,7 +122,7 @@ def changed_sides(one: entries_of.Run, other: entries_of.Run, paths: Sequence[st
     """Return images that one run gets right and the other wrong, the surest first, as many of either kind.
 
     Returns:
-        Columns path (the resized file), label, first and second (what each predicted), and why, in words.
+        Columns file (the resized image), label, first and second (what each predicted), and why, in words.
     """
     tables_of = [run.predictions.set_index("path").loc[list(paths)] for run in (one, other)]
     right = [(table["label"] == table["predicted"]).to_numpy() for table in tables_of]
@@ -134,7 +134,7 @@ def changed_sides(one: entries_of.Run, other: entries_of.Run, paths: Sequence[st
     ):
         rows = np.flatnonzero(chosen)[np.argsort(-sure[chosen], kind="stable")][: max(1, n // 2)]
         parts.append(pd.DataFrame({
-            "path": [one.shown[paths[row]] for row in rows],
+            "file": [one.shown[paths[row]] for row in rows],
             "label": tables_of[0]["label"].to_numpy()[rows],
             "first": tables_of[0]["predicted"].to_numpy()[rows],
             "second": tables_of[1]["predicted"].to_numpy()[rows],

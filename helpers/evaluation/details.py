@@ -76,13 +76,13 @@ def confidences(predictions: pd.DataFrame, class_names: Sequence[str]) -> pd.Dat
 
 
 def confident_mistakes(predictions: pd.DataFrame, class_names: Sequence[str], n: int = 24) -> pd.DataFrame:
-    """The n mistakes of which the model was surest: columns path, label, predicted, confidence (0-1).
+    """The n mistakes of which the model was surest: columns path, label, predicted, file where known, confidence (0-1).
 
     They are the first place to look for wrong labels, for images that show two classes, and for what the model
     really looks at.
     """
     _, probabilities = tables.parse(predictions, class_names)
-    table = predictions[list(tables.KEYS)].assign(confidence=probabilities.max(axis=1))
+    table = tables.keys(predictions).assign(confidence=probabilities.max(axis=1))
     table = table[table["label"] != table["predicted"]]
     return table.sort_values(["confidence", "path"], ascending=[False, True]).head(n).reset_index(drop=True)
 
@@ -142,10 +142,10 @@ def telling(predictions: pd.DataFrame, class_names: Sequence[str], n: int = 24) 
     """Return images worth a look, up to n: surest mistakes, least sure, best and worst of each class, each image once.
 
     Returns:
-        Columns path, label, predicted, confidence (0-1) and why.
+        Columns path, label, predicted, file where known, confidence (0-1) and why.
     """
     truth, probabilities = tables.parse(predictions, class_names)
-    table = predictions[list(tables.KEYS)].assign(confidence=probabilities.max(axis=1))
+    table = tables.keys(predictions).assign(confidence=probabilities.max(axis=1))
     table["of_truth"] = probabilities[np.arange(len(truth)), truth]
     share = max(1, n // 4)
     by_class = table.sort_values("of_truth", kind="stable").groupby("label", sort=False)
@@ -158,4 +158,8 @@ def telling(predictions: pd.DataFrame, class_names: Sequence[str], n: int = 24) 
         "best of its class": by_class.tail(each).head(share),
     }
     joined = pd.concat([part.assign(why=why) for why, part in parts.items()])
-    return joined.drop_duplicates("path").drop(columns="of_truth").reset_index(drop=True)
+    return (
+        joined.drop_duplicates(tables.FILE if tables.FILE in joined else "path")
+        .drop(columns="of_truth")
+        .reset_index(drop=True)
+    )

@@ -12,6 +12,7 @@ from helpers.evaluation import metrics, selection, tables
 
 SEED = "seed"  # parameters of this name make members of one entry, not rivals
 SHOWN = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")
+EARLIER = ": it was made by an earlier Thaw. Run its recipe again."
 FILES = ("predictions.csv", "val_predictions.csv", "metrics.json", "class_names.json")
 
 
@@ -22,8 +23,8 @@ class Run:
     Attributes:
         name: of the run's folder.
         part: what its predictions are of, "test" or "val".
-        predictions, validation: as `tables.predictions_table` makes them; `path` is that of the file as it came, so
-            that runs with other image sizes can be compared.
+        predictions, validation: as `tables.predictions_table` makes them; `path` is that of the raw image, and where
+            boxes were cut out also the box.
         shown: the resized file of each of `predictions`.
         groups: group of each of `predictions`.
         parameters: stage -> parameters, without folders.
@@ -176,19 +177,19 @@ def _read(name: str) -> Run:
     folder = measured(name)
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{project.display_path(folder)} has no {', '.join(missing)}: it was made by an earlier Thaw. Run its"
-            " recipe again; only 05 is made again."
-        )
+        raise FileNotFoundError(f"{project.display_path(folder)} has no {', '.join(missing)}{EARLIER}")
     place = Path(name.rstrip("/"))
     given = disk.read_json(folder / stages.STAGE_FILE)["parameters"]
     reads = {stage: project.resolve(given[p]) for p, stage in notebooks.stages()["evaluate"].inputs.items()}
     records = {"evaluate": folder, **{_made_by(path, stage): path for stage, path in reads.items() if path.is_dir()}}
     about = {stage: disk.read_json(path / stages.STAGE_FILE) for stage, path in records.items()}
-    listed = disk.read_table(reads["resize"] / "images.csv").set_index("path")
-    known = listed["source"] + (":" + listed["box"] if "box" in listed else "")
     predictions, validation = (tables.read_predictions(folder / file) for file in FILES[:2])
-    shown = {known.get(path, path): reads["resize"] / path for path in predictions["path"]}
+    if tables.FILE not in predictions:
+        raise FileNotFoundError(f"{project.display_path(folder / FILES[0])} has no column file{EARLIER}")
+    listed = disk.read_table(reads["resize"] / "images.csv").set_index("file")
+    known = listed["path"] + (":" + listed["box"] if "box" in listed else "")
+    predictions = predictions.assign(path=[known.get(file, file) for file in predictions["file"]])
+    shown = {row.path: reads["resize"] / row.file for row in predictions.itertuples()}
     about |= _earlier(about)
     trained = [stage for stage in notebooks.stages() if (records.get(stage, folder) / "history.csv").is_file()]
     histories = [pd.read_csv(records[stage] / "history.csv") for stage in trained]
@@ -199,7 +200,7 @@ def _read(name: str) -> Run:
         name=place.parent.name if place.name == "evaluate" else place.name,
         part=disk.read_json(folder / "metrics.json").get("part", "test"),
         class_names=disk.read_json(folder / "class_names.json"),
-        predictions=predictions.assign(path=[known.get(path, path) for path in predictions["path"]]),
+        predictions=predictions,
         validation=validation,
         shown=shown,
         groups={path: groups.get(path.split(":")[0], path) for path in shown},

@@ -32,7 +32,6 @@ def embed(head: Path, resized: Path) -> tuple[pd.DataFrame, np.ndarray]:
     unfreezing.unfreeze(model, "none")
     run = inference.fast(frontier.cut(model).prefix)
     listed = disk.read_table(resized / "images.csv")
-    listed = listed.drop(columns="path").rename(columns={"source": "path"})
     tables, features = [], []
     for part in [name for name in ("train", "val", "test") if (listed["part"] == name).any()]:
         folder = datasets.read(resized, part)

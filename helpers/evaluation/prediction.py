@@ -13,6 +13,7 @@ from helpers.core import disk, notebooks, parallel, project
 from helpers.data import crop, images
 from helpers.data.formats import deep
 from helpers.data.labelling import folders
+from helpers.evaluation import tables
 from helpers.evaluation.trust import novelty, promises
 
 BATCH = 32
@@ -79,6 +80,18 @@ def probabilities(model, images) -> np.ndarray:
     from helpers.training import datasets
 
     return datasets.through(inference.fast(model), images, "predict")
+
+
+def table(images, scores: np.ndarray, root: Path) -> pd.DataFrame:
+    """Return the table of predictions of the images of a resized folder, as predictions.csv holds it.
+
+    Args:
+        images: datasets.Folder.
+        scores: as `probabilities` returns them.
+        root: the resized folder.
+    """
+    files = [project.relative(file, root) for file in images.files]
+    return tables.predictions_table(images.paths, images.labels, scores, images.class_names, files)
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:

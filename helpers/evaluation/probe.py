@@ -212,7 +212,7 @@ def judge(item: dict[str, Any], seed: int = 0) -> tuple[float, pd.DataFrame]:
     model = linear.fit(linear.classifier(strength, TOLERANCE), features, labels)
     said = np.zeros((len(asked), len(class_names)))
     said[:, model.classes_] = model.predict_proba(asked)  # a class that it has never seen keeps 0
-    return strength, tables.predictions_table(list(val["path"]), list(val["label"]), said, class_names)
+    return strength, tables.predictions_table(val["path"], list(val["label"]), said, class_names, val["file"])
 
 
 def _embed(**task: Any) -> dict[str, Any]:

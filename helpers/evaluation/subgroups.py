@@ -23,7 +23,7 @@ def described(resized: Path, explored: Path, part: str) -> pd.DataFrame:
         part: "train", "val" or "test".
     """
     images = disk.read_table(resized / "images.csv")
-    images = images[images["part"] == part].rename(columns={"path": "resized", "source": "path"})
+    images = images[images["part"] == part]
     listed = inventory.read(explored)
     keys = ["path", "box"] if "box" in images and "box" in listed else ["path"]
     return images[keys].merge(listed.drop_duplicates(keys), on=keys, how="left", validate="many_to_one")

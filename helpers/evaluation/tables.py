@@ -1,7 +1,7 @@
 """The table of predictions: a row for each image, with its true class, the predicted one and all probabilities.
 
-Its columns are `path`, `label`, `predicted`, then one column of probabilities for each class, in the order of the
-model's outputs. NumPy and pandas only.
+Its columns are `path` (of the raw image), `label`, `predicted`, `file` (the resized image, where it is known), then one
+column of probabilities for each class, in the order of the model's outputs. NumPy and pandas only.
 """
 
 from collections.abc import Sequence
@@ -11,22 +11,28 @@ import numpy as np
 import pandas as pd
 
 KEYS = ("path", "label", "predicted")
+FILE = "file"
 
 
 def predictions_table(
-    paths: Sequence[str], labels: Sequence[str] | np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]
+    paths: Sequence[str],
+    labels: Sequence[str] | np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    files: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """The table that predictions.csv holds.
 
     Args:
-        paths: one per image, as in images.csv.
+        paths: of the raw images, as in images.csv.
         labels: the true class of each image: names, or integers that count into `class_names`.
         probabilities: (images, classes), each row adding up to 1, columns in the order of `class_names`.
         class_names: in the model's order.
+        files: of the resized images, as in images.csv.
 
     Raises:
         ValueError: nothing to evaluate, lengths that differ, a label that is no class, values that are no
-            probabilities, or a class called "path", "label" or "predicted".
+            probabilities, or a class called "path", "label", "predicted" or "file".
     """
     names, probabilities = [str(name) for name in class_names], np.asarray(probabilities, dtype=np.float64)
     if len(paths) == 0:
@@ -36,11 +42,12 @@ def predictions_table(
             f"{len(paths)} paths, {len(labels)} labels and {len(names)} class names do not fit probabilities of shape "
             f"{probabilities.shape}; expected ({len(paths)}, {len(names)})"
         )
-    if taken := set(names) & set(KEYS):
+    if taken := set(names) & {*KEYS, FILE}:
         raise ValueError(f"a class cannot be called {sorted(taken)[0]!r}: predictions.csv has that column; rename it")
     predicted = [names[index] for index in probabilities.argmax(axis=1)]
     labels = _named(labels, names)
     table = pd.DataFrame({"path": [str(path) for path in paths], "label": labels, "predicted": predicted})
+    table = table if files is None else table.assign(file=list(files))
     table = pd.concat([table, pd.DataFrame(probabilities, columns=names)], axis=1)
     parse(table, names)
     return table
@@ -51,7 +58,12 @@ def read_predictions(path: str | Path) -> pd.DataFrame:
     header = pd.read_csv(path, nrows=0).columns
     if tuple(header[:3]) != KEYS:
         raise ValueError(f"{path} begins with the columns {', '.join(header[:3])}; expected {', '.join(KEYS)}")
-    return pd.read_csv(path, dtype=dict.fromkeys(KEYS, str), keep_default_na=False, na_values={})
+    return pd.read_csv(path, dtype=dict.fromkeys([*KEYS, FILE], str), keep_default_na=False, na_values={})
+
+
+def keys(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns that say which image a row is about, what it is and what was predicted."""
+    return predictions[[column for column in (*KEYS, FILE) if column in predictions]]
 
 
 def confusion_matrix(predictions: pd.DataFrame, class_names: Sequence[str]) -> np.ndarray:

@@ -75,7 +75,7 @@ def asked(resized: Path, explored: Path, part: str, *, limit: int = 0, seed: int
     if table.empty:
         raise ValueError(f"The run has no images of part {part}. Choose the other part: val or test.")
     table, raw = table.head(limit or len(table)), explored / "source"
-    files = [raw / path for path in table["source"]] if "box" not in table else [resized / p for p in table["path"]]
+    files = [raw / path for path in table["path"]] if "box" not in table else [resized / file for file in table["file"]]
     return Asked([file.absolute() for file in files], list(table["label"]), part)
 
 
@@ -97,7 +97,7 @@ def expected(run: Predict, files: Sequence[Path], about: Mapping[str, Any]) -> n
 
 def samples(resized: Path, seed: int = 0) -> np.ndarray:
     """Return training images for int8 to choose its ranges by, the classes in turn: float32 (n, H, W, 3)."""
-    chosen = [resized / path for path in _in_turn(resized, "train", seed)["path"].head(SAMPLES)]
+    chosen = [resized / file for file in _in_turn(resized, "train", seed)["file"].head(SAMPLES)]
     size = disk.read_json(resized / "resize.json")["image_size"]
     return np.stack([images.load(file, size) for file in chosen]).astype(np.float32)
 

@@ -303,7 +303,7 @@ def _svg(draw: Callable, *values, **options) -> str:
 
 def _picture(run: Path, row: dict) -> dict:
     """A row of the mistakes with its image; without one if the file is no longer there."""
-    places = (run / "resize" / row["path"], run / "explore" / "source" / row["path"])
+    places = (run / "resize" / row.get("file", ""), run / "explore" / "source" / row["path"])
     path = next((place for place in places if place.is_file()), None)
     return row | {"image": _jpeg(path) if path else None}
 

@@ -109,7 +109,7 @@ def mistakes(table: pd.DataFrame, root: str | Path = "", *, columns: int = 6, ax
     """Wrongly classified images, each with its true class and what the model said instead, and how surely.
 
     Args:
-        table: columns path (relative to `root`), label, predicted, confidence (0-1); drawn in the order of its rows.
+        table: columns file (relative to `root`), label, predicted, confidence (0-1); drawn in the order of its rows.
     """
     if len(table) == 0:
         ax = theme.new(ax, (theme.WIDTH, 0.8))
@@ -118,9 +118,9 @@ def mistakes(table: pd.DataFrame, root: str | Path = "", *, columns: int = 6, ax
             ax, 0, 0.5, "No mistakes: every image was classified correctly.", fontsize=10, color=theme.GREY, va="center"
         )
         return ax
-    paths = [Path(root) / path for path in table["path"]]
-    columns = max(3, min(columns, len(paths)))
-    rows = [paths[start : start + columns] for start in range(0, len(paths), columns)]
+    files = [Path(root) / file for file in table["file"]]
+    columns = max(3, min(columns, len(files)))
+    rows = [files[start : start + columns] for start in range(0, len(files), columns)]
     ax = _mosaic(rows, columns=columns, caption_lines=2, ax=ax)
     for index, row in enumerate(table.itertuples(index=False)):
         place = (ax, index // columns, index % columns)

@@ -27,12 +27,14 @@ class Folder(bank.Images):
         pixels: every image once, in order, as uint8 batches of shape (<=32, H, W, 3), decoded as they are read.
         keys: what identifies each image's pixels: the raw file's sha256, its box if any, and how it was resized.
         labels: int32 array of shape (n,), indices into `class_names`; float32 shares (n, classes) as `shares` returns.
-        paths: absolute file names.
+        paths: of the raw images, below their source.
+        files: absolute names of the resized images' files.
         class_names: in the model's order.
         image_size: height and width in pixels.
     """
 
     paths: list[str]
+    files: list[str]
     class_names: list[str]
     image_size: int
 
@@ -63,12 +65,13 @@ def read(folder: str | Path, part: str) -> Folder:
     about = disk.read_json(folder / "resize.json")
     made = ":".join(str(about[key]) for key in ("image_size", "fit", "format", "levels") if key in about)
     cut = rows["sha256"] + (":" + rows["box"] if "box" in rows else "")
-    paths = [str(folder / path) for path in rows["path"]]
+    files = [str(folder / file) for file in rows["file"]]
     return Folder(
-        pixels=_in_order(paths, about["image_size"]),
+        pixels=_in_order(files, about["image_size"]),
         keys=[f"{one}:{made}" for one in cut],
         labels=rows["label"].map(index).to_numpy(np.int32),
-        paths=paths,
+        paths=list(rows["path"]),
+        files=files,
         class_names=class_names,
         image_size=about["image_size"],
     )
@@ -86,15 +89,15 @@ def through(run: Callable[[np.ndarray], np.ndarray], images: Folder, label: str)
     return np.concatenate([run(batch) for batch in tracked])
 
 
-def decode(path: tf.Tensor, image_size: int) -> tf.Tensor:
+def decode(file: tf.Tensor, image_size: int) -> tf.Tensor:
     """Return the image file as a uint8 tensor of shape (image_size, image_size, 3)."""
-    image = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
+    image = tf.io.decode_image(tf.io.read_file(file), channels=3, expand_animations=False)
     return tf.ensure_shape(image, (image_size, image_size, 3))
 
 
-def _in_order(paths: list[str], image_size: int) -> tf.data.Dataset:
-    files = tf.data.Dataset.from_tensor_slices(paths)
-    return files.map(lambda path: decode(path, image_size), tf.data.AUTOTUNE, deterministic=True).batch(bank.GROUP)
+def _in_order(files: list[str], image_size: int) -> tf.data.Dataset:
+    names = tf.data.Dataset.from_tensor_slices(files)
+    return names.map(lambda file: decode(file, image_size), tf.data.AUTOTUNE, deterministic=True).batch(bank.GROUP)
 
 
 def labelled(images: Folder, batch_size: int = bank.GROUP) -> tf.data.Dataset:
@@ -133,7 +136,7 @@ def training(
     clock = {"epoch": 0}
     chances = probabilities(images.labels) if balanced else None
     targets = shares(images).labels if augment is not None and augment.mixes else images.labels
-    paths, labels, count = tf.constant(images.paths), tf.constant(targets), len(images)
+    files, labels, count = tf.constant(images.files), tf.constant(targets), len(images)
     steps, part = hardware.steps(count, batch_size), batch_size // ranks.count()
     pixels = tf.concat(list(images.pixels), axis=0) if _fits_in_memory(images) else None
     change = augment.function() if augment is not None else None
@@ -153,7 +156,7 @@ def training(
             batch = tf.gather(pixels, rows)
         else:
             batch = tf.map_fn(
-                lambda f: decode(f, images.image_size), tf.gather(paths, rows), fn_output_signature=tf.uint8
+                lambda f: decode(f, images.image_size), tf.gather(files, rows), fn_output_signature=tf.uint8
             )
         batch = tf.cast(batch, tf.float32), tf.gather(labels, rows)
         return change(*batch, key) if change else batch
@@ -166,8 +169,8 @@ def training(
 
 
 def sample(images: Folder, count: int, seed: int = 0) -> pd.DataFrame:
-    """Return `count` images chosen at random, every class as often as can be: the columns path and label."""
-    rows = pd.DataFrame({"path": images.paths, "label": [images.class_names[label] for label in images.labels]})
+    """Return `count` images chosen at random, every class as often as can be: the columns file and label."""
+    rows = pd.DataFrame({"file": images.files, "label": [images.class_names[label] for label in images.labels]})
     rows = rows.sample(frac=1, random_state=seed)
     turn = rows.groupby("label").cumcount()
     return rows.assign(turn=turn).sort_values("turn", kind="stable").head(count).drop(columns="turn")
@@ -181,7 +184,7 @@ def examples(
     for number, name in enumerate(images.class_names[:classes]):
         rows = [row for row in order if images.labels[row] == number][:each]
         if rows:
-            yield name, np.stack([decode(images.paths[row], images.image_size).numpy() for row in rows])
+            yield name, np.stack([decode(images.files[row], images.image_size).numpy() for row in rows])
 
 
 def probabilities(labels: np.ndarray) -> np.ndarray:
@@ -195,9 +198,9 @@ def in_random_order(images: Folder, seed: int) -> Folder:
 
 
 def at(images: Folder, rows: np.ndarray) -> Folder:
-    paths, keys = ([values[row] for row in rows] for values in (images.paths, images.keys))
-    pixels = _in_order(paths, images.image_size)
-    return replace(images, pixels=pixels, keys=keys, labels=images.labels[rows], paths=paths)
+    paths, files, keys = ([values[row] for row in rows] for values in (images.paths, images.files, images.keys))
+    pixels = _in_order(files, images.image_size)
+    return replace(images, pixels=pixels, keys=keys, labels=images.labels[rows], paths=paths, files=files)
 
 
 def _fits_in_memory(images: Folder) -> bool:

@@ -73,7 +73,7 @@ def measure(
     cached = views > 0 and cut.is_worth_it
     sample, pixels = _sample(images)
     read_again = not cached and len(images) * pixels[0].nbytes > bank.SHARE_OF_RAM * bank.free_memory()
-    steps = {"disk": (epochs if read_again else 1, lambda: _reading(sample.paths))}
+    steps = {"disk": (epochs if read_again else 1, lambda: _reading(sample.files))}
     steps["decode"] = steps["disk"][0], lambda: _decoding(sample)
     if augment is not None and cached and views > 1:
         steps["augment"] = views - 1, lambda: _views(sample, pixels, augment, seed)
@@ -159,20 +159,19 @@ def _sample(images: datasets.Folder) -> tuple[datasets.Folder, np.ndarray]:
     """Return some of the images, evenly spread, and their pixels, uint8 (n, H, W, 3)."""
     most = max(GROUP, min(SAMPLE, SAMPLE_BYTES // (3 * images.image_size**2)))
     rows = range(0, len(images), -(-len(images) // most))
-    paths, keys = ([values[row] for row in rows] for values in (images.paths, images.keys))
-    pixels = np.stack([datasets.decode(path, images.image_size).numpy() for path in paths])
-    data = tf.data.Dataset.from_tensor_slices(pixels).batch(GROUP)
-    return dataclasses.replace(images, pixels=data, keys=keys, labels=images.labels[list(rows)], paths=paths), pixels
+    some = datasets.at(images, np.array(rows))
+    pixels = np.concatenate(list(some.pixels.as_numpy_iterator()))
+    return dataclasses.replace(some, pixels=tf.data.Dataset.from_tensor_slices(pixels).batch(GROUP)), pixels
 
 
 @contextmanager
-def _reading(paths: list[str]) -> Iterator[Callable[[], int]]:
+def _reading(files: list[str]) -> Iterator[Callable[[], int]]:
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        yield lambda: len(list(threads.map(_read, paths)))
+        yield lambda: len(list(threads.map(_read, files)))
 
 
-def _read(path: str) -> None:
-    with open(path, "rb") as stream:
+def _read(file: str) -> None:
+    with open(file, "rb") as stream:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         stream.read()
@@ -180,8 +179,8 @@ def _read(path: str) -> None:
 
 @contextmanager
 def _decoding(images: datasets.Folder) -> Iterator[Callable[[], int]]:
-    files = tf.data.Dataset.from_tensor_slices(images.paths)
-    data = files.map(lambda path: datasets.decode(path, images.image_size), tf.data.AUTOTUNE).batch(GROUP)
+    files = tf.data.Dataset.from_tensor_slices(images.files)
+    data = files.map(lambda file: datasets.decode(file, images.image_size), tf.data.AUTOTUNE).batch(GROUP)
     yield _taking(data)
 
 
@@ -222,8 +221,8 @@ def _training(model: keras.Model, batch_size: int) -> Iterator[Callable[[], int]
 
 @contextmanager
 def _loading(images: datasets.Folder, augment, batch_size: int, workers: int) -> Iterator[Callable[[], int]]:
-    data = tf.data.Dataset.from_tensor_slices(images.paths).repeat()
-    data = data.map(lambda path: datasets.decode(path, images.image_size), workers).batch(
+    data = tf.data.Dataset.from_tensor_slices(images.files).repeat()
+    data = data.map(lambda file: datasets.decode(file, images.image_size), workers).batch(
         batch_size, drop_remainder=True
     )
     if augment is not None:

@@ -81,7 +81,7 @@ class Verdict:
 
 def sample(listed: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return up to 800 rows of train and val of an images.csv, each image once; test stays closed."""
-    rows = listed[(listed["part"] != "test") & ~listed.duplicated("source")]
+    rows = listed[(listed["part"] != "test") & ~listed.duplicated("path")]
     return rows.sample(min(MOST, len(rows)), random_state=seed).sort_index().reset_index(drop=True)
 
 
@@ -97,10 +97,10 @@ def examine(resized: Path, explored: Path, seed: int = 0) -> list[Verdict]:
         ValueError: as `judge`.
     """
     rows = sample(disk.read_table(resized / "images.csv"), seed)
-    groups = inventory.read(explored).drop_duplicates("path").set_index("path")["group"].reindex(rows["source"])
-    seen = [resized / path for path in rows["path"]]
-    raw = facts([explored / "source" / path for path in rows["source"]], seen)
-    raw["folder"] = folders_of(rows["source"], rows["label"])
+    groups = inventory.read(explored).drop_duplicates("path").set_index("path")["group"].reindex(rows["path"])
+    seen = [resized / file for file in rows["file"]]
+    raw = facts([explored / "source" / path for path in rows["path"]], seen)
+    raw["folder"] = folders_of(rows["path"], rows["label"])
     known = {"facts": raw, "border": border(seen)}
     return [judge(what, numbers, rows["label"], groups, seed=seed) for what, numbers in known.items()]
 

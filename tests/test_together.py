@@ -1,0 +1,124 @@
+"""Two devices train a network of every new family as one does, and so do its adapters; two logical CPUs stand for GPUs.
+
+A process of its own has the two: `python -m tests.test_together FOLDER`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.core import disk, project
+
+SIZE, CLASSES = 32, 3
+THAWED = {  # name, or kind of KerasHub's -> the block from which it trains
+    "resnet18": "layer4",
+    "resnext50_32x4d": "layer4",
+    "vgg11_bn": "block5",
+    "hub:ViT": "block3",
+    "hub:DINOV2": "block3",
+    "hub:SigLIP": "block3",
+}
+ADAPTED = {"attentive": "block2", "hub:DeiT": "block3"}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What the process found: of each network how far two devices are from one, and what mixed precision gives."""
+    pytest.importorskip("keras_hub", reason="needs the extra: pip install -e '.[hub]'")
+    folder = tmp_path_factory.mktemp("together")
+    command = [sys.executable, "-m", "tests.test_together", str(folder)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
+    done = subprocess.run(command, cwd=project.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return disk.read_json(folder / "report.json")
+
+
+@pytest.mark.parametrize("name", [*THAWED, *ADAPTED])
+def test_two_devices_train_as_one_does(name, report):
+    found = report[name]
+    assert found["replicas"] == 2 and found["changed by training"] > 1e-3, "or equal weights would prove nothing"
+    assert found["off by"] < 1e-4 * max(1, found["changed by training"])
+
+
+@pytest.mark.parametrize("name", [*THAWED, *ADAPTED])
+def test_mixed_precision_trains_and_answers_in_float32(name, report):
+    found = report[name]["mixed"]
+    assert found["answers"] == "float32" and found["computes"] == "bfloat16"
+    assert np.isfinite(found["losses"]).all() and found["losses"][-1] < found["losses"][0]
+
+
+# In the process with two logical CPUs
+
+
+def build(name: str, folder: Path):
+    import keras
+
+    from helpers.models import classifier
+    from tests import test_adapters, tiny_presets
+
+    keras.utils.set_random_seed(1)
+    if name == "attentive":
+        return test_adapters.attentive()
+    if name.startswith("hub:"):
+        place = folder / name.removeprefix("hub:")
+        if not place.exists():
+            tiny_presets.save(place.name, place)
+        name = f"hub:{place}"
+    return classifier.build(name, CLASSES, image_size=SIZE, weights="none", dropout=0)
+
+
+def trained(name: str, folder: Path, devices: str, precision: str):
+    """Return the model after a few steps, the weights before, and the losses."""
+    import keras
+
+    from helpers.compute import hardware
+    from helpers.models import adapters, unfreezing
+
+    hardware.prepare(devices, trains=True, precision=precision)
+    images = np.random.default_rng(0).uniform(0, 255, (8, SIZE, SIZE, 3)).astype("float32")
+    with hardware.scope():
+        model = build(name, folder)
+        unfreezing.unfreeze(model, (THAWED | ADAPTED)[name])
+        adapters.add(model, {"lora": 2} if name in ADAPTED else {}, seed=5)
+        before = [np.array(weight, "float32") for weight in model.weights]
+        hardware.share(model)
+        model.compile(keras.optimizers.SGD(0.05, clipvalue=None), "categorical_crossentropy", jit_compile=False)
+    how = {"batch_size": 4, "epochs": 4, "shuffle": False, "verbose": 0}
+    history = model.fit(images, np.eye(CLASSES)[np.arange(8) % CLASSES], **how)
+    return model, before, history.history["loss"], images
+
+
+def main(folder: Path) -> None:
+    import keras
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    from helpers.compute import hardware
+
+    report = {}
+    for name in THAWED | ADAPTED:
+        one, before, *_ = trained(name, folder, "cpu", "float32")
+        two, *_ = trained(name, folder, "auto", "float32")
+        pairs = zip(one.get_weights(), two.get_weights(), strict=True)
+        found = {"replicas": hardware.replicas(), "off by": max(float(np.abs(a - b).max()) for a, b in pairs)}
+        changes = zip(one.get_weights(), before, strict=True)
+        found["changed by training"] = max(float(np.abs(a - b).max()) for a, b in changes)
+        model, _, losses, images = trained(name, folder, "cpu", "mixed_bfloat16")
+        inner = next(layer for layer in model.layers if isinstance(layer, keras.Model))
+        answers = model.predict_on_batch(images)
+        report[name] = found | {
+            "mixed": {"answers": str(answers.dtype), "computes": inner.layers[-1].compute_dtype, "losses": losses}
+        }
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
