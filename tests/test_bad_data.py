@@ -560,7 +560,7 @@ def test_numeric_class_names_stay_text_in_natural_order(labelled):
 def test_a_label_with_a_slash_or_dots_gets_a_folder_of_its_own(labelled):
     outcome = labelled(rows(classes=("car/truck", "..", "car%2Ftruck", ".hidden")))
     assert set(outcome.images["label"]) == {"car/truck", "..", "car%2Ftruck", ".hidden"}
-    assert {Path(path).parts[1] for path in outcome.images["path"]} == {
+    assert {Path(file).parts[1] for file in outcome.images["file"]} == {
         "car%2Ftruck",
         "%2E.",
         "car%252Ftruck",

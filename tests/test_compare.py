@@ -144,7 +144,7 @@ def test_images_that_changed_sides_are_the_surest_of_either_kind():
     first, second = a_run("a", [1, 1, 0, 0]), a_run("b", [1, 0, 1, 0], parameters={"epochs": 9})
     changed = comparison.changed_sides(first, second, sorted(first.groups), n=4)
     assert changed["why"].tolist() == ["only a is right", "only b is right"]
-    assert list(changed["path"]) == ["0001.png", "0002.png"]
+    assert list(changed["file"]) == ["0001.png", "0002.png"]
 
 
 def test_one_run_or_one_that_is_not_measured_is_refused(runs_folder):

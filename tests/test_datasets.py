@@ -197,7 +197,7 @@ def test_a_sample_shows_every_class_as_often_as_can_be(train):
     assert shown["label"].value_counts().to_dict() == {"cat": 3, "dog": 2, "owl": 1} or set(shown["label"]) == {
         "cat", "dog", "owl"
     }  # fmt: skip
-    assert list(shown.columns) == ["path", "label"] and shown["path"].is_unique
+    assert list(shown.columns) == ["file", "label"] and shown["file"].is_unique
     assert shown.equals(datasets.sample(train, 6, seed=1))
     assert len(datasets.sample(train, 100)) == 11
 

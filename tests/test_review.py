@@ -466,8 +466,8 @@ def test_the_command_writes_the_page(tmp_path, image_folder, capsys, monkeypatch
     folder = make_run(tmp_path / "runs/pets", root, parameters(root))
     listed = pd.read_csv(folder / "resize/images.csv")
     for row in listed.itertuples():
-        (folder / "resize" / row.path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / row.source, folder / "resize" / row.path)
+        (folder / "resize" / row.file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / row.path, folder / "resize" / row.file)
     disk.write_json(folder / "resize/resize.json", {"image_size": 32, "fit": "crop", "format": "png"})
     keras.utils.set_random_seed(0)
     pixels = keras.Input((32, 32, 3))

@@ -478,7 +478,7 @@ def test_interrupted_resizing_goes_on_where_it_stopped(laid):
     folder, _, _ = laid
     out = folder.parent / "resized"
     written, _ = resizing.write_images(out, folder, image_size=32, fit="crop")
-    gone, kept = out / written["path"][0], out / written["path"][1]
+    gone, kept = out / written["file"][0], out / written["file"][1]
     gone.unlink()
     before = kept.stat().st_mtime_ns
     again, _ = resizing.write_images(out, folder, image_size=32, fit="crop")

@@ -116,7 +116,7 @@ def rank(
     rows, predictions = [], {}
     for item in progress.track(good, total=len(good), unit="backbone", label="probe"):
         strength, table = judge(item, seed)
-        names = list(table.columns[len(tables.KEYS) :])
+        names = [name for name in table.columns if name not in (*tables.KEYS, tables.FILE)]
         result = metrics.metrics(table, names, seed=seed, n_bootstrap=resamples)
         accuracy = result["accuracy"] | {"balanced_accuracy": result["balanced_accuracy"]["value"]}
         rows.append(item | accuracy | {"accuracy": accuracy["value"], "strength": strength})

@@ -19,7 +19,7 @@ from helpers.data import images as files
 from helpers.data import inventory
 from helpers.evaluation import metrics
 
-MOST = 800  # images that are looked at
+MOST = 500  # images that are looked at
 TREES = 40
 FOLDS = 5
 RING = 16  # the image is made this small; its outermost ring of pixels is the border
@@ -80,13 +80,13 @@ class Verdict:
 
 
 def sample(listed: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return up to 800 rows of train and val of an images.csv, each image once; test stays closed."""
+    """Return up to 500 rows of train and val of an images.csv, each image once; test stays closed."""
     rows = listed[(listed["part"] != "test") & ~listed.duplicated("path")]
     return rows.sample(min(MOST, len(rows)), random_state=seed).sort_index().reset_index(drop=True)
 
 
 def examine(resized: Path, explored: Path, seed: int = 0) -> list[Verdict]:
-    """Return the verdicts on both probes, on up to 800 images of train and val.
+    """Return the verdicts on both probes, on up to 500 images of train and val.
 
     Args:
         resized: folder of 02_resize.

@@ -13,7 +13,7 @@ import numpy as np
 from helpers.core import words
 
 FILE = "novelty.npz"
-KNOWN = 500  # training images that are remembered
+KNOWN = 300  # training images that are remembered
 NEIGHBOUR = 5
 LAST = "probabilities"  # the layer whose input is compared
 
@@ -101,7 +101,7 @@ def base_of(model) -> Any:
 
 
 def fit(model, train, val, *, false_alarms: float, seed: int = 0) -> Novelty:
-    """Return distances from up to 500 training images, with the threshold that validation sets.
+    """Return distances from up to 300 training images, with the threshold that validation sets.
 
     Args:
         model: as for `features_of`.
