@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export PYTHONNOUSERSITE = 1
 
-.PHONY: demo test lint audit lock lab clean env systems slow crash browser cluster
+.PHONY: demo test lint audit lock lab clean env systems slow crash browser cluster families
 
 demo: env  ## the main job: solar cells to a report
 	$(BIN)/thaw run recipes/elpv.yaml
@@ -26,6 +26,9 @@ crash: env  ## kills, full disks and read-only folders on the real notebooks, mi
 
 browser: env  ## every notebook in a real JupyterLab, and the label review (needs Debian's chromium), minutes
 	$(BIN)/python -m pytest -m browser
+
+families: env  ## nine families of networks in every format of a bundle, ten minutes and more
+	$(BIN)/python -m pytest -s -m families
 
 cluster: env  ## two hosts, by two processes on this machine; installs the extra, minutes
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[cluster]'

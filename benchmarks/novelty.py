@@ -17,7 +17,7 @@ from helpers.compute import hardware
 from helpers.core import disk, project, stages
 from helpers.data import images
 from helpers.evaluation import entries, metrics
-from helpers.evaluation.trust import novelty
+from helpers.evaluation.trust import distances, novelty
 
 
 def main() -> None:
@@ -27,9 +27,9 @@ def main() -> None:
     asked = parser.parse_args()
     folders = [entries.measured(run) for run in asked.runs]
     for one, other in ((0, 1), (1, 0)):
-        own, strange = (distances(folders[one], files(folders[of], asked.most)) for of in (one, other))
+        own, strange = (how_far(folders[one], files(folders[of], asked.most)) for of in (one, other))
         value, low, high = auroc(own, strange)
-        flagged = [(values > novelty.read(folders[one]).threshold).mean() for values in (own, strange)]
+        flagged = [(values > distances.read(folders[one]).threshold).mean() for values in (own, strange)]
         print(
             f"{asked.runs[one]}: {len(own)} own test images against {len(strange)} of {asked.runs[other]}: AUROC"
             f" {value:.4f} ({low:.4f} to {high:.4f}); flagged {100 * flagged[0]:.1f} % of its own,"
@@ -45,9 +45,9 @@ def files(folder, most: int) -> list:
     return [resized / file for file in rows["file"].sample(min(most, len(rows)), random_state=0)]
 
 
-def distances(folder, paths: list) -> np.ndarray:
+def how_far(folder, paths: list) -> np.ndarray:
     """Return how far images lie from what the run of `folder` has learned, float32 (images,)."""
-    known, about = novelty.read(folder), disk.read_json(folder / "model.json")
+    known, about = distances.read(folder), disk.read_json(folder / "model.json")
     run = novelty.features_of(hardware.load(folder / "model.keras"))
     found = []
     for at in range(0, len(paths), 32):

@@ -6,16 +6,20 @@ import os
 import re
 import sys
 import tarfile
+import tracemalloc
 import zipfile
+from collections import deque
+from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from typer.main import get_command
 
-from helpers.cli import main
+from helpers.cli import classify, main
 from helpers.core import notebooks, project
 from helpers.data import sources
+from helpers.data.formats import listing
 from helpers.data.labelling import archives
 from helpers.evaluation import prediction
 from helpers.pipeline import checks, planning, recipes
@@ -635,31 +639,144 @@ def test_new_overwrites_nothing_and_refuses_bad_names(thaw, project, photos):
 
 
 @pytest.fixture
-def predictions(monkeypatch):
-    table = pd.DataFrame({"path": ["a[1].png", "b.png"], "predicted": ["cat", "dog"], "confidence": [0.9, 0.6]})
-    unreadable = {}
-    monkeypatch.setattr(prediction, "predict", lambda run, images, hosts: (table.assign(cat=[0.9, 0.4]), unreadable))
-    return unreadable
+def classifier(monkeypatch):
+    """A classifier that calls "a" a cat and all else a dog, and cannot read what is called broken."""
+
+    class Fake:
+        class_names, version, seen = ["cat", "dog"], "0123456789ab", []
+        header = "path predicted confidence not_read answer second novel cat dog".split()
+
+        def __init__(self, run, hosts):
+            self.hosts = hosts
+
+        def rows(self, files, reads):
+            for file in files:
+                Fake.seen.append(file.name)
+                if "broken" in file.name:
+                    yield [str(file), "", "", "truncated: the file ends early", "", "", "", "", ""]
+                elif file.name.startswith("a"):
+                    yield [str(file), "cat", 0.9, "", "cat", "dog", "", 0.9, 0.1]
+                else:
+                    yield [str(file), "dog", 0.6, "", "unsure", "cat", "yes", 0.4, 0.6]
+
+        def caution(self):
+            return "Be careful."
+
+    monkeypatch.setattr(prediction, "Classifier", Fake)
+    return Fake
 
 
-def test_predict_prints_a_line_an_image_and_writes_the_csv(thaw, predictions, tmp_path):
-    code, shown = thaw("predict", "runs/x", "a.png", "--csv", tmp_path / "out.csv")
-    assert code == 0 and shown.splitlines()[:2] == ["a[1].png  cat  0.900", "b.png  dog  0.600"]
-    np.testing.assert_array_equal(pd.read_csv(tmp_path / "out.csv")["cat"], [0.9, 0.4])
+@pytest.fixture
+def three(tmp_path):
+    folder = tmp_path / "three"
+    folder.mkdir()
+    for name in ("a[1].png", "b.png", "broken.png"):
+        (folder / name).touch()
+    return folder
 
 
-def test_predict_writes_a_submission_in_the_columns_asked_for(thaw, predictions, tmp_path):
-    code, shown = thaw("predict", "runs/x", "a.png", "--csv", tmp_path / "out.csv", "--columns", "id,animal,cat")
-    assert code == 0, shown
-    assert (tmp_path / "out.csv").read_text().splitlines() == ["id,animal,cat", "a[1],cat,0.9", "b,dog,0.4"]
-    code, shown = thaw("predict", "runs/x", "a.png", "--columns", "id,animal")
-    assert code == 1 and "give --csv FILE too" in shown
+def test_predict_prints_a_line_an_image(thaw, classifier, three):
+    code, shown = thaw("predict", "runs/x", three)
+    assert code == 1 and shown.splitlines() == [
+        f"{three}/a[1].png  cat  0.900",
+        f"{three}/b.png  dog  0.600  unsure, or cat  looks like none of the classes",
+        f"{three}/broken.png  not read: truncated: the file ends early",
+        "Be careful.",
+    ]
 
 
-def test_predict_names_what_it_could_not_read(thaw, predictions):
-    predictions["c.png"] = "truncated: the file ends early"
-    code, shown = thaw("predict", "runs/x", "c.png")
-    assert code == 1 and "c.png  not read: truncated: the file ends early" in shown
+def test_predict_writes_a_row_for_each_image_and_says_why_one_was_not_read(thaw, classifier, three, tmp_path):
+    code, shown = thaw("predict", "runs/x", three, "--csv", tmp_path / "out.csv")
+    assert code == 1 and "broken.png  not read: truncated" in shown and "Be careful." in shown
+    table = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
+    assert list(table.columns) == classifier.header and list(table["predicted"]) == ["cat", "dog", ""]
+    assert list(table["novel"]) == ["", "yes", ""] and list(table["cat"]) == ["0.9", "0.4", ""]
+    assert table["not_read"][2] == "truncated: the file ends early"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "three"]
+
+
+def test_an_interrupted_prediction_goes_on_after_the_last_image_in_its_file(thaw, classifier, three, tmp_path):
+    out = tmp_path / "out.csv"
+    thaw("predict", "runs/x", three, "--csv", out)
+    whole = out.read_bytes()
+    unfinished = tmp_path / "out.csv.0123456789ab.unfinished"
+    unfinished.write_bytes(whole[: whole.index(b"broken") + 3])
+    classifier.seen.clear()
+    code, shown = thaw("predict", "runs/x", three, "--csv", out)
+    assert "2 images are in out.csv.0123456789ab.unfinished already" in shown and code == 1
+    assert classifier.seen == ["broken.png"] and out.read_bytes() == whole and not unfinished.exists()
+    unfinished.write_bytes(whole)
+    classifier.seen.clear()
+    code, shown = thaw("predict", "runs/x", three, "--csv", out)
+    assert code == 1 and not classifier.seen, "what could not be read then counts now too"
+    unfinished.write_bytes(whole)
+    code, shown = thaw("predict", "runs/x", three / "b.png", "--csv", out)
+    assert code == 1 and "was begun with other images" in shown
+
+
+def test_the_unfinished_file_of_another_model_is_not_continued(thaw, classifier, three, tmp_path):
+    (tmp_path / "out.csv.ffffffffffff.unfinished").touch()
+    code, shown = thaw("predict", "runs/x", three, "--csv", tmp_path / "out.csv")
+    assert code == 1 and "was begun with another model. Remove it to begin again" in shown
+    assert not classifier.seen
+
+
+def test_predict_writes_a_submission_in_the_columns_asked_for(thaw, classifier, three, tmp_path):
+    code, shown = thaw("predict", "runs/x", three, "--csv", tmp_path / "out.csv", "--columns", "id,animal,cat")
+    assert (tmp_path / "out.csv").read_text().splitlines() == ["id,animal,cat", "a[1],cat,0.9", "b,dog,0.4"], shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "three"]
+    for more in ([], ["--csv", tmp_path / "out.parquet"]):
+        code, shown = thaw("predict", "runs/x", three, "--columns", "id,animal", *more)
+        assert code == 1 and "give --csv FILE too, a CSV" in shown
+
+
+def test_predict_writes_parquet(thaw, classifier, three, tmp_path):
+    pytest.importorskip("pyarrow", reason="the extra parquet is not installed: pip install -e '.[parquet]'")
+    thaw("predict", "runs/x", three, "--csv", tmp_path / "out.parquet")
+    table = pd.read_parquet(tmp_path / "out.parquet")
+    assert list(table.columns) == classifier.header and list(table["predicted"]) == ["cat", "dog", ""]
+    assert table["cat"].dtype == "float32" and table["cat"].isna().to_list() == [False, False, True]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "three"]
+
+
+def test_what_cannot_be_written_is_said_before_any_work(thaw, classifier, three, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    code, shown = thaw("predict", "runs/x", three, "--csv", tmp_path / "out.parquet")
+    assert code == 1 and "pip install -e '.[parquet]'" in shown
+    code, shown = thaw("predict", "runs/x", three, "--csv", tmp_path / "no/out.csv")
+    assert code == 1 and "no/ " not in shown and "to write out.csv into. Make it first" in shown
+    assert not classifier.seen
+
+
+def test_a_name_that_is_no_utf8_is_written_with_its_bytes(thaw, classifier, tmp_path):
+    file = os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.png")
+    try:
+        open(file, "w").close()
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    out = tmp_path / "out.csv"
+    assert thaw("predict", "runs/x", file, "--csv", out)[0] == 0 and "/a\\xff.png,cat" in out.read_text()
+    out.rename(tmp_path / "out.csv.0123456789ab.unfinished")
+    assert thaw("predict", "runs/x", file, "--csv", out)[0] == 0
+
+
+def test_memory_does_not_grow_with_the_number_of_images(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "find", lambda paths: (Path(f"a{number}.png") for number in range(30_000)))
+    monkeypatch.setattr(classifier, "seen", deque(maxlen=1))
+    tracemalloc.start()
+    try:
+        classify.by_run("x", [], tmp_path / "out.csv", "", "", Console(quiet=True))
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out.csv").read_text().count("\n") == 30_001
+
+
+def test_nothing_is_left_behind_where_there_is_no_image(thaw, classifier, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, shown = thaw("predict", "runs/x", tmp_path / "empty", "--csv", tmp_path / "out.csv")
+    assert code == 1 and "holds no images" in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 def test_predict_without_a_run(thaw, tmp_path):

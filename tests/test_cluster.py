@@ -375,7 +375,7 @@ def test_prediction_is_shared_too(two, together, recipe, tmp_path):
         shown = together.thaw("predict", together.run, photos, "--csv", file, *options, expect=1)
         assert shown.count("broken.png  not read: truncated") == 13
         written.append(file.read_bytes())
-    assert written[0] == written[1] and written[0].count(b"\n") == 72 * 13 + 1
+    assert written[0] == written[1] and written[0].count(b"\n") == 73 * 13 + 1
 
 
 @pytest.mark.cluster

@@ -343,6 +343,10 @@ def test_a_recipe_that_names_no_boxes_or_two_is_refused_before_it_runs(cropped, 
         recipe.stages["crop"] = recipes.load(cropped).stages["crop"] | change
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             terminal.run(recipe, terminal.Console(quiet=True), last="crop")
+    recipe = recipes.load(cropped)
+    recipe.stages["export"] = {}
+    with pytest.raises(ValueError, match=r"export: no bundle carries a detector, and crop\.detector is"):
+        terminal.run(recipe, terminal.Console(quiet=True))
     del recipe.stages["crop"]
     with pytest.raises(ValueError, match="no section crop"):
         terminal.run(recipe, terminal.Console(quiet=True), last="crop")

@@ -157,7 +157,7 @@ def stale_after(tmp_path, monkeypatch):
         ("helpers/evaluation/metrics.py", {"join", "evaluate", "compare", "bakeoff", "export"}),
         ("helpers/evaluation/details.py", {"join", "evaluate", "compare", "bakeoff", "export"}),
         ("helpers/data/splits.py", {"split", "resize"}),
-        ("helpers/data/crop.py", {"crop", "join", "evaluate"}),
+        ("helpers/data/crop.py", {"crop", "join", "evaluate", "export"}),
         ("helpers/reports/theme.py", set()),
         ("helpers/reports/charts.py", set()),
         ("helpers/reports/sheets.py", set()),

@@ -185,6 +185,6 @@ def test_litert_carries_a_transformer(kind, presets, tmp_path):
     model = model_of(presets(kind)[0])
     expected = np.asarray(model(pictures()))
     run = networks.load(formats.write(model, "litert", tmp_path, pictures()))
-    given = np.concatenate([run(one[None]) for one in pictures()])
+    given = np.concatenate([run(one[None])[0] for one in pictures()])
     assert np.ptp(expected, axis=0).max() > 0.2
     np.testing.assert_allclose(given, expected, atol=1e-4)

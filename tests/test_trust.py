@@ -10,7 +10,7 @@ from sklearn import metrics as sklearn_metrics
 
 from helpers.core import promise as asked_for
 from helpers.evaluation import details, subgroups, tables
-from helpers.evaluation.trust import calibration, cheats, explanation, novelty, promises
+from helpers.evaluation.trust import calibration, cheats, distances, explanation, novelty, promises
 from helpers.models import classifier
 
 
@@ -212,14 +212,14 @@ def test_far_images_are_flagged_and_the_file_keeps_what_was_found(tmp_path):
     rng = np.random.default_rng(0)
     known = rng.normal(size=(200, 8)) + 4
     unit = known / np.linalg.norm(known, axis=1, keepdims=True)
-    found = novelty.Novelty(unit.astype("float32"), 0.5, 0.05)
+    found = distances.Novelty(unit.astype("float32"), 0.5, 0.05)
     near, far = rng.normal(size=(100, 8)) + 4, rng.normal(size=(100, 8)) - 4
     assert found.flags(near).mean() < 0.2 and found.flags(far).all()
-    expected = np.sort(np.linalg.norm(near[0] / np.linalg.norm(near[0]) - unit, axis=1))[novelty.NEIGHBOUR - 1]
+    expected = np.sort(np.linalg.norm(near[0] / np.linalg.norm(near[0]) - unit, axis=1))[distances.NEIGHBOUR - 1]
     assert found.distance(near)[0] == pytest.approx(expected, abs=1e-5)
-    assert found.write(tmp_path) == [novelty.FILE]
-    assert (novelty.read(tmp_path).flags(far) == found.flags(far)).all()
-    assert novelty.read(tmp_path / "none") is None
+    assert found.write(tmp_path) == [distances.FILE]
+    assert (distances.read(tmp_path).flags(far) == found.flags(far)).all()
+    assert distances.read(tmp_path / "none") is None
 
 
 def test_the_map_is_the_class_activation_map_where_the_head_reads_means():

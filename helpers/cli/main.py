@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from helpers.cli import bundles
+from helpers.cli import classify
 from helpers.core import disk, notebooks, project
 from helpers.pipeline import recipes
 
@@ -198,20 +198,22 @@ def predict(
     images: Annotated[
         list[Path] | None, typer.Argument(help="Images, or folders that are searched for images.")
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the predictions to this CSV file.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Write the predictions to this file, which may end in .parquet.")
+    ] = None,
     columns: Annotated[
         str, typer.Option(metavar="A,B,...", help="What a competition asks for, as in id,breed; * is every class.")
     ] = "",
     hosts: Hosts = "",
-    bundle: bundles.Bundle = None,
+    bundle: classify.Bundle = None,
 ) -> None:
     """Classify IMAGES with the model of RUN, or with --bundle FOLDER in its place."""
     if bundle:
-        code = bundles.predict(bundle, [Path(run), *(images or [])], csv, console)
+        code = classify.by_bundle(bundle, [Path(run), *(images or [])], csv, columns, console)
     elif not images:
         raise ValueError("Name images or folders after the run: thaw predict runs/elpv photo.png")
     else:
-        code = bundles.predict_by_run(run, images, csv, columns, hosts, console)
+        code = classify.by_run(run, images, csv, columns, hosts, console)
     if code:
         raise typer.Exit(code)
 
@@ -219,9 +221,9 @@ def predict(
 @app.command(rich_help_panel=SHIP)
 def export(
     run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")],
-    formats: bundles.Formats = "",
-    serve: bundles.Serve = False,
-    overrides: bundles.More = None,
+    formats: classify.Formats = "",
+    serve: classify.Serve = False,
+    overrides: classify.More = None,
 ) -> None:
     """Write the model of RUN as a bundle that needs neither Thaw nor TensorFlow, and prove it."""
     from helpers.cli import export as stage

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,9 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's content."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def version_of(files: Iterable[Path]) -> str:
+    """Return 12 hexadecimal digits that change when the content of one of these files does, or when it goes."""
+    digests = [sha256_of(file) if file.is_file() else "" for file in files]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]

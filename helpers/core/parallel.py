@@ -11,7 +11,8 @@ All of them find the project, the runs and the images under the same paths, on a
 import itertools
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 PIECE = 64  # images that a host is given at a time
+AHEAD = 4  # pieces under way, for each host
 RETRIES = 2  # of a piece of bulk work that fails, not counting workers that die
 START = "dask worker {address} --nthreads 1 --nworkers 1"
 
@@ -57,13 +59,13 @@ def connect(address: str) -> Iterator["Client"]:
 
 
 def spread(
-    function: Callable[[Any], Any], pieces: Sequence[Any], *, address: str, reads: Sequence[str | os.PathLike]
+    function: Callable[[Any], Any], pieces: Iterable[Any], *, address: str, reads: Sequence[str | os.PathLike]
 ) -> Iterator[Any]:
     """Yield function(piece) for each piece, in order, computed on the hosts; a host that dies costs nothing.
 
     Args:
         function: of a module of this project, or a `functools.partial` of one.
-        pieces: what can be pickled.
+        pieces: what can be pickled; only a few for each host are under way, so memory does not grow with their number.
         address: the scheduler's.
         reads: files and folders that the pieces need; those that are here must be on every host.
 
@@ -74,12 +76,16 @@ def spread(
         from distributed import CancelledError
 
         seen = [str(path) for path in reads if os.path.exists(path)]
-        tasks = client.map(_piece, pieces, function=function, reads=seen, retries=RETRIES, pure=False)
-        for task in tasks:
+        submit = partial(client.submit, _piece, function=function, reads=seen, retries=RETRIES, pure=False)
+        tasks = (submit(piece) for piece in pieces)
+        ahead = deque(itertools.islice(tasks, AHEAD * max(1, len(client.nthreads()))))
+        while ahead:
             try:
-                yield task.result()
+                found = ahead.popleft().result()
+                ahead.extend(itertools.islice(tasks, 1))
             except CancelledError:
                 raise HostError(f"The scheduler {address} is gone. The same command goes on when it is back.") from None
+            yield found
 
 
 def _piece(piece: Any, *, function: Callable[[Any], Any], reads: list[str]) -> Any:

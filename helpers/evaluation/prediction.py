@@ -1,29 +1,32 @@
 """Classify images with the model of a run, read exactly as its training images were read."""
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import chain, islice, pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
+from joblib import cpu_count
 
 from helpers.core import disk, notebooks, parallel, project
 from helpers.data import crop, images
-from helpers.data.formats import deep
-from helpers.data.labelling import folders
+from helpers.data.formats import deep, listing
 from helpers.evaluation import tables
-from helpers.evaluation.trust import novelty, promises
+from helpers.evaluation.trust import distances, novelty, promises
 
 BATCH = 32
 UNSURE = "unsure"
+FIRST = ("path", "predicted", "confidence")  # columns of a row
 NOTES = {
     "answer": "the predicted class, or that the promise of 05 cannot be kept",
     "second": "the class next in probability",
     "set": "the classes that keep a promise of coverage",
     "novel": "yes where the image looks like none of the classes",
 }
+DECISIVE = ("model.keras", "model.json", "class_names.json", "decision.json", distances.FILE)  # files that decide a row
 PIECE = 16 * BATCH  # images that a host is given at a time; whole batches, so that hosts change no digit
 
 
@@ -94,34 +97,143 @@ def table(images, scores: np.ndarray, root: Path) -> pd.DataFrame:
     return tables.predictions_table(images.paths, images.labels, scores, images.class_names, files)
 
 
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Return the files among `paths` and all files below the folders among them, sorted within each folder.
+def load(folder: Path):
+    """Return the network of a run: images -> probabilities, and the features of novelty where 05 remembers images.
 
-    Raises:
-        FileNotFoundError: a path does not exist, or a folder holds no file.
+    Args:
+        folder: as `model_folder` returns it.
+
+    Returns:
+        keras.Model with one output (batch, classes), or with two.
     """
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            below = [path / name for name in sorted(folders.walk(path, Counter()))]
-            if not below:
-                raise FileNotFoundError(f"The folder {path} holds no images.")
-            found += below
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f"There is no image or folder {path}.")
-    return found
+    from helpers.compute import hardware  # takes seconds, which a wrong path need not
+
+    model = hardware.load(folder / "model.keras")
+    return novelty.with_features(model) if (folder / distances.FILE).is_file() else model
+
+
+def asking(model, folder: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function of images that gives what the network of a run says, in one pass and as fast as in 05.
+
+    Args:
+        model: as `load` returns it.
+        folder: where it lies.
+
+    Returns:
+        A function, images (n, H, W, 3) -> probabilities (n, classes). Where 05 remembers images, one more column says
+        by how much each image is farther than the threshold of novelty.
+    """
+    import keras
+
+    from helpers.compute import inference
+
+    known = distances.read(folder)
+    if known is None:
+        return inference.fast(model)
+    # A name of its own: names that Keras makes up in this process may be in the model already.
+    both = keras.layers.Concatenate(name="said_and_features", dtype="float32")(model.outputs)
+    run, count = inference.fast(keras.Model(model.input, both)), model.outputs[0].shape[1]
+
+    def ask(pixels: np.ndarray) -> np.ndarray:
+        said = run(pixels)
+        return np.column_stack([said[:, :count], known.beyond(said[:, count:])])
+
+    return ask
+
+
+class Classifier:
+    """The model of a run, asked about any number of files in the memory of a few.
+
+    Attributes:
+        class_names: in the model's order.
+        header: the columns of a row: path, predicted, confidence, not_read (why a file is no readable image), what the
+            run has learned to say of it (`NOTES`), and the probability of each class.
+        version: changes when the model does, or what it says beside its probabilities.
+    """
+
+    def __init__(self, run: str | Path, hosts: str = "") -> None:
+        """Find the model; it is loaded once the first files are found.
+
+        Args:
+            run: the folder of a run, or of one of its training stages.
+            hosts: address of a Dask scheduler whose hosts share the work; they must see the run and the images under
+                the same paths.
+
+        Raises:
+            FileNotFoundError: the run or its model does not exist.
+        """
+        self.folder, self.hosts = model_folder(run).resolve(), hosts
+        self.class_names = disk.read_json(self.folder / "class_names.json")
+        self.version = disk.version_of(self.folder / name for name in DECISIVE)
+        self._about, decided = disk.read_json(self.folder / "model.json"), self.folder / "decision.json"
+        self._promise = disk.read_json(decided)["promise"] if decided.is_file() else {}
+        self._notes = ["answer", "second"] if self._promise else []
+        self._notes += ["set"] if self._promise.get("kind") == "coverage" else []
+        self._notes += ["novel"] if (self.folder / distances.FILE).is_file() else []
+        own = [f"{name}_" if name in self.class_names else name for name in ("not_read", *self._notes)]
+        self.header = [*FIRST, *own, *self.class_names]
+        self._read = self._beyond = 0
+
+    def rows(self, files: Iterable[str | Path], reads: Iterable[str | Path] = ()) -> Iterator[list]:
+        """Yield a row for each file, in order; where it cannot be read, all but its path and the reason is "".
+
+        Args:
+            files: images.
+            reads: files and folders that every host must see.
+
+        Raises:
+            parallel.HostError: the hosts cannot do it.
+        """
+        for paths, said, reasons, beyond in self._pieces(files, reads):
+            self._read, self._beyond = self._read + len(said), self._beyond + beyond
+            told = zip(*self._columns(said), strict=True) if len(said) else iter(())
+            for path, reason in zip(paths, reasons, strict=True):
+                unread = ["", "", reason, *[""] * (len(self.header) - len(FIRST) - 1)]
+                yield [str(path), *(unread if reason else next(told))]
+
+    def caution(self) -> str:
+        """Return what should be known about the rows so far; "" where there is nothing."""
+        cautions = []
+        if boxes := self._about.get("crop", {}).get("boxes"):
+            cautions.append(f"The model learned on images cut to the boxes of {boxes}; these are taken whole.")
+        if self._beyond:
+            black, white = self._about["levels"]
+            cautions.append(
+                f"{self._beyond:,} of {self._read:,} images have values beyond {black:g} to {white:g}, the range that"
+                " the model learned on; these values are cut off."
+            )
+        return "\n".join(cautions)
+
+    def _pieces(self, files: Iterable[str | Path], reads: Iterable[str | Path]) -> Iterator[tuple]:
+        if not self.hosts:
+            return _classify(self.folder, self.version, files)
+        work = partial(_classify_with, self.folder, self.version, os.getcwd())
+        seen = [self.folder / "model.keras", *map(os.path.abspath, reads)]
+        pieces = _batched(map(str, files), PIECE)
+        return chain.from_iterable(parallel.spread(work, pieces, address=self.hosts, reads=seen))
+
+    def _columns(self, said: np.ndarray) -> list[list]:
+        """Return the columns from `predicted` on, of images that were read."""
+        names, count = np.array(self.class_names, dtype=object), len(self.class_names)
+        chances = said[:, :count]
+        order = np.argsort(-chances, axis=1, kind="stable")
+        first, rows = names[order[:, 0]], [chances.max(axis=1).tolist(), [""] * len(said)]
+        if self._promise:
+            answers = np.where(promises.answered(self._promise, chances), first, UNSURE)
+            rows += [answers.tolist(), names[order[:, 1]].tolist()]
+        if "set" in self._notes:
+            rows.append(["|".join(names[row]) for row in promises.sets(self._promise, chances)])
+        if "novel" in self._notes:
+            rows.append(["yes" if beyond else "" for beyond in said[:, count] > 0])
+        return [first.tolist(), *rows, *chances.T.tolist()]
 
 
 def predict(run: str | Path, paths: Iterable[str | Path], hosts: str = "") -> tuple[pd.DataFrame, dict[str, str]]:
-    """Classify image files and folders of images.
+    """Classify image files and folders of images into one table; `Classifier` takes more of them than memory holds.
 
     Args:
-        run: the folder of a run, or of one of its training stages.
+        run, hosts: as for `Classifier`.
         paths: image files and folders.
-        hosts: address of a Dask scheduler whose hosts share the work; they must see the run and the images under the
-            same paths.
 
     Returns:
         A table with the columns path, predicted, confidence, what the run has learned to say of it (`NOTES`), and one
@@ -132,118 +244,67 @@ def predict(run: str | Path, paths: Iterable[str | Path], hosts: str = "") -> tu
         FileNotFoundError: the run, its model, or a path does not exist.
         parallel.HostError: the hosts cannot do it.
     """
-    folder, paths = model_folder(run).resolve(), list(paths)
-    files = find_images(paths)
-    class_names, about = disk.read_json(folder / "class_names.json"), disk.read_json(folder / "model.json")
-    if hosts:
-        pieces = [[os.path.abspath(path) for path in files[at : at + PIECE]] for at in range(0, len(files), PIECE)]
-        work = partial(_classify_with, str(folder), (folder / "model.keras").stat().st_mtime_ns)
-        reads = [folder / "model.keras", *map(os.path.abspath, paths)]
-        parts = list(parallel.spread(work, pieces, address=hosts, reads=reads))
-    else:
-        parts = [_classify(*_load(str(folder)), folder, files)]
-    reasons = [reason for _, _, found, _ in parts for reason in found]
-    scores, beyond = np.concatenate([scores for scores, *_ in parts]), sum(count for *_, count in parts)
-    distances = np.concatenate([far for _, far, *_ in parts])
-    read = [str(path) for path, reason in zip(files, reasons, strict=True) if not reason]
-    unreadable = {str(path): reason for path, reason in zip(files, reasons, strict=True) if reason}
-    table = pd.DataFrame(scores, columns=class_names)
-    for place, (column, values) in enumerate(_notes(folder, scores, distances, class_names).items()):
-        table.insert(place, column, values)
-    table.attrs["class_names"] = class_names
-    table.insert(0, "confidence", scores.max(axis=1) if len(scores) else [])
-    table.insert(0, "predicted", [class_names[index] for index in scores.argmax(axis=1)])
-    table.insert(0, "path", read)
-    cautions = []
-    if boxes := about.get("crop", {}).get("boxes"):
-        cautions.append(f"The model learned on images cut to the boxes of {boxes}; these are taken whole.")
-    if beyond:
-        black, white = about["levels"]
-        cautions.append(
-            f"{beyond:,} of {len(read):,} images have values beyond {black:g} to {white:g}, the range that the model"
-            " learned on; these values are cut off."
-        )
-    if cautions:
-        table.attrs["caution"] = "\n".join(cautions)
+    asked, paths = Classifier(run, hosts), list(paths)
+    table = pd.DataFrame(asked.rows(listing.find(paths), paths), columns=asked.header)
+    reasons = table.pop(asked.header[len(FIRST)])
+    unreadable = dict(zip(table["path"][reasons != ""], reasons[reasons != ""], strict=True))
+    table = table[reasons == ""].reset_index(drop=True).astype(dict.fromkeys(["confidence", *asked.class_names], float))
+    table.attrs["class_names"] = asked.class_names
+    if caution := asked.caution():
+        table.attrs["caution"] = caution
     return table, unreadable
 
 
-def lines(table: pd.DataFrame) -> list[str]:
-    """Return a line for each row of a table of `predict`, for a terminal."""
-    said = []
-    for row in table.to_dict("records"):
-        line = f"{row['path']}  {row['predicted']}  {row['confidence']:.3f}"
-        if row.get("answer") == UNSURE:
-            line += f"  {UNSURE}, or {row['second']}"
-        said.append(line + ("  looks like none of the classes" if row.get("novel") else ""))
-    return said
-
-
-def _load(folder: str):
-    """Return the model in a folder, and a function of images that says how far each is from all that was learned."""
-    from helpers.compute import hardware  # takes seconds, which a wrong path need not
-
-    model, known = hardware.load(Path(folder) / "model.keras"), novelty.read(Path(folder))
-    if known is None:
-        return model, lambda images: np.zeros(len(images), np.float32)
-    run = novelty.features_of(model)
-    return model, lambda images: known.distance(run(images))
-
-
 @lru_cache(maxsize=1)
-def _loaded(folder: str, modified: int):
-    return _load(folder)
+def _loaded(folder: Path, version: str) -> Callable[[np.ndarray], np.ndarray]:
+    return asking(load(folder), folder)
 
 
-def _notes(folder: Path, scores: np.ndarray, distances: np.ndarray, class_names: Sequence[str]) -> dict[str, list]:
-    """Return the columns of what 05 promised and remembers; none for a model that has no such thing."""
-    decided = folder / "decision.json"
-    kept = disk.read_json(decided)["promise"] if decided.is_file() else {}
-    notes: dict[str, list] = {}  # a class called "novel" keeps its name, and the note has another one
-    if kept:
-        named = np.array(class_names, dtype=object)[np.argsort(-scores, axis=1, kind="stable")[:, :2]]
-        notes["answer"] = np.where(promises.answered(kept, scores), named[:, 0], UNSURE).tolist()
-        notes["second"] = named[:, 1].tolist()
-        if kept["kind"] == "coverage":
-            chosen = promises.sets(kept, scores)
-            notes["set"] = ["|".join(class_names[index] for index in np.flatnonzero(row)) for row in chosen]
-    if known := novelty.read(folder):
-        notes["novel"] = ["yes" if far else "" for far in distances > known.threshold]
-    return {f"{column}_" if column in class_names else column: values for column, values in notes.items()}
-
-
-def _classify_with(folder: str, modified: int, files: list[str]) -> tuple[np.ndarray, np.ndarray, list[str], int]:
-    """Classify files on a host, which keeps the model for its next piece."""
+def _classify_with(folder: Path, version: str, place: str, files: list[str]) -> list[tuple]:
+    """Classify files, whose paths are relative to `place`, on a host, which keeps the model for its next piece."""
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the host's worker lives on beside what comes next
-    return _classify(*_loaded(folder, modified), Path(folder), files)
+    return list(_classify(folder, version, files, place))
 
 
 def _classify(
-    model, distance: Callable, folder: Path, files: Sequence[str | Path]
-) -> tuple[np.ndarray, np.ndarray, list[str], int]:
-    """Return the probabilities of the files that are readable images, how far each is from all that was learned, for
+    folder: Path, version: str, files: Iterable[str | Path], place: str = ""
+) -> Iterator[tuple[list, np.ndarray, list[str], int]]:
+    """Yield some files at a time, with what the model says of those that are readable images, as `asking` gives it, for
     each file why it is none, or "", and how many of them hold values beyond the range that the model knows.
     """
-    about, class_names = disk.read_json(folder / "model.json"), disk.read_json(folder / "class_names.json")
+    read = _reader(folder, place)
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        reading = ((batch, pool.map(read, batch)) for batch in _batched(files, BATCH))
+        for (batch, loaded), _ in pairwise(chain(reading, [None])):  # the next batch is read meanwhile
+            found = list(loaded)
+            pixels = [one for one, _, _ in found if one is not None]
+            said = _loaded(folder, version)(np.stack(pixels)) if pixels else np.zeros((0, 0))
+            yield batch, said, [reason for _, reason, _ in found], sum(beyond for *_, beyond in found)
+
+
+def _reader(folder: Path, place: str) -> Callable[[str | Path], tuple[np.ndarray | None, str, bool]]:
+    """Return a function of a file that gives its pixels or None, why it is no readable image, or "", and whether it
+    holds values beyond the range that the model knows.
+    """
+    about = disk.read_json(folder / "model.json")
     part_of = crop.cutter(about["crop"]) if "crop" in about else lambda path: None
     levels = deep.Levels(*about["levels"]) if "levels" in about else None
-    scores, reasons, beyond = [np.zeros((0, len(class_names)), np.float32)], [], 0
-    distances = [np.zeros(0, np.float32)]
-    for start in range(0, len(files), BATCH):
-        pixels = []
-        for path in map(Path, files[start : start + BATCH]):
-            try:
-                how = {"box": part_of(path), "levels": levels}
-                loaded, cut_off = images.load_noted(path, about["image_size"], about["fit"], **how)
-                pixels.append(loaded)
-                reasons.append("")
-                beyond += cut_off > 0
-            except images.ImageError as error:
-                reasons.append(str(error))
-        if pixels:
-            scores.append(model.predict_on_batch(np.stack(pixels)))
-            distances.append(distance(np.stack(pixels)))
-    return np.concatenate(scores), np.concatenate(distances), reasons, beyond
+
+    def read(file: str | Path) -> tuple[np.ndarray | None, str, bool]:
+        path = Path(place, file)
+        try:
+            how = {"box": part_of(path), "levels": levels}
+            pixels, cut_off = images.load_noted(path, about["image_size"], about["fit"], **how)
+        except images.ImageError as error:
+            return None, str(error), False
+        return pixels, "", cut_off > 0
+
+    return read
+
+
+def _batched(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    return iter(lambda: list(islice(items, size)), [])
 
 
 def submission(predictions: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -20,24 +20,26 @@ from PIL import Image
 
 from helpers.core import disk, progress, project
 from helpers.data import images
-from helpers.data.formats import deep, jpeg, png
+from helpers.data.formats import deep, jpeg, listing, png
+from helpers.evaluation.trust import distances
 from helpers.export import certificate, formats
 from helpers.export.carried import networks, predict, verify
 
 BATCH = 32
 LARGER = 1.5  # side of a golden image, in sides of what the network takes, so that resizing is part of the proof
 FILES = Path(__file__).parent / "files"
-CARRIED = {"predict.py": predict, "networks.py": networks, "verify.py": verify}
-CARRIED |= {f"reading/{module.__name__.rpartition('.')[2]}.py": module for module in (images, deep, jpeg, png)}
+CARRIED = {"predict.py": predict, "networks.py": networks, "distances.py": distances, "verify.py": verify}
+CARRIED |= {f"reading/{module.__name__.rpartition('.')[2]}.py": module for module in (images, deep, jpeg, listing, png)}
 IMPORTS = {
     r"from helpers\.data\.formats\b": "from reading",
     r"from helpers\.data import": "from reading import",
+    r"from helpers\.evaluation\.trust import": "import",
     r"from helpers\.export\.carried import": "import",
 }
 SAMPLES = 50  # training images by which int8 chooses its ranges
 
 
-Predict = Callable[[np.ndarray], np.ndarray]  # images (n, H, W, 3) -> probabilities (n, classes)
+Predict = Callable[[np.ndarray], np.ndarray]  # as `prediction.asking` returns it
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ def asked(resized: Path, explored: Path, part: str, *, limit: int = 0, seed: int
 
 
 def expected(run: Predict, files: Sequence[Path], about: Mapping[str, Any]) -> np.ndarray:
-    """Return what the Keras model says of files, read as `thaw predict` reads them: float32 (files, classes).
+    """Return what the Keras model says of files, read as `thaw predict` reads them: a row for each, as `run` gives it.
 
     Args:
-        run: the model as `inference.fast` returns it, by which 05 predicts.
+        run: the model as `prediction.asking` returns it, by which `thaw predict` predicts.
         files: images.
         about: model.json beside it.
     """
@@ -110,7 +112,7 @@ def _in_turn(resized: Path, part: str, seed: int) -> pd.DataFrame:
 
 
 def begin(folder: Path, evaluated: Path) -> dict[str, Any]:
-    """Write what every format needs: code, classes, preprocessing and, where the run has one, its decision.
+    """Write what every format needs: code, classes, preprocessing and, where the run has them, decision and novelty.
 
     Args:
         folder: of the bundle; what it held is replaced.
@@ -136,9 +138,11 @@ def begin(folder: Path, evaluated: Path) -> dict[str, Any]:
     disk.write_json(folder / "classes.json", disk.read_json(evaluated / "class_names.json"))
     how = {"image_size": about["image_size"], "fit": about["fit"], "levels": about.get("levels")}
     how |= {"colour": "RGB", "range": [0, 255], "dtype": "float32", "exif": "obeyed", "transparent": "white"}
-    disk.write_json(folder / "preprocessing.json", how | {"max_pixels": images.MAX_PIXELS})
-    if (evaluated / "decision.json").is_file():
-        shutil.copyfile(evaluated / "decision.json", folder / "decision.json")
+    how |= {"max_pixels": images.MAX_PIXELS, "boxes": Path(about.get("crop", {}).get("boxes", "")).name}
+    disk.write_json(folder / "preprocessing.json", how)
+    for name in ("decision.json", distances.FILE):
+        if (evaluated / name).is_file():
+            shutil.copyfile(evaluated / name, folder / name)
     return about
 
 
@@ -166,9 +170,9 @@ def add(
     Args:
         folder: as `begin` left it.
         kinds: names of `formats.FORMATS`, the one to use first.
-        model: the Keras model.
+        model: the Keras model, as `prediction.load` returns it.
         proof: the images.
-        given: what the Keras model says of them, (images, classes).
+        given: what the Keras model says of them, as `expected` returns it.
         name: of the model.
         representative: as `samples` returns them, for int8.
         tolerance: see `certificate.judge`.
@@ -183,7 +187,7 @@ def add(
         formats.write(model, kind, folder, representative)
         _describe(folder, name, [*(one.format for one in proved), kind])
         parity, answers = certificate.compare(folder, kind, proof.files, given, proof.labels, classes)
-        if why := certificate.judge(parity, answers, given, proof.files, tolerance):
+        if why := certificate.judge(parity, answers, given, proof.files, tolerance, len(classes)):
             missed.append(why)
             for part in formats.FORMATS[kind].parts(folder):
                 part.unlink()
@@ -286,7 +290,8 @@ def answers(folder: Path) -> pd.DataFrame:
     golden, rows = disk.read_json(folder / "golden.json"), []
     for file, said in golden["images"].items():
         row = {"path": file}
-        for who, chances in said.items():
+        for who, values in said.items():
+            chances = values[: len(golden["classes"])]
             row[who] = f"{golden['classes'][int(np.argmax(chances))]} {max(chances):.4f}"
         rows.append(row)
     return pd.DataFrame(rows)

@@ -10,6 +10,7 @@ from typing import Any
 
 from helpers.core import disk, notebooks, project, stages, words
 from helpers.evaluation import metrics
+from helpers.evaluation.trust import distances
 from helpers.export import bundle, certificate
 
 UNKNOWN = "unknown: ask whoever owns the images"
@@ -62,11 +63,7 @@ def _facts(folder: Path, evaluated: Path, measured: dict, about: dict, licence: 
     lines += [_table(list(keys), by_class), ""]
     if groups := measured.get("subgroups"):
         lines += ["### By subgroup", "", _table(list(groups[0]), [tuple(map(_short, g.values())) for g in groups]), ""]
-    lines += [
-        "## Limits",
-        "",
-        f"- It knows {len(measured['class_names'])} classes and answers any image with one of them.",
-    ]
+    lines += ["## Limits", "", _novelty(folder, len(measured["class_names"]))]
     lines += ["- The numbers hold for images like those of the test part: the same cameras, places and time."]
     if measured.get("part") == "val":
         lines += ["- There was no test part. Validation chose the model, so its numbers are too good."]
@@ -77,6 +74,15 @@ def _facts(folder: Path, evaluated: Path, measured: dict, about: dict, licence: 
         lines += [f'- It may answer "unsure": its promise is {promise.get("kind")} of {promise.get("wanted", "?")}.']
     lines += [f"- Licence: {licence or UNKNOWN}. The golden images are images of the data set.", "", "## Versions", ""]
     return [*lines, ", ".join(f"{package} {version}" for package, version in kept.items())]
+
+
+def _novelty(folder: Path, classes: int) -> str:
+    known = distances.read(folder)
+    said = f"- It knows {classes} classes and answers any image with one of them."
+    if known is None:
+        return said
+    share = words.percent(known.false_alarms)
+    return f"{said} `novel` marks images that look like none of them, and {share} of the validation images too."
 
 
 def _interval(key: str, found: dict[str, Any]) -> str:

@@ -34,7 +34,8 @@ class Parity:
         format: its name.
         images: how many were asked.
         largest, mean: difference of a probability, in absolute value.
-        same_answers: share of images with the same most probable class.
+        distance: largest difference of the distance by which novelty is told; 0 where the run does not tell it.
+        same_answers: share of images with the same most probable class, and as novel as for Keras.
         accuracy, keras_accuracy: shares of correct answers.
         difference: of the two, format less Keras: value, low, high (95 %, paired bootstrap).
         megabytes: of the files of the network.
@@ -47,6 +48,7 @@ class Parity:
     images: int
     largest: float
     mean: float
+    distance: float
     same_answers: float
     accuracy: float
     keras_accuracy: float
@@ -62,7 +64,8 @@ def ask(bundle: Path, kind: str, files: list[Path], threads: int = 1) -> tuple[n
     """Classify files by a bundle in a process that can import neither Thaw nor, for most formats, TensorFlow.
 
     Returns:
-        Probabilities, float64 (files, classes), and load_seconds, milliseconds and peak_mb of that process.
+        What the network says, float64 (files, classes [+ 1]), as `Model.raw` gives it, and load_seconds, milliseconds
+        and peak_mb of that process.
 
     Raises:
         ParityError: the process failed; the message holds its last line.
@@ -83,20 +86,21 @@ def ask(bundle: Path, kind: str, files: list[Path], threads: int = 1) -> tuple[n
 def compare(
     bundle: Path, kind: str, files: list[Path], expected: np.ndarray, labels: list[str], class_names: list[str]
 ) -> tuple[Parity, np.ndarray]:
-    """Return how far a format is from the Keras model, and its probabilities, (files, classes).
+    """Return how far a format is from the Keras model, and what it says, (files, classes [+ 1]).
 
     Args:
         bundle: the folder.
         kind: the format.
         files: images, as people would give them.
-        expected: probabilities of the Keras model for them, (files, classes).
+        expected: what the Keras model says of them, (files, classes [+ 1]), as `prediction.asking` gives it.
         labels: their true classes.
         class_names: in the model's order.
 
     Raises:
         ParityError: the bundle fails, or these images could not tell a wrong model from a right one.
     """
-    if np.ptp(expected, axis=0).max() < ALIKE:
+    count = len(class_names)
+    if np.ptp(expected[:, :count], axis=0).max() < ALIKE:
         raise ParityError(
             f"The model gives all {len(files)} images the same probabilities, so they prove nothing. Train it first."
         )
@@ -105,16 +109,18 @@ def compare(
         raise ParityError(f"{kind} is not written: it answers {files[wrong[0]].name} with values that are no numbers.")
     _, two = ask(bundle, kind, files[:TIMED], threads=2)
     names = [str(file) for file in files]
-    both = [tables.predictions_table(names, labels, chances, class_names) for chances in (expected, _whole(given))]
+    chances = expected[:, :count], _whole(given[:, :count])
+    both = [tables.predictions_table(names, labels, of_one, class_names) for of_one in chances]
     paired = comparison.compare(*both, class_names)
     distance = np.abs(given - expected)
     size = sum(path.stat().st_size for path in FORMATS[kind].parts(bundle))
     return Parity(
         format=kind,
         images=len(files),
-        largest=float(distance.max()),
-        mean=float(distance.mean()),
-        same_answers=float((given.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+        largest=float(distance[:, :count].max()),
+        mean=float(distance[:, :count].mean()),
+        distance=float(distance[:, count:].max(initial=0)),
+        same_answers=float(_is_same(given, expected, count).mean()),
         accuracy=paired["second"],
         keras_accuracy=paired["first"],
         difference=paired["difference"],
@@ -126,26 +132,31 @@ def compare(
     ), given
 
 
-def judge(parity: Parity, given: np.ndarray, expected: np.ndarray, files: list[Path], tolerance: float) -> str:
+def judge(
+    parity: Parity, given: np.ndarray, expected: np.ndarray, files: list[Path], tolerance: float, classes: int
+) -> str:
     """Return why a format misses what is asked of it, and on which images; "" where it does not.
 
     Args:
         parity: as `compare` returns it, with `given`.
-        given, expected: probabilities of the format and of Keras, (files, classes).
+        given, expected: what the format and Keras say, (files, classes [+ 1]).
         files: the images.
         tolerance: of quantised formats: the share of answers that may differ, and the accuracy that may be lost.
+        classes: how many there are.
     """
     allowed, distance = FORMATS[parity.format].tolerance, np.abs(given - expected).max(axis=1)
     if allowed is not None:
         worst = [row for row in np.argsort(-distance) if not distance[row] <= allowed]
         if not worst:
             return ""
-        said = f"probabilities differ from Keras by up to {parity.largest:.2g}, more than {allowed:g}"
+        said = f"probabilities differ from Keras by up to {parity.largest:.2g}"
+        said += f" and distances by up to {parity.distance:.2g}" if parity.distance else ""
+        said += f", where {allowed:g} is allowed"
     else:
         lost, changed = parity.keras_accuracy - parity.accuracy, 1 - parity.same_answers
         if lost <= tolerance and changed <= tolerance and np.isfinite(given).all():
             return ""
-        other = given.argmax(axis=1) != expected.argmax(axis=1)
+        other = ~_is_same(given, expected, classes)
         worst = [row for row in np.argsort(-distance) if other[row]]
         said = (
             f"{words.percent(changed)} of the answers differ from Keras and {words.percent(lost)} of accuracy is lost"
@@ -161,6 +172,7 @@ def table(parities: list[Parity]) -> pd.DataFrame:
         one.format: {
             "largest difference": f"{one.largest:.2g}",
             "mean": f"{one.mean:.2g}",
+            **({"distance": f"{one.distance:.2g}"} if any(each.distance for each in parities) else {}),
             "same answers": words.percent(one.same_answers),
             "accuracy less Keras": "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**one.difference),
             "MB": f"{one.megabytes:.1f}",
@@ -177,6 +189,13 @@ def table(parities: list[Parity]) -> pd.DataFrame:
 def as_json(parities: list[Parity]) -> list[dict[str, Any]]:
     """Return the certificate as certificate.json holds it."""
     return [asdict(one) for one in parities]
+
+
+def _is_same(given: np.ndarray, expected: np.ndarray, classes: int) -> np.ndarray:
+    """Return which images have the same most probable class and, where novelty is told, are as novel, bool (files,)."""
+    top, novel = (given[:, :classes].argmax(axis=1), given[:, classes:] > 0)
+    is_top = top == expected[:, :classes].argmax(axis=1)
+    return is_top & (novel == (expected[:, classes:] > 0)).all(axis=1)
 
 
 def _whole(chances: np.ndarray) -> np.ndarray:

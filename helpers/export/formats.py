@@ -21,6 +21,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from helpers.core import words
 
 OPSET = 18  # of ONNX
+OUTPUTS = ("probabilities", "features")  # what the outputs of an ONNX file are called
 
 
 class FormatError(ValueError):
@@ -62,7 +63,7 @@ def write(model: keras.Model, kind: str, folder: Path, samples: np.ndarray) -> P
     """Write a model in one format and return its file.
 
     Args:
-        model: images (batch, H, W, 3) float32, RGB 0-255 -> probabilities (batch, classes).
+        model: images (batch, H, W, 3) float32, RGB 0-255 -> probabilities (batch, classes), or these and features.
         kind: a name of `FORMATS`.
         folder: of the bundle.
         samples: training images, float32 (n, H, W, 3), by which int8 chooses its ranges.
@@ -103,7 +104,7 @@ def _installed(package: str) -> bool:
 
 
 def _frozen(model: keras.Model, batch: int | None) -> Any:
-    """Return the model as one graph whose weights are constants, float32 images -> probabilities."""
+    """Return the model as one graph whose weights are constants, float32 images -> what the model gives."""
     signature = [tf.TensorSpec((batch, *model.input_shape[1:]), tf.float32, name="image")]
 
     @tf.function(input_signature=signature, jit_compile=False)
@@ -151,12 +152,13 @@ def _onnx(model: keras.Model, file: Path, samples: np.ndarray) -> None:
 
     logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # its optimiser prints tracebacks, and goes on
     graph = _frozen(model, None)
+    (image,) = graph.inputs
     # Not from_function: it makes inputs of constants that a model holds, such as those of Normalization.
     tf2onnx.convert.from_graph_def(
         graph.graph.as_graph_def(),
-        input_names=[graph.inputs[0].name],
-        output_names=[graph.outputs[0].name],
-        tensors_to_rename={graph.inputs[0].name: "image", graph.outputs[0].name: "probabilities"},
+        input_names=[image.name],
+        output_names=[tensor.name for tensor in graph.outputs],
+        tensors_to_rename={image.name: "image"} | {t.name: OUTPUTS[n] for n, t in enumerate(graph.outputs)},
         opset=OPSET,
         output_path=str(file),
     )

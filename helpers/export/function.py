@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.core import disk
+from helpers.evaluation.trust import distances
 from helpers.export import bundle
 
 if TYPE_CHECKING:  # it loads the model when it is imported; named here so that a change makes the stage again
     from helpers.export.carried import main  # noqa: F401
 
 LITERT = ".tflite"
-TAKEN = ("classes.json", "preprocessing.json", "decision.json", "predict.py", "networks.py")
+TAKEN = ("classes.json", "preprocessing.json", "decision.json", distances.FILE, "predict.py", "networks.py")
+TAKEN += ("distances.py",)
 
 
 def write(folder: Path, source: Path) -> list[str]:

@@ -6,7 +6,7 @@ from importlib import util
 from pathlib import Path
 from types import ModuleType
 
-NAMES = ("predict", "networks", "verify", "reading")  # of a bundle's modules
+NAMES = ("predict", "networks", "distances", "verify", "reading")  # of a bundle's modules
 
 
 def load(bundle: Path) -> ModuleType:

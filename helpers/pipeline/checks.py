@@ -82,6 +82,15 @@ def _check_crop(recipe: recipes.Recipe) -> None:
     crop.check(recipe.resolved("crop"))
 
 
+def _check_export(recipe: recipes.Recipe) -> None:
+    if "crop" in recipe.chain() and (detector := recipe.resolved("crop")["detector"]):
+        raise notebooks.RecipeError(
+            f"export: no bundle carries a detector, and crop.detector is {detector}. Leave the section export out:"
+            " `thaw predict` cuts images as in training. Or train on boxes from a table, crop.boxes; then those who use"
+            " the bundle cut their images themselves."
+        )
+
+
 def _check_head(recipe: recipes.Recipe) -> None:
     head = recipe.resolved("head")
     backbones.spec(head["backbone"])
@@ -225,4 +234,5 @@ CHECKS: dict[str, Callable[[recipes.Recipe], None]] = {
     "head": _check_head,
     "join": _check_join,
     "evaluate": _check_evaluate,
+    "export": _check_export,
 }

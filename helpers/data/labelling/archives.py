@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from helpers.core import disk, progress, project
+from helpers.data.formats import listing
 from helpers.data.labelling import folders
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -111,7 +112,7 @@ def _place(staging: Path, name: str) -> Path | None:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]) or "\0" in name:
         raise ValueError(_refused(name, "a path that leads out of the folder"))
-    if not path.parts or any(folders.is_clutter(part) for part in path.parts):
+    if not path.parts or any(listing.is_clutter(part) for part in path.parts):
         return None
     return staging / path
 

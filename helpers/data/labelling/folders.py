@@ -15,10 +15,10 @@ from typing import Literal
 import pandas as pd
 
 from helpers.core import words
+from helpers.data.formats import listing
 from helpers.data.images import SUFFIXES
 
 Levels = Literal["auto", "upper", "lower", "path"]
-IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r"}
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 PARTS |= {"test": "test", "testing": "test"}
 # Words that name a folder of images, but no class.
@@ -64,7 +64,9 @@ def read(root: Path, class_folders: Levels = "auto") -> Found:
     found = Found(pd.DataFrame(columns=["path", "label", "split"]))
     images = [_Image(path, PurePosixPath(path).parts[:-1]) for path in walk(root, found.ignored)]
     tops = {image.folders[0] for image in images if image.folders}
-    empty = words.natural_order({e.name for e in os.scandir(root) if is_folder(e) and not is_clutter(e.name)} - tops)
+    empty = words.natural_order(
+        {e.name for e in os.scandir(root) if listing.is_folder(e) and not listing.is_clutter(e.name)} - tops
+    )
     for name in empty:
         found.ignored[f"folders without an image: {shown(name)}"] += 1
     images = _unwrap(images, found)
@@ -86,9 +88,9 @@ def _walk(root: Path, prefix: str, ignored: Counter, above: tuple[str, ...]) -> 
         return
     for entry in entries:
         path = prefix + entry.name
-        if is_clutter(entry.name):
+        if listing.is_clutter(entry.name):
             ignored["hidden and system files"] += 1
-        elif is_folder(entry):
+        elif listing.is_folder(entry):
             real = os.path.realpath(entry.path)
             if real in above:
                 ignored["links to a folder above"] += 1
@@ -98,19 +100,6 @@ def _walk(root: Path, prefix: str, ignored: Counter, above: tuple[str, ...]) -> 
             yield path
         else:
             ignored[f"files named *{shown(PurePosixPath(entry.name).suffix.lower()) or ' without suffix'}"] += 1
-
-
-def is_folder(entry: os.DirEntry) -> bool:
-    """Return whether an entry is a folder or leads to one; a link that leads to itself does not."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def is_clutter(name: str) -> bool:
-    """Return whether a name is hidden or one that an operating system leaves behind."""
-    return name.startswith(".") or name.lower() in IGNORED_NAMES
 
 
 def shown(text: str) -> str:

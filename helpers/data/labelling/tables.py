@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from helpers.core import project, words
+from helpers.data.formats import listing
 from helpers.data.images import SUFFIXES
 from helpers.data.labelling import folders
 
@@ -159,7 +160,7 @@ def find_columns(file: Path, label: str = "", group: str = "") -> Columns:
 def _find_images(file: Path, sample: pd.DataFrame) -> tuple[str, Path, str, float]:
     """Return the column of paths, the folder that they are relative to, the suffix that they lack, and their share."""
     inner = sorted(
-        Path(e.path) for e in os.scandir(file.parent) if folders.is_folder(e) and not folders.is_clutter(e.name)
+        Path(e.path) for e in os.scandir(file.parent) if listing.is_folder(e) and not listing.is_clutter(e.name)
     )
     inner += [child for path in inner for child in sorted(path.iterdir()) if child.is_dir()][:100]
     listed = cache(lambda folder: {name.casefold() for name in os.listdir(folder)} if folder.is_dir() else set())

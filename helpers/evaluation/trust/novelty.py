@@ -1,75 +1,17 @@
 """Is this even one of my classes? How far an image lies from all training images, as the network sees them.
 
-The distance is that to the k-th nearest training image, between unit vectors of what the last layer is given (Sun et
-al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022).
+`distances` says how far; here is what asks a network for the features that are compared.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from helpers.core import words
+from helpers.core import wiring
+from helpers.evaluation.trust import distances
 
-FILE = "novelty.npz"
 KNOWN = 300  # training images that are remembered
-NEIGHBOUR = 5
 LAST = "probabilities"  # the layer whose input is compared
-
-
-@dataclass(frozen=True)
-class Novelty:
-    """Distances from what was learned.
-
-    Attributes:
-        known: float32 (images, n), unit vectors of training images.
-        threshold: distance beyond which an image counts as none of the classes.
-        false_alarms: the share of validation images beyond it, as asked for.
-    """
-
-    known: np.ndarray
-    threshold: float
-    false_alarms: float
-
-    def distance(self, features: np.ndarray) -> np.ndarray:
-        """Return the distance of each image, 0 to 2, float32 (images,).
-
-        Args:
-            features: (images, n), as `features_of` gives them.
-        """
-        likeness = _unit(features) @ self.known.T
-        place = min(NEIGHBOUR, likeness.shape[1])
-        nearest = np.partition(likeness, likeness.shape[1] - place, axis=1)[:, likeness.shape[1] - place]
-        return np.sqrt(np.maximum(2 - 2 * nearest, 0))
-
-    def flags(self, features: np.ndarray) -> np.ndarray:
-        """Return which images count as none of the classes, bool (images,)."""
-        return self.distance(features) > self.threshold
-
-    def __str__(self) -> str:
-        if not self.false_alarms:
-            return "Images of none of the classes are not looked for (false_alarms)."
-        return (
-            f"{len(self.known):,} training images are remembered. An image counts as none of the classes beyond a"
-            f" distance of {self.threshold:.3f}, as {words.percent(self.false_alarms)} of the validation images do."
-        )
-
-    def write(self, folder: Path) -> list[str]:
-        """Write novelty.npz into a folder, unless nothing is looked for, and return the names of what was written."""
-        if not self.false_alarms:
-            return []
-        known = self.known.astype(np.float16)
-        np.savez(folder / FILE, known=known, threshold=self.threshold, false_alarms=self.false_alarms)
-        return [FILE]
-
-
-def read(folder: Path) -> Novelty | None:
-    """Return what `Novelty.write` left in a folder; None where it left nothing."""
-    if not (folder / FILE).is_file():
-        return None
-    with np.load(folder / FILE) as found:
-        return Novelty(found["known"].astype(np.float32), float(found["threshold"]), float(found["false_alarms"]))
 
 
 def features_of(model) -> Any:
@@ -92,15 +34,55 @@ def base_of(model) -> Any:
     Raises:
         ValueError: there is no layer called probabilities.
     """
-    if any(layer.name == LAST for layer in model.layers):
+    if _is_base(model):
         return model
+    return base_of(_inner(model))
+
+
+def with_features(model) -> Any:
+    """Return a keras.Model that gives, in one pass, what a classifier gives and what `features_of` gives.
+
+    Args:
+        model: as for `features_of`.
+
+    Returns:
+        keras.Model: images -> [probabilities (batch, classes), features (batch, n)].
+    """
+    import keras
+
+    from helpers.compute import frontier
+
+    name = f"{model.name}_with_features"
+    if _is_base(model):
+        return keras.Model(model.input, [model.output, model.get_layer(LAST).input], name=name)
+    inner, features = _inner(model), []
+    both, whole = with_features(inner), model.inputs[0]
+
+    def call(node, *args, **kwargs):
+        if node.operation is not inner:
+            return node.operation(*args, **kwargs)
+        said, found = both(*args, **kwargs)
+        if node.input_tensors[0] is whole:  # not one of its mirror images
+            features.append(found)
+        return said
+
+    image = keras.Input(batch_shape=whole.shape, dtype=whole.dtype, name="image")
+    said = frontier.replay(model, [*wiring.nodes_of(model)], {id(whole): image}, call)
+    return keras.Model(image, [said, features[0]], name=name)
+
+
+def _is_base(model) -> bool:
+    return any(layer.name == LAST for layer in model.layers)
+
+
+def _inner(model) -> Any:
     for layer in model.layers:
         if getattr(layer, "layers", None):
-            return base_of(layer)
+            return layer
     raise ValueError(f"The model {model.name!r} has no layer {LAST!r}, which every classifier of Thaw has.")
 
 
-def fit(model, train, val, *, false_alarms: float, seed: int = 0) -> Novelty:
+def fit(model, train, val, *, false_alarms: float, seed: int = 0) -> distances.Novelty:
     """Return distances from up to 300 training images, with the threshold that validation sets.
 
     Args:
@@ -112,15 +94,18 @@ def fit(model, train, val, *, false_alarms: float, seed: int = 0) -> Novelty:
     from helpers.training import datasets
 
     if not false_alarms:
-        return Novelty(np.zeros((0, 1), np.float32), np.inf, 0.0)
+        return distances.Novelty(np.zeros((0, 1), np.float32), np.inf, 0.0)
     run = features_of(model)
     some = np.sort(np.random.default_rng(seed).permutation(len(train))[:KNOWN])
-    known = _unit(datasets.through(run, datasets.at(train, some), "features"))
-    draft = Novelty(known, np.inf, false_alarms)
-    distances = draft.distance(datasets.through(run, val, "features"))
-    return Novelty(known, float(np.quantile(distances, 1 - false_alarms, method="higher")), false_alarms)
+    found = distances.unit(datasets.through(run, datasets.at(train, some), "features"))
+    known = distances.unit(found.astype(np.float16))  # as the file keeps them, so that the threshold is of these
+    far = distances.Novelty(known, np.inf, false_alarms).distance(datasets.through(run, val, "features"))
+    return distances.Novelty(known, _threshold(np.sort(far), false_alarms), false_alarms)
 
 
-def _unit(features: np.ndarray) -> np.ndarray:
-    features = np.asarray(features, np.float32)
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+def _threshold(far: np.ndarray, false_alarms: float) -> float:
+    """Return a distance that at most this share of the sorted distances is beyond, in the middle of a gap: at the
+    distance of an image, the last digit would decide about that image.
+    """
+    place = int(np.ceil((len(far) - 1) * (1 - false_alarms) - 1e-9))
+    return float(far[place : place + 2].mean() if place + 1 < len(far) else far[-1] + 1e-3)

@@ -1,11 +1,13 @@
-"""A network in any format of a bundle: a float32 image in, probabilities out."""
+"""A network in any format of a bundle: a float32 image in; out come probabilities, and features where it has them."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-Network = Callable[[np.ndarray], np.ndarray]  # (1, height, width, 3) float32, RGB 0-255 -> (1, classes)
+# (1, height, width, 3) float32, RGB 0-255 -> probabilities (1, classes), and where the bundle looks for what is novel,
+# features (1, n)
+Network = Callable[[np.ndarray], list[np.ndarray]]
 
 
 def load(file: Path, threads: int = 1) -> Network:
@@ -24,12 +26,12 @@ def _litert(file: str, threads: int) -> Network:
 
     interpreter = Interpreter(file, num_threads=threads)
     interpreter.allocate_tensors()
-    (image,), (answer,) = interpreter.get_input_details(), interpreter.get_output_details()
+    (image,), answers = interpreter.get_input_details(), interpreter.get_output_details()
 
-    def run(batch: np.ndarray) -> np.ndarray:
+    def run(batch: np.ndarray) -> list[np.ndarray]:
         interpreter.set_tensor(image["index"], batch)
         interpreter.invoke()
-        return interpreter.get_tensor(answer["index"])
+        return [interpreter.get_tensor(answer["index"]) for answer in answers]
 
     return run
 
@@ -41,7 +43,7 @@ def _onnx(file: str, threads: int) -> Network:
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda batch: session.run(None, {name: batch})[0]
+    return lambda batch: session.run(None, {name: batch})
 
 
 def _openvino(file: str, threads: int) -> Network:
@@ -50,13 +52,14 @@ def _openvino(file: str, threads: int) -> Network:
     # Some CPUs would round products to bfloat16.
     options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(file, "CPU", options)
-    return lambda batch: compiled(batch)[0]
+    return lambda batch: list(compiled(batch).to_tuple())
 
 
 def _keras(file: str, threads: int) -> Network:
     import keras
 
-    return keras.saving.load_model(file).predict_on_batch
+    model = keras.saving.load_model(file)
+    return lambda batch: keras.tree.flatten(model.predict_on_batch(batch))
 
 
 LOADERS = {".tflite": _litert, ".onnx": _onnx, ".xml": _openvino, ".keras": _keras}

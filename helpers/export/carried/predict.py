@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 from helpers.data import images
+from helpers.data.formats import listing
 from helpers.data.formats.deep import Levels
+from helpers.evaluation.trust import distances
 from helpers.export.carried import networks
 
 FOLDER = Path(__file__).resolve().parent
 UNSURE = "unsure"
+DECISIVE = ("model.json", "classes.json", "preprocessing.json", "decision.json", distances.FILE)  # they decide a row
 
 
 class Model:
@@ -28,8 +31,10 @@ class Model:
     Attributes:
         name: of the run that it comes from.
         version: the beginning of the sha256 of the network's file.
+        file: of the network, within the folder.
         classes: names in the order of the probabilities.
         how: preprocessing.json.
+        known: what tells images of none of the classes; None where the run remembers no images.
     """
 
     def __init__(self, folder: str | os.PathLike = FOLDER, kind: str = "", threads: int = 1) -> None:
@@ -51,8 +56,15 @@ class Model:
         if kind not in about["formats"]:
             raise ValueError(f"This bundle has no format {kind!r}; it has {', '.join(about['formats'])}.")
         self.name, self.version = about["name"], about["formats"][kind]["version"]
-        self.network = networks.load(folder / about["formats"][kind]["file"], threads)
+        self.file = about["formats"][kind]["file"]
+        self.network = networks.load(folder / self.file, threads)
+        self.known = distances.read(folder)
         self.levels = Levels(*self.how["levels"]) if self.how["levels"] else None
+
+    def caution(self) -> str:
+        """Return what should be known about every answer; "" where there is nothing."""
+        boxes = self.how.get("boxes")
+        return f"The model learned on images cut to the boxes of {boxes}; these are taken whole." if boxes else ""
 
     def pixels(self, data: bytes, max_pixels: int | None = None) -> np.ndarray:
         """Return the content of an image file as the network sees it: uint8 RGB, (size, size, 3).
@@ -70,8 +82,12 @@ class Model:
         return images.resize(images.decode(image, at_least=enough, levels=self.levels), size, fit)
 
     def raw(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the probabilities of one image as the network gives them, float64 (classes,)."""
-        return np.asarray(self.network(pixels[None].astype(np.float32)), np.float64)[0]
+        """Return what the network says of one image: the probabilities as it gives them and, where `known`, by how much
+        the image is farther than the threshold of novelty; float64 (classes,) or (classes + 1,).
+        """
+        chances, *features = self.network(pixels[None].astype(np.float32))
+        beyond = self.known.beyond(features[0]) if self.known else []
+        return np.concatenate([np.asarray(chances, np.float64)[0], beyond])
 
     def answer(self, pixels: np.ndarray) -> dict[str, Any]:
         """Return what the model says of one image.
@@ -79,12 +95,14 @@ class Model:
         Returns:
             `predicted`: a class, or "unsure" where the model keeps no promise; `confidence`: of the most probable
             class; `probabilities`: by class; `candidates`: where the promise is coverage, the most probable class and
-            every other one that is probable enough.
+            every other one that is probable enough; `novel`: where `known`, whether it looks like none of the classes.
         """
-        chances, promise = self.raw(pixels), self.decision.get("promise") or {}
+        raw, promise = self.raw(pixels), self.decision.get("promise") or {}
+        chances = raw[: len(self.classes)]
         top = int(chances.argmax())
         said = {"predicted": self.classes[top], "confidence": float(chances[top])}
         said["probabilities"] = dict(zip(self.classes, map(float, chances), strict=True))
+        said |= {"novel": bool(raw[-1] > 0)} if self.known else {}
         if promise.get("kind") == "coverage":
             said["candidates"] = [
                 name for name, p in said["probabilities"].items() if p >= min(promise["level"], chances[top])
@@ -96,36 +114,24 @@ class Model:
         return said
 
 
-def find(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
-    """Yield the files among `paths`, and the images below the folders among them, in order, one folder at a time.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-    """
-    for path in map(Path, paths):
-        if path.is_dir():
-            below = sorted((path / name for name in os.listdir(path) if not name.startswith(".")), key=str)
-            yield from find(one for one in below if one.is_dir() or one.suffix.lower() in images.SUFFIXES)
-        elif path.exists() or path.is_symlink():
-            yield path
-        else:
-            raise FileNotFoundError(f"There is no image or folder {path}.")
-
-
-def rows(model: Model, paths: Iterable[str | os.PathLike]) -> Iterator[list[str]]:
-    """Yield a row for each image: path, predicted, confidence, reason why it was not read, and each probability."""
-    for path in find(paths):
+def rows(model: Model, files: Iterable[str | os.PathLike]) -> Iterator[list[str]]:
+    """Yield a row for each image, with the columns of `header`; of one that is not read, only its path and why."""
+    for path in files:
         try:
             said = model.answer(model.pixels(images.read_bytes(path)))
         except images.ImageError as error:
-            yield [str(path), "", "", str(error), *[""] * len(model.classes)]
+            yield [str(path), "", "", str(error), *[""] * (len(header(model)) - 4)]
         else:
+            novel = ["yes" if said["novel"] else ""] if model.known else []
             chances = [f"{chance:.9g}" for chance in said["probabilities"].values()]
-            yield [str(path), said["predicted"], f"{said['confidence']:.9g}", "", *chances]
+            yield [str(path), said["predicted"], f"{said['confidence']:.9g}", "", *novel, *chances]
 
 
 def header(model: Model) -> list[str]:
-    return ["path", "predicted", "confidence", "not_read", *model.classes]
+    """Return the columns: path, predicted, confidence, not_read, novel where it is known, and each class."""
+    own = ["not_read", "novel"] if model.known else ["not_read"]
+    return ["path", "predicted", "confidence", *(f"{name}_" if name in model.classes else name for name in own),
+            *model.classes]  # fmt: skip
 
 
 def _read(file: Path) -> Any:
@@ -141,10 +147,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     given, unread = parser.parse_args(), 0
     model = Model(kind=given.format, threads=given.threads)
+    if caution := model.caution():
+        print(caution, file=sys.stderr)
     with open(given.csv, "w", newline="", encoding="utf-8") if given.csv else sys.stdout as stream:
         writer = csv.writer(stream)
         writer.writerow(header(model))
-        for row in rows(model, given.images):
+        for row in rows(model, listing.find(given.images)):
             writer.writerow(row)
             unread += bool(row[3])
     return int(unread > 0)
