@@ -1,5 +1,6 @@
 """What several test modules share: small images, toy notebooks, and a place for runs that is not the project's."""
 
+import gc
 import os
 import signal
 
@@ -18,6 +19,18 @@ from helpers.core import disk, notebooks, project
 from helpers.pipeline.sweeps import files
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lighter_garbage():
+    """Leave what earlier modules keep out of each collection: networks are millions of objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def dear(names, slow) -> list:
+    """Return names as parameters of a test; those in `slow` are not part of `make test`."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
 
 
 # The dearest modules, which begin first, so that both workers of `make test` end at about the same time.

@@ -8,6 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from conftest import dear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,7 @@ FAMILIES = {
     "vgg16": 32,
     "xception": 71,
 }
+DEEP = ["densenet121", "efficientnet_v2_b0", "inception_resnet_v2", "inception_v3", "nasnet_mobile", "resnet50_v2"]
 
 
 FROZEN = {"efficientnet_lite0", "mobilenet_v3_small", "resnet50"}  # tracing is dear
@@ -83,7 +85,7 @@ def run(model: keras.Model, values: np.ndarray) -> np.ndarray:
     return keras.ops.convert_to_numpy(model(values, training=False))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", dear(FAMILIES, DEEP))
 def test_prefix_then_suffix_is_the_model_in_every_family(name):
     backbone = lively(backbones.build(name, FAMILIES[name], "none"))
     backbone.trainable = False

@@ -57,6 +57,7 @@ def history(home, *names):
     return pd.read_csv(home.joinpath(*names) / "history.csv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["head", "fine_tune"])
 def test_two_devices_train_as_one_does(trained, stage):
     one, two = (history(trained, devices, stage) for devices in ("cpu", "auto"))
@@ -67,16 +68,19 @@ def test_two_devices_train_as_one_does(trained, stage):
     assert two["phase"].tolist() == {"head": ["head"] * 2}.get(stage, ["fine_tune", "fine_tune", "fine-tune 2"])
 
 
+@pytest.mark.slow
 def test_what_two_devices_saved_is_an_ordinary_model(trained):
     report = disk.read_json(trained / "report.json")
     assert report["off by"] < 1e-5 and report["synchronized in the file"] is False
     assert report["said"] == "Computes on 2 x the CPU at once (each takes a share of every batch) in float32"
 
 
+@pytest.mark.slow
 def test_dropout_drops_other_values_on_each_device(trained):
     assert disk.read_json(trained / "report.json")["same masks"] == {"as Keras has it": True, "shared": False}
 
 
+@pytest.mark.slow
 def test_what_several_devices_cannot_do_is_refused_with_the_reason(trained):
     said = disk.read_json(trained / "report.json")["refused"]
     for name in ("clipnorm", "global_clipnorm", "clipvalue"):
@@ -88,6 +92,7 @@ def test_what_several_devices_cannot_do_is_refused_with_the_reason(trained):
     assert "a batch of 8 images on 2 devices. Halve batch_size" in said["memory"]
 
 
+@pytest.mark.slow
 def test_an_incomplete_batch_is_left_out_and_holds_others_in_each_epoch(trained):
     report = disk.read_json(trained / "report.json")
     for epochs in report["left out"]:
