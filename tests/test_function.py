@@ -22,9 +22,10 @@ import pytest
 import requests
 from PIL import Image
 
-from helpers.compute import inference
 from helpers.core import disk
 from helpers.data import images
+from helpers.evaluation import prediction
+from helpers.evaluation.trust import distances, novelty
 from helpers.export import bundle, function
 
 CLASSES, SIZE = ["dark", "bright"], 32
@@ -33,7 +34,7 @@ LIMITS = {"MAX_BYTES": "3000000", "MAX_FILES": "4", "MAX_PIXELS": "60000000", "M
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A function whose model tells whether an image is bright, and answers "unsure" in between."""
+    """A function whose model tells whether an image is bright, answers "unsure" in between, and knows only grey."""
     place = tmp_path_factory.mktemp("function")
     image = keras.Input((SIZE, SIZE, 3), name="image")
     value = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(image))
@@ -50,9 +51,10 @@ def folder(tmp_path_factory):
     disk.write_json(place / "class_names.json", CLASSES)
     promise = {"kind": "precision", "wanted": 0.9, "thresholds": [0.9, 0.9]}
     disk.write_json(place / "decision.json", {"promise": promise})
-    made = place / "bundle"
+    distances.Novelty(distances.unit(np.ones((6, 3))), 0.3, 0.05).write(place)
+    made, model = place / "bundle", novelty.with_features(model)
     about, proof = bundle.begin(made, place), bundle.asked(place, place, "val")
-    given = bundle.expected(inference.fast(model), proof.files, about)
+    given = bundle.expected(prediction.asking(model, place), proof.files, about)
     few = np.zeros((1, SIZE, SIZE, 3), np.float32)
     bundle.add(made, ["litert"], model, proof, given, name="toy", representative=few, tolerance=0)
     function.write(place / "function", made)
@@ -217,6 +219,12 @@ def test_an_image_held_upright_by_exif_is_turned(address, folder, tmp_path):
 def test_in_between_it_is_unsure(address):
     said = post(address, picture(130)).json()["results"][0]
     assert said["predicted"] == "unsure" and 0.5 < said["confidence"] < 0.9
+
+
+def test_an_image_like_none_of_the_classes_is_called_novel(address):
+    red = cv2.imencode(".png", np.full((40, 60, 3), (0, 0, 250), np.uint8))[1].tobytes()
+    assert post(address, red).json()["results"][0]["novel"] is True
+    assert post(address, picture(250)).json()["results"][0]["novel"] is False
 
 
 def test_several_files_of_a_form_are_answered_each(address):
