@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import setting
 
-from helpers.core import project
+from helpers.core import machine, project
 from helpers.models.families import efficientnet_lite
 
 TRAINING = ("head", "fine_tune")
@@ -123,6 +123,7 @@ def plain_task(recipe) -> dict:
         "dropout": head["dropout"],
         "flip": head["flip"],
         "seed": head["seed"],
+        "bfloat16": machine.multiplies_bfloat16(),
     }
 
 
