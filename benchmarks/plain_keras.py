@@ -8,7 +8,7 @@ takes the weights (EfficientNet-Lite0 is not in keras.applications) and the list
 
 It prints one line of JSON: seconds since `begin` at which training began and ended, the processor time by then, and for
 each epoch these seconds, validation accuracy and loss; and writes the predictions of the test images when `predictions`
-names a file.
+names a file. With `logits`, a file, it only writes the logits of ImageNet's classes of the validation images there.
 """
 
 import json
@@ -123,5 +123,12 @@ def write_predictions(model: keras.Model, folder: str, path: str) -> None:
     pd.DataFrame({"path": paths, "label": labels, "predicted": said}).to_csv(path, index=False)
 
 
+def imagenet_logits(task: dict) -> None:
+    """Write the logits of ImageNet's classes that the network that is timed gives the validation images."""
+    model = backbones.imagenet_classifier("efficientnet_lite0", task["image_size"])
+    np.save(task["logits"], model.predict(read(task["images"], "val")[0], batch_size=2 * BATCH, verbose=0))
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    task = json.loads(sys.argv[1])
+    print(json.dumps(imagenet_logits(task) if task.get("logits") else main(task)))

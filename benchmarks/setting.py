@@ -1,9 +1,11 @@
-"""What the benchmarks share: the machine in words, real images in any number, and runs of Thaw that are timed."""
+"""What benchmarks share: the machine in words, PyTorch, real images in any number, and runs of Thaw that are timed."""
 
 import json
 import os
 import platform
 import resource
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,8 @@ from helpers.data import sources
 from helpers.pipeline import execution, planning, recipes
 
 SECONDS_BETWEEN_LOOKS = 0.1
+TORCH_PACKAGES = ("torch==2.13.*", "efficientnet-lite-pytorch", "numpy", "pillow")
+TORCH_PLACE = project.ROOT / "runs" / ".torch"
 
 
 def machine() -> str:
@@ -30,6 +34,33 @@ def machine() -> str:
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("tensorflow", "keras"))
     busy = f"load {os.getloadavg()[0]:.1f} at the start"
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, {versions}, {busy}"
+
+
+def torch_python(given: str = "") -> str:
+    """Return a Python that has PyTorch, and print its version.
+
+    Args:
+        given: a Python; "" for that of the benchmarks' own environment, which is made if it is not there.
+
+    Raises:
+        SystemExit: it lacks a package.
+    """
+    if not given and not (TORCH_PLACE / "ready").is_file():
+        print(f"Installing PyTorch into {project.display_path(TORCH_PLACE)} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(TORCH_PLACE)], check=True)
+        subprocess.run([str(TORCH_PLACE / "bin/python"), "-m", "pip", "install", "-q", *TORCH_PACKAGES], check=True)
+        (TORCH_PLACE / "ready").touch()
+    python = given or str(TORCH_PLACE / "bin/python")
+    command = [python, "-c", "import torch, efficientnet_lite_pytorch, numpy, PIL; print('torch', torch.__version__)"]
+    try:
+        print(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip(), flush=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
+        raise SystemExit(
+            f"--torch {python}: {said}. Expected a Python with {', '.join(TORCH_PACKAGES)}. Install them there, or"
+            " leave --torch out: then the benchmark makes an environment of its own."
+        ) from None
+    return python
 
 
 def cells(folder: Path, count: int, seed: int = 0) -> Path:

@@ -6,14 +6,11 @@ All three begin at the same resized images with the same ImageNet weights, recip
 and solar cells of ELPV) and augmentation; the clock starts with each process, so imports count. The mark is the best
 validation accuracy of all epochs of plain Keras. plain_keras.py and plain_torch.py say how these were tuned.
 
-PyTorch is installed the first time into a virtual environment of the benchmark's own, runs/.torch, or name a Python
-that has torch and efficientnet-lite-pytorch with --torch.
+PyTorch is found as in recipe_speed.py.
 """
 
 import argparse
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,11 +19,6 @@ import numpy as np
 import recipe_speed
 import setting
 
-from helpers.core import project
-from helpers.models.families import efficientnet_lite
-
-PACKAGES = ("torch==2.13.*", "efficientnet-lite-pytorch", "numpy", "pillow")
-PLACE = project.ROOT / "runs" / ".torch"
 SIDES = ("Thaw", "plain Keras", "plain PyTorch")
 
 
@@ -40,9 +32,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--torch", default="", help="a Python with torch and efficientnet-lite-pytorch")
     arguments = parser.parse_args()
-    torch = arguments.torch or torch_python()
+    torch = setting.torch_python(arguments.torch)
     parts = (arguments.train, arguments.val, 20)
-    print(f"{setting.machine()}, torch {torch_version(torch)}")
+    print(f"{setting.machine()}")
     print(f"{arguments.train} + {arguments.val} images, {arguments.epochs} + {arguments.epochs} epochs")
     reached = []
     with tempfile.TemporaryDirectory() as place:
@@ -54,33 +46,13 @@ def main() -> None:
                 folder, source, f"seed{seed}", parts=parts, epochs=arguments.epochs, views=arguments.views, seed=seed
             )
             setting.run(recipe, until="resize")
-            epochs = [thaw_epochs(recipe), keras_epochs(recipe), torch_epochs(recipe, torch)]
+            epochs = [thaw_epochs(recipe), *(rival_epochs(recipe, rival, torch) for rival in ("keras", "torch"))]
             mark = max(accuracy for _, accuracy in epochs[1])
             reached.append([first(side, mark) for side in epochs])
             told = ", ".join(f"{name} {_text(at)}" for name, at in zip(SIDES, reached[-1], strict=True))
             best = ", ".join(f"{100 * max(accuracy for _, accuracy in side):.1f} %" for side in epochs)
             print(f"seed {seed}: mark {100 * mark:.1f} %: {told} (best of each: {best})", flush=True)
     conclude(np.array(reached))
-
-
-def torch_python() -> str:
-    """Return the Python of the benchmark's own environment, made if it is not there."""
-    python = PLACE / "bin" / "python"
-    if not (PLACE / "ready").is_file():
-        print(f"Installing PyTorch into {project.display_path(PLACE)} ...", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(PLACE)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-        (PLACE / "ready").touch()
-    return str(python)
-
-
-def torch_version(python: str) -> str:
-    """Return the version of torch that a Python has."""
-    command = [python, "-c", "import torch, efficientnet_lite_pytorch, PIL; print(torch.__version__)"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{python} lacks one of {', '.join(PACKAGES)}:\n{done.stderr[-500:]}")
-    return done.stdout.strip()
 
 
 def thaw_epochs(recipe) -> list[tuple[float, float]]:
@@ -95,16 +67,10 @@ def thaw_epochs(recipe) -> list[tuple[float, float]]:
     return epochs
 
 
-def keras_epochs(recipe) -> list[tuple[float, float]]:
-    """Do the same with plain Keras."""
-    return [tuple(epoch[:2]) for epoch in recipe_speed.keras_side(recipe, None)["by_epoch"]]
-
-
-def torch_epochs(recipe, python: str) -> list[tuple[float, float]]:
-    """Do the same with plain PyTorch."""
-    task = recipe_speed.plain_task(recipe) | {"weights": str(efficientnet_lite.weights_file("efficientnet_lite0"))}
-    command = [python, str(Path(__file__).with_name("plain_torch.py"))]
-    return [tuple(epoch[:2]) for epoch in recipe_speed.other_side(command, task)["epochs"]]
+def rival_epochs(recipe, rival: str, python: str) -> list[tuple[float, float]]:
+    """Do the same with one of the rivals of recipe_speed.py."""
+    command = recipe_speed.command(rival, python)
+    return [tuple(epoch[:2]) for epoch in recipe_speed.rival_side(recipe, command, None)["by_epoch"]]
 
 
 def first(epochs: list[tuple[float, float]], mark: float) -> float:

@@ -161,7 +161,7 @@ def test_the_epochs_count_on_through_both_phases(done):
 
 def test_it_has_learned(done):
     table = pd.read_csv(done.run / "evaluate/predictions.csv")
-    assert list(table.columns) == ["path", "label", "predicted", "cross", "disc", "square"] and len(table) == 12
+    assert list(table.columns) == ["path", "label", "predicted", "file", "cross", "disc", "square"] and len(table) == 12
     np.testing.assert_allclose(table[["cross", "disc", "square"]].sum(axis=1), 1, atol=1e-5)
     assert (table["label"] == table["predicted"]).mean() > 0.6
     metrics = disk.read_json(done.run / "evaluate/metrics.json")
