@@ -17,8 +17,8 @@ test: env  ## all tests but the slow proofs
 systems: env  ## the five systems' recipes end to end, on built-in images with a small network
 	$(BIN)/python benchmarks/systems.py
 
-slow: env  ## proofs that make test has no time for, with transformers and a search (installs two extras), minutes
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[hub,search]'
+slow: env  ## proofs that make test has no time for, with transformers, JAX and a search (installs three extras), minutes
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[hub,search,cluster]'
 	$(BIN)/python -m pytest -m slow
 
 crash: env  ## kills, full disks and read-only folders on the real notebooks, minutes
