@@ -123,16 +123,12 @@ def asking(model, folder: Path) -> Callable[[np.ndarray], np.ndarray]:
         A function, images (n, H, W, 3) -> probabilities (n, classes). Where 05 remembers images, one more column says
         by how much each image is farther than the threshold of novelty.
     """
-    import keras
-
     from helpers.compute import inference
 
     known = distances.read(folder)
     if known is None:
         return inference.fast(model)
-    # A name of its own: names that Keras makes up in this process may be in the model already.
-    both = keras.layers.Concatenate(name="said_and_features", dtype="float32")(model.outputs)
-    run, count = inference.fast(keras.Model(model.input, both)), model.outputs[0].shape[1]
+    run, count = novelty.asking(model)
 
     def ask(pixels: np.ndarray) -> np.ndarray:
         said = run(pixels)

@@ -82,6 +82,11 @@ def _module_code(name: str, path: Path) -> tuple[str, frozenset[str]]:
 
 def _imported(source: str, package: str) -> set[str]:
     """Return the dotted names of the helper modules that `source`, a module of `package`, imports anywhere."""
+    return {name for name in _names_imported(source, package) if name.startswith("helpers.") and _file_of(name)}
+
+
+@cache
+def _names_imported(source: str, package: str) -> frozenset[str]:
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -89,7 +94,7 @@ def _imported(source: str, package: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = importlib.util.resolve_name("." * node.level + (node.module or ""), package or None)
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return {name for name in names if name.startswith("helpers.") and _file_of(name)}
+    return frozenset(names)
 
 
 def _file_of(name: str) -> Path | None:
@@ -98,6 +103,7 @@ def _file_of(name: str) -> Path | None:
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
+@cache
 def _code_hash(source: str) -> str:
     tree = ast.parse(source)
     for node in ast.walk(tree):

@@ -71,6 +71,24 @@ def with_features(model) -> Any:
     return keras.Model(image, [said, features[0]], name=name)
 
 
+def asking(model) -> tuple[Any, int]:
+    """Return a function of images that gives probabilities and, in the columns behind them, features.
+
+    Args:
+        model: as `with_features` returns it.
+
+    Returns:
+        The function, images (n, H, W, 3) -> float32 (n, classes + features), and the number of classes.
+    """
+    import keras
+
+    from helpers.compute import inference
+
+    # A name of its own: names that Keras makes up in this process may be in the model already.
+    both = keras.layers.Concatenate(name="said_and_features", dtype="float32")(model.outputs)
+    return inference.fast(keras.Model(model.input, both)), model.outputs[0].shape[1]
+
+
 def _is_base(model) -> bool:
     return any(layer.name == LAST for layer in model.layers)
 
@@ -82,12 +100,13 @@ def _inner(model) -> Any:
     raise ValueError(f"The model {model.name!r} has no layer {LAST!r}, which every classifier of Thaw has.")
 
 
-def fit(model, train, val, *, false_alarms: float, seed: int = 0) -> distances.Novelty:
+def fit(model, train, features: np.ndarray, *, false_alarms: float, seed: int = 0) -> distances.Novelty:
     """Return distances from up to 300 training images, with the threshold that validation sets.
 
     Args:
         model: as for `features_of`.
-        train, val: datasets.Folder.
+        train: datasets.Folder.
+        features: of the validation images, (images, n).
         false_alarms: share of the validation images that may lie beyond the threshold; 0 looks at no image.
         seed: of the choice of training images.
     """
@@ -99,7 +118,7 @@ def fit(model, train, val, *, false_alarms: float, seed: int = 0) -> distances.N
     some = np.sort(np.random.default_rng(seed).permutation(len(train))[:KNOWN])
     found = distances.unit(datasets.through(run, datasets.at(train, some), "features"))
     known = distances.unit(found.astype(np.float16))  # as the file keeps them, so that the threshold is of these
-    far = distances.Novelty(known, np.inf, false_alarms).distance(datasets.through(run, val, "features"))
+    far = distances.Novelty(known, np.inf, false_alarms).distance(features)
     return distances.Novelty(known, _threshold(np.sort(far), false_alarms), false_alarms)
 
 

@@ -136,13 +136,25 @@ def _preset(name: str, preset: str, shape: tuple[int, int, int], imagenet: bool)
     known = [kind for kinds in GIVES.values() for kind in kinds]
     if (kind := type(hub).__name__.removesuffix("Backbone")) not in known:
         raise ValueError(f"{name} is a {kind}, which cannot be a backbone here. Take one of {', '.join(known)}.")
-    hub = getattr(hub, "vision_encoder", hub)
+    hub = _in_force(getattr(hub, "vision_encoder", hub))
     own = tuple(hub.inputs[0].shape[1:])
     if len(hub.inputs) != 1 or own[:2] not in (shape[:2], (None, None)):
         raise ValueError(f"{name} takes images of {own[0]}x{own[1]} px only: set resize.image_size to {own[0]}.")
     if _blocks(hub) is None and len(hub.outputs[0].shape) not in (3, 4):
         raise ValueError(f"{name} returns no feature map and no tokens but {hub.outputs[0].shape}.")
     return hub
+
+
+def _in_force(hub: Any) -> Any:
+    """Return the network in the precision in force; a tower within a pair keeps that of its file."""
+    import keras
+
+    policy = keras.config.dtype_policy().name
+    if hub.dtype_policy.name == policy:
+        return hub
+    same = type(hub).from_config(hub.get_config() | {"dtype": policy})
+    same.set_weights(hub.get_weights())
+    return same
 
 
 def _blocks(hub: Any) -> tuple[Any, list[Any], Any] | None:
