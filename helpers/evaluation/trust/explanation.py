@@ -7,7 +7,8 @@ or deviations, it still sums to what the map adds to the score, which Grad-CAM d
 is differentiated, so it costs little more than a prediction.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 import numpy as np
@@ -60,22 +61,37 @@ class _Parts:
     def heat(self, images: np.ndarray, classes: list[int | None]) -> np.ndarray:
         """Return the maps of one batch, float32 (n, H, W)."""
         maps = self.below(np.asarray(images, np.float32), training=False)
-        maps = [tf.convert_to_tensor(part) for part in (maps if isinstance(maps, list | tuple) else [maps])]
-        with tf.GradientTape() as tape:
-            tape.watch(maps)
-            logits = tf.cast(self.above(maps, training=False), tf.float32) @ self.kernel + self.bias
-            predicted = tf.argmax(logits, axis=1).numpy()
-            rows = [own if own is not None else int(best) for own, best in zip(classes, predicted, strict=True)]
-            chosen = tf.one_hot(rows, logits.shape[1])
-            others = (1 - chosen) / (logits.shape[1] - 1)
-            score = tf.reduce_sum(logits * (chosen - others))
+        maps = list(maps) if isinstance(maps, list | tuple) else [maps]
+        features = keras.ops.cast(self.above(maps, training=False), "float32")
+        logits = keras.ops.convert_to_numpy(features) @ self.kernel + self.bias
+        rows = [own if own is not None else int(best) for own, best in zip(classes, logits.argmax(axis=1), strict=True)]
+        chosen = np.eye(logits.shape[1], dtype=np.float32)[rows]
+        towards = self.kernel @ (chosen - (1 - chosen) / (logits.shape[1] - 1)).T
+
+        def score(parts: list) -> Any:
+            found = keras.ops.cast(self.above(parts, training=False), "float32")
+            return keras.ops.sum(found * towards.T)
+
         total = tf.zeros((len(images), *self.size))
-        for part, gradient in zip(maps, tape.gradient(score, maps), strict=True):
-            each = _in_place(tf.reduce_sum(tf.cast(part, tf.float32) * tf.cast(gradient, tf.float32), axis=-1))
+        for part, gradient in zip(maps, _gradients(score, maps), strict=True):
+            part, gradient = (tf.cast(keras.ops.convert_to_numpy(one), tf.float32) for one in (part, gradient))
+            each = _in_place(tf.reduce_sum(part * gradient, axis=-1))
             # Resizing must not change what a map adds to the score, or small maps would count more than large ones.
             share = each.shape[1] * each.shape[2] / (self.size[0] * self.size[1])
             total += share * tf.image.resize(each, self.size, method="bilinear")[..., 0]
         return total.numpy()
+
+
+def _gradients(score: Callable[[list], Any], maps: list) -> list:
+    """Return the gradient of a number by each of the tensors that it is computed from."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.grad(score)(maps)
+    with tf.GradientTape() as tape:
+        tape.watch(maps)
+        found = score(maps)
+    return tape.gradient(found, maps)
 
 
 def _in_place(each: tf.Tensor) -> tf.Tensor:
