@@ -240,6 +240,15 @@ def test_a_search_that_halves_stops_the_hopeless_and_finds_the_same_after_kills(
         found(files.load(write(text.replace("eta: 3", "eta: 2"), "whole")), Pretended(monkeypatch))
 
 
+def test_a_failed_member_of_a_search_that_halves_is_not_tried_at_each_comparison(write, optuna, monkeypatch):
+    text = f"search: {{trials: 4}}\nhalving: {{from_epochs: 2, eta: 2}}\nfine_tune: {{epochs: 9}}\ngrid: {RANGES}"
+    sweep = files.load(write(text))
+    make = Pretended(monkeypatch, fails=lambda given: "unfreeze" in given)
+    events = list(search.run(sweep, make, conduct.Inline(), 1, score))
+    assert [name for name, _ in make.names].count("fine_tune") == 4
+    assert sum(isinstance(event, conduct.Failed) for event in events) == 4
+
+
 def test_two_processes_do_not_search_the_same(write, optuna, monkeypatch):
     sweep = files.load(write(f"search: {{trials: 2}}\ngrid: {RANGES}"))
     with search._opened(sweep), pytest.raises(RuntimeError, match="Another thaw sweep is at work"):

@@ -30,17 +30,17 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """What the process found: of each network how far two devices are from one, and what mixed precision gives."""
-    return found(tmp_path_factory.mktemp("together"), "tensorflow")
+    return report_of(tmp_path_factory.mktemp("together"), "tensorflow")
 
 
 @pytest.fixture(scope="module")
 def by_jax(tmp_path_factory):
     """The same by JAX on one device: how far the model above the frontier is from the whole, and the losses."""
     pytest.importorskip("jax", reason="needs the extra: pip install -e '.[cluster]'")
-    return found(tmp_path_factory.mktemp("jax"), "jax")
+    return report_of(tmp_path_factory.mktemp("jax"), "jax")
 
 
-def found(folder: Path, backend: str) -> dict:
+def report_of(folder: Path, backend: str) -> dict:
     pytest.importorskip("keras_hub", reason="needs the extra: pip install -e '.[hub]'")
     command = [sys.executable, "-m", "tests.test_together", str(folder)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": backend}

@@ -32,11 +32,6 @@ REASON = 3  # the column that says why a file is no readable image
 Bundle = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Predict by a bundle of `thaw export`, without TensorFlow.")
 ]
-Formats = Annotated[str, typer.Option(metavar="A,B,...", help="See `thaw params 07`; the first one is used.")]
-Serve = Annotated[bool, typer.Option("--serve", help="Also write a function that answers over HTTP.")]
-More = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PARAMETER=VALUE", help="A parameter of 07; may be repeated.")
-]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ Name = Annotated[str, typer.Option(help="Name of the run, in place of the recipe
 Hosts = Annotated[
     str, typer.Option(metavar="ADDRESS", help="A Dask scheduler, tcp://...:8786, whose hosts do the work together.")
 ]
+Formats = Annotated[str, typer.Option(metavar="A,B,...", help="See `thaw params 07`; the first one is used.")]
+Serve = Annotated[bool, typer.Option("--serve", help="Also write a function that answers over HTTP.")]
+More = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PARAMETER=VALUE", help="A parameter of 07; may be repeated.")
+]
 
 
 @app.callback()
@@ -221,9 +226,9 @@ def predict(
 @app.command(rich_help_panel=SHIP)
 def export(
     run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")],
-    formats: classify.Formats = "",
-    serve: classify.Serve = False,
-    overrides: classify.More = None,
+    formats: Formats = "",
+    serve: Serve = False,
+    overrides: More = None,
 ) -> None:
     """Write the model of RUN as a bundle that needs neither Thaw nor TensorFlow, and prove it."""
     from helpers.cli import export as stage

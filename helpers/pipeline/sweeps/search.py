@@ -145,9 +145,15 @@ def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score
 
 
 def _halve(
-    sweep: files.Sweep, study: "Study", batch: dict[int, files.Member], make, pool, jobs, score
+    sweep: files.Sweep,
+    study: "Study",
+    batch: dict[int, files.Member],
+    make: conduct.Make,
+    pool: Executor,
+    jobs: int,
+    score: halving.Score,
 ) -> Iterator[Event]:
-    """Train the members of a batch until each comparison, and take those out of it that do not go on."""
+    """Train the members of a batch until each comparison, and take those out of it that fail or do not go on."""
     from optuna.trial import TrialState
 
     for epochs in halving.rungs(replace(sweep, members=list(batch.values()))):
@@ -155,8 +161,13 @@ def _halve(
         yield from conduct.run(planned, make, pool, jobs)
         for number, member in list(batch.items()):
             _check_begun(member, planned.chains[member.name])
-            _report(study, number, epochs, score(pauses.history(planned.chains[member.name][-1]), epochs))
-            if not _goes_on(sweep, study, number, epochs):
+            value = score(pauses.history(planned.chains[member.name][-1]), epochs)
+            if math.isnan(value):  # it is tried again when the search runs the next time
+                del batch[number]
+                continue
+            _report(study, number, epochs, value)
+            rank, compared = _rank(sweep, study, number, epochs)
+            if rank > max(1, compared // sweep.halving.eta):
                 halving.stop(member, planned, epochs)
                 study.tell(number, state=TrialState.PRUNED)
                 yield _stopped(sweep, study, number, member)
@@ -166,20 +177,12 @@ def _halve(
 
 
 def _report(study: "Study", number: int, epochs: int, value: float) -> None:
-    """Note what a trial is worth after some epochs, unless it is known; what has failed is worth nothing."""
+    """Note what a trial is worth after some epochs, unless it is known since an interruption."""
     from optuna.trial import Trial
 
     known = study.get_trials(deepcopy=False)[number]
-    if epochs not in known.intermediate_values and not math.isnan(value):
-        Trial(study, known._trial_id).report(value, epochs)
-
-
-def _goes_on(sweep: files.Sweep, study: "Study", number: int, epochs: int) -> bool:
-    """Say whether a trial is among the best one in `eta` of those before it, as known after so many epochs."""
-    if epochs not in study.get_trials(deepcopy=False)[number].intermediate_values:
-        return True  # it has failed, and says so
-    rank, compared = _rank(sweep, study, number, epochs)
-    return rank <= max(1, compared // sweep.halving.eta)
+    if epochs not in known.intermediate_values:
+        Trial(study, known._trial_id).report(value, epochs)  # Optuna gives back no trial that was asked for earlier
 
 
 def _rank(sweep: files.Sweep, study: "Study", number: int, epochs: int) -> tuple[int, int]:
