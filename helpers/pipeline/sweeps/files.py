@@ -163,7 +163,7 @@ def _untriable(base: dict[str, Any], lines: list[axes.Axis], search: options.Sea
     if not trained(recipes.build(base, None), last):
         problems.append(f"to: nothing is trained up to {last}, so there is no {search.metric} to search by.")
     for axis in lines:
-        for point in [axis.at(axis.low), axis.at(axis.high)] if isinstance(axis, axes.Range) else axis:
+        for point in _points(axis):
             content, wrong = _changed(base, point.changes)
             problems += [problem for problem in wrong + recipes.check(content) if problem not in problems]
         texts = [] if isinstance(axis, axes.Range) else [axes.name_of(point) for point in axis]
@@ -178,11 +178,16 @@ def _untriable(base: dict[str, Any], lines: list[axes.Axis], search: options.Sea
     return problems
 
 
+def _points(axis: axes.Axis) -> list[axes.Point]:
+    """Return the values of an axis, or the two ends of a range."""
+    return [axis.at(axis.low), axis.at(axis.high)] if isinstance(axis, axes.Range) else list(axis)
+
+
 def _ends(base: dict[str, Any], lines: list[axes.Axis]) -> list[Member]:
     """Return a member of a search for each value of each axis, or each end of it."""
     found = []
     for axis in lines:
-        for point in [axis.at(axis.low), axis.at(axis.high)] if isinstance(axis, axes.Range) else axis:
+        for point in _points(axis):
             content, _ = _changed(base, point.changes)
             found.append(Member(f"a trial with {axes.name_of(point)}", point.labels, recipes.build(content, None)))
     return found

@@ -17,9 +17,8 @@ from helpers.pipeline.sweeps import conduct, files, pauses, plans
 
 STOPPED = "{stage}-stopped.csv"  # in the run of a member that was stopped: the epochs that it was judged by
 
-Score = Callable[
-    [Path, int | None], float
-]  # a history.csv and how many epochs of it, None for all -> the metric, or NaN
+# A history.csv and how many epochs of it count, None for all -> the metric, or NaN.
+Score = Callable[[Path, int | None], float]
 
 
 @dataclass(frozen=True)
