@@ -84,7 +84,7 @@ def spread(
                 found = ahead.popleft().result()
                 ahead.extend(itertools.islice(tasks, 1))
             except CancelledError:
-                raise HostError(f"The scheduler {address} is gone. The same command goes on when it is back.") from None
+                raise HostError(f"The scheduler {address} is gone. The same command resumes when it is back.") from None
             yield found
 
 

@@ -31,7 +31,7 @@ PACKAGES = ("tensorflow", "keras", "jax", "numpy", "opencv-python", "pillow", "d
 ALIVE = ".alive"
 PATIENCE = 90.0  # seconds without a touch after which ranks end
 SECONDS_TO_END = 60  # that they get
-GOES_ON = "When it is back, the same command goes on after the last epoch."
+GOES_ON = "When it is back, the same command resumes after the last epoch."
 
 
 def runner(address: str, stage: str, say: Callable[[str], None]) -> Callable[..., None]:
