@@ -5,6 +5,8 @@ import os
 import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+for threads in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(threads, "1")  # two workers share two cores, and small images leave nothing to share out
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,8 +35,21 @@ def dear(names, slow) -> list:
     return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
 
 
-# The dearest modules, which begin first, so that both workers of `make test` end at about the same time.
-FIRST = ["pipeline", "backbones", "frontier", "training", "systems", "models", "bank", "replicas", "warm_start"]
+# The dearest modules, which begin first, so that both workers of `make test` end at about the same time. xdist keeps this
+# order only with --no-loadscope-reorder.
+FIRST = [
+    "pipeline",
+    "backbones",
+    "levels",
+    "training",
+    "trust",
+    "joining",
+    "frontier",
+    "systems",
+    "bank",
+    "models",
+    "store",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

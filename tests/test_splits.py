@@ -52,7 +52,7 @@ def deal(table, ratio=(0.6, 0.15, 0.25), **options) -> pd.Series:
 # -- Properties --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(inventories(), RATIOS, SEEDS, st.sampled_from(["ratio", "hash", "kfold"]))
 def test_every_image_has_one_part_and_no_group_straddles(table, ratio, seed, method):
     try:
@@ -64,7 +64,7 @@ def test_every_image_has_one_part_and_no_group_straddles(table, ratio, seed, met
     assert parts.groupby(table["group"]).nunique().max() == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(inventories(), RATIOS, SEEDS, st.sampled_from(["ratio", "hash", "kfold"]), st.randoms())
 def test_the_order_of_the_files_plays_no_role(table, ratio, seed, method, random):
     order = list(table.index)
@@ -80,7 +80,7 @@ def test_the_order_of_the_files_plays_no_role(table, ratio, seed, method, random
     assert dict(zip(table["path"], parts, strict=True)) == dict(zip(shuffled["path"], again, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(inventories(grouped=False), RATIOS, SEEDS)
 def test_shares_are_bounded_for_every_class_and_stratum(table, ratio, seed):
     parts = deal(table, ratio, seed=seed, stratify=["stratum"])
@@ -94,7 +94,7 @@ def test_shares_are_bounded_for_every_class_and_stratum(table, ratio, seed):
             assert (off <= bound + filled.reindex(off.index.get_level_values(0)).to_numpy() + 1e-9).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(inventories(), RATIOS, SEEDS, st.data())
 def test_no_image_changes_its_part_when_data_grow_from_an_earlier_split(table, ratio, seed, data):
     new = table["group"].isin(data.draw(st.sets(st.sampled_from(sorted(table["group"].unique())))))
@@ -111,7 +111,7 @@ def test_no_image_changes_its_part_when_data_grow_from_an_earlier_split(table, r
     assert parts.groupby(table["group"]).nunique().max() == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(inventories(), RATIOS, SEEDS, st.data())
 def test_with_hash_no_image_changes_its_part_even_without_a_memory(table, ratio, seed, data):
     kept = table["group"].isin(data.draw(st.sets(st.sampled_from(sorted(table["group"].unique())), min_size=1)))

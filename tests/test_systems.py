@@ -1,8 +1,8 @@
 """The five systems at their true architecture and image size: what is built, what trains, by which steps.
 
-Each recipe goes through the cells of 03 and 04 in this process, with random weights and a handful of images, for two
-optimiser steps in each phase. What should train is counted on a network of keras.applications that is built beside it.
-The dearest are marked slow; `make test` leaves those out.
+The model of each recipe is built as 03 builds it. What should train is counted on a network of keras.applications that is
+built beside it. The slow tests take each recipe through the cells of 03 and 04, in this process, with random weights and
+a handful of images, for two optimiser steps in each phase.
 """
 
 import re
@@ -15,6 +15,7 @@ from conftest import dear
 from PIL import Image
 
 from helpers.core import disk, notebooks, progress
+from helpers.models import classifier, unfreezing
 from helpers.pipeline import checks, recipes
 from helpers.training import compiling, thaws
 
@@ -36,7 +37,7 @@ HEAD = {
     "s4_cars": 4096 + (2048 * 1024 + 1024) + 2048 + (1024 * 516 + 516) + 1032 + (516 * 196 + 196),
     "s5_kenyan_food": 1792 * 13 + 13,
 }
-BUILT = dear(NAMES, [name for name in NAMES if name != "s3_butterflies"])
+TRAINED = dear(NAMES, NAMES)
 
 
 def thawed(name: str, layers: list) -> list:
@@ -130,7 +131,7 @@ class Trained:
         }
 
 
-@pytest.fixture(scope="module", params=BUILT)
+@pytest.fixture(scope="module", params=TRAINED)
 def system(request, tmp_path_factory, by_hand):
     with pytest.MonkeyPatch.context() as patch:
         made = Trained(request.param, tmp_path_factory.mktemp(request.param), by_hand, patch)
@@ -138,19 +139,61 @@ def system(request, tmp_path_factory, by_hand):
     keras.backend.clear_session()
 
 
+def network(name: str) -> list:
+    """The layers of the same network, made by keras.applications alone."""
+    size = IMAGE_SIZE[name]
+    return APPLICATIONS[name](include_top=False, weights=None, input_shape=(size, size, 3)).layers
+
+
 @pytest.fixture(scope="module")
 def reference(system):
-    """The layers of the same network, made by keras.applications alone."""
-    return APPLICATIONS[system.name](include_top=False, weights=None, input_shape=system.model.input_shape[1:]).layers
+    return network(system.name)
 
 
-def test_the_architecture_is_the_true_one(system, reference):
-    body = system.model.get_layer("backbone")
-    assert system.model.input_shape == (None, IMAGE_SIZE[system.name], IMAGE_SIZE[system.name], 3)
-    assert system.model.output_shape == (None, CLASSES[system.name])
+def head_of(model: keras.Model) -> list[tuple]:
+    """Class, and rate or units, of each layer after the backbone."""
+    layers = [layer for layer in model.layers if layer.name != "backbone"][1:]
+    return [(type(layer).__name__, getattr(layer, "rate", None) or getattr(layer, "units", None)) for layer in layers]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_built_and_what_trains_is_the_systems(name):
+    recipe = recipes.load(f"recipes/{name}.yaml")
+    head, layers, size = recipe.resolved("head"), network(name), IMAGE_SIZE[name]
+    model = classifier.build(
+        head["backbone"],
+        CLASSES[name],
+        image_size=size,
+        weights="none",
+        **{each: head[each] for each in ("dense", "dropout", "levels", "pool")},
+        **classifier.output_settings(head["output"]),
+    )
+    body = model.get_layer("backbone")
+    assert model.input_shape == (None, size, size, 3) and model.output_shape == (None, CLASSES[name])
     own = [layer for layer in body.layers if not layer.name.startswith("preprocess_")]
-    shapes = [sorted(tuple(w.shape) for layer in layers for w in layer.weights) for layers in (own, reference)]
+    shapes = [sorted(tuple(w.shape) for layer in of for w in layer.weights) for of in (own, layers)]
     assert shapes[0] == shapes[1]
+
+    plain = [("GlobalAveragePooling2D", None), ("Dropout", 0.2), ("Dense", CLASSES[name])]
+    hidden = [("GlobalAveragePooling2D", None), ("Dropout", 0.5), ("BatchNormalization", None)]
+    hidden += [("Dense", 1024), ("Dropout", 0.5), ("BatchNormalization", None)]
+    hidden += [("Dense", 516), ("Dropout", 0.3), ("BatchNormalization", None), ("Dense", 196)]
+    assert head_of(model) == (hidden if name == "s4_cars" else plain)
+    relu = [layer.activation.__name__ for layer in model.layers if isinstance(layer, keras.layers.Dense)]
+    assert relu == ["relu"] * (len(relu) - 1) + ["softmax"]
+
+    unfreezing.unfreeze(model, "none")
+    assert count([(w.name, tuple(w.shape)) for w in model.trainable_weights]) == HEAD[name]
+    expected = trainable(thawed(name, layers))
+    unfreezing.unfreeze(model, thaws.plan(*of_phase_2(recipe))[-1].unfreeze)
+    assert trainable([layer for layer in body.layers if layer.trainable]) == expected
+    assert count([(w.name, tuple(w.shape)) for w in model.trainable_weights]) == HEAD[name] + count(expected)
+    keras.backend.clear_session()
+
+
+def of_phase_2(recipe: recipes.Recipe) -> tuple[list, dict]:
+    tune = recipe.resolved("fine_tune")
+    return tune["steps"], tune
 
 
 def test_phase_1_trains_the_head_alone(system):
@@ -176,18 +219,6 @@ def test_two_steps_of_phase_2_change_all_of_that_and_nothing_else(system):
     assert second["changed"] <= second["trainable"] | moving, "BatchNormalization of the backbone stays bit for bit"
     lost = [w.path for w in system.model.trainable_weights if id(w) not in second["changed"]]
     assert not lost
-
-
-def test_the_head_is_the_systems(system):
-    layers = system.model.layers[2:]
-    shown = [(type(layer).__name__, getattr(layer, "rate", None) or getattr(layer, "units", None)) for layer in layers]
-    plain = [("GlobalAveragePooling2D", None), ("Dropout", 0.2), ("Dense", CLASSES[system.name])]
-    hidden = [("GlobalAveragePooling2D", None), ("Dropout", 0.5), ("BatchNormalization", None)]
-    hidden += [("Dense", 1024), ("Dropout", 0.5), ("BatchNormalization", None)]
-    hidden += [("Dense", 516), ("Dropout", 0.3), ("BatchNormalization", None), ("Dense", 196)]
-    assert shown == (hidden if system.name == "s4_cars" else plain)
-    relu = [layer.activation.__name__ for layer in layers if isinstance(layer, keras.layers.Dense)]
-    assert relu == ["relu"] * (len(relu) - 1) + ["softmax"]
 
 
 def test_the_optimizers_are_the_systems(system):
