@@ -145,7 +145,7 @@ def found(sweep: files.Sweep, make) -> list[tuple]:
         events.extend(search.run(sweep, make, conduct.Inline(), 1, score))
     except KeyboardInterrupt:
         return []
-    return [(e.member.name, e.member.labels, round(e.value, 6)) for e in events if isinstance(e, search.Told)]
+    return [(e.member.name, e.member.labels, round(e.value, 6)) for e in events if isinstance(e, search.Scored)]
 
 
 def everything(sweep: files.Sweep) -> list[tuple]:
@@ -223,7 +223,7 @@ def test_a_search_that_halves_stops_the_hopeless_and_finds_the_same_after_kills(
     whole, make = files.load(write(text, "whole")), Pretended(monkeypatch)
     events = list(search.run(whole, make, conduct.Inline(), 1, score))
     stopped = [event for event in events if isinstance(event, halving.Stopped)]
-    told = [event for event in events if isinstance(event, search.Told)]
+    scored = [event for event in events if isinstance(event, search.Scored)]
     assert len(stopped) + len(told) == 12 and len(stopped) >= 4 and told[0].member.name == "trial-001"
     assert {event.epochs for event in stopped} <= {2, 6} and all(1 < event.rank <= event.compared for event in stopped)
     assert told[-1].best == min(event.value for event in told), "one that was stopped is not the best"
