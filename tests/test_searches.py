@@ -224,9 +224,9 @@ def test_a_search_that_halves_stops_the_hopeless_and_finds_the_same_after_kills(
     events = list(search.run(whole, make, conduct.Inline(), 1, score))
     stopped = [event for event in events if isinstance(event, halving.Stopped)]
     scored = [event for event in events if isinstance(event, search.Scored)]
-    assert len(stopped) + len(told) == 12 and len(stopped) >= 4 and told[0].member.name == "trial-001"
+    assert len(stopped) + len(scored) == 12 and len(stopped) >= 4 and scored[0].member.name == "trial-001"
     assert {event.epochs for event in stopped} <= {2, 6} and all(1 < event.rank <= event.compared for event in stopped)
-    assert told[-1].best == min(event.value for event in told), "one that was stopped is not the best"
+    assert scored[-1].best == min(event.value for event in scored), "one that was stopped is not the best"
     assert (whole.folder / stopped[0].member / halving.STOPPED.format(stage="fine_tune")).is_file()
     epochs = sum(until or 8 for stage, until in make.names if stage == "fine_tune")
     assert epochs < 12 * 8
