@@ -78,7 +78,7 @@ def _at_size(recipe: recipes.Recipe, size: int) -> planning.Step:
     """Return the step that resizes the recipe's images to another size, linked to beside the recipe's own run."""
     section = recipe.stages.get(_images(), {}) | {"image_size": size}
     step = _until_resized(replace(recipe, stages=recipe.stages | {_images(): section}))[-1]
-    # A stage made by hand lies in the run itself and has its own size; this one comes from the store.
+    # A stage made by hand is in the run itself and has its own size; this one comes from the store.
     return replace(step, link=step.link.parent / "sizes" / str(size) / step.link.name)
 
 

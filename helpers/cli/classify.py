@@ -27,7 +27,7 @@ FLUSH = 64  # images between two writes to the disk
 CHUNK = 10_000  # rows of a submission that are in memory at a time
 UNFINISHED = ".unfinished"
 PARQUET = (".parquet", ".pq")
-REASON = 3  # the column with the reason why a file is no readable image
+REASON = 3  # the column with the reason why a file was not read
 
 Bundle = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Predict by a bundle of `thaw export`, without TensorFlow.")
@@ -58,7 +58,7 @@ def by_bundle(bundle: Path, paths: Sequence[Path], file: Path | None, columns: s
 
     Raises:
         FileNotFoundError: there is no such bundle, image or folder.
-        ValueError: columns are asked for; or as `by_run`.
+        ValueError: columns are requested; or as `by_run`.
     """
     if columns:
         raise ValueError("--columns takes a run, not a bundle, whose answer may be unsure: thaw predict RUN ...")
@@ -169,7 +169,7 @@ def _print_unread(path: str, reason: str, console: Console) -> None:
 
 
 def _as_text(row: list) -> list[str]:
-    """Return a row as it is written: numbers with the digits of float32, names that are no UTF-8 with \\x.."""
+    """Return a row as it is written: numbers with the digits of float32, names that are not UTF-8 with \\x.."""
     return [f"{value:.9g}" if isinstance(value, float) else _plain(value) for value in row]
 
 

@@ -15,7 +15,7 @@ STUDY = "compare"
 
 
 def run(runs: Sequence[str], console: Console, *, common: bool = False) -> Path:
-    """Compare finished runs and write the page of it; both lie in the folder of the first run.
+    """Compare finished runs and write the page of it; both are in the folder of the first run.
 
     Args:
         runs: names or folders of runs; the others are compared with the first.
@@ -26,7 +26,7 @@ def run(runs: Sequence[str], console: Console, *, common: bool = False) -> Path:
         The page, compare.html.
 
     Raises:
-        FileNotFoundError: one of them is no run that 05_evaluate has measured.
+        FileNotFoundError: one of them is not a run that 05_evaluate has measured.
         ValueError: they cannot be compared; the message says why.
     """
     entries.same_images(entries.grouped(entries.read(runs)), common)  # before a kernel is started for nothing

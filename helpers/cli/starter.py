@@ -37,7 +37,7 @@ def write_recipe(
     if problems := recipes.check({"name": name}):
         raise notebooks.RecipeError(problems[0])
     if "/" in name:
-        raise notebooks.RecipeError(f"name: {name!r} cannot name a run that stands alone: leave the slash out.")
+        raise notebooks.RecipeError(f"name: {name!r} cannot name a single run: leave the slash out.")
     path = project.ROOT / "recipes" / f"{name}.yaml"
     if path.exists():
         raise FileExistsError(f"{project.display_path(path)} exists already. Take another name, or edit it.")
@@ -104,14 +104,14 @@ def _source_parameters(
         if path.suffix.lower() not in tables.TABLES:
             endings = ", ".join(tables.TABLES)
             raise ValueError(
-                f"{source} is no folder, no table of labels ({endings}), no archive and no built-in data set."
+                f"{source} is not a folder, a table of labels ({endings}), an archive or a built-in data set."
             )
         if class_folders != "auto":
             raise ValueError("--classes is for folders; a table names the class of each image itself.")
         columns = tables.find_columns(path.resolve(), label, group)
         return {"source": project.display_path(columns.source)} | columns.parameters, columns.notes
     if label or group:
-        raise ValueError(f"--label and --group name columns of a table of labels; {source} is none.")
+        raise ValueError(f"--label and --group name columns of a table of labels; {source} is not one.")
     if path.is_dir():
         source = project.display_path(path.resolve())
     return {"source": source} | ({"class_folders": class_folders} if class_folders != "auto" else {}), []

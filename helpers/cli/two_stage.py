@@ -68,7 +68,7 @@ def parsed(text: str, folder: Path) -> list[list[str]]:
     """Return groups written in YAML.
 
     Raises:
-        ValueError: that is no list of lists of the run's classes.
+        ValueError: that is not a list of lists of the run's classes.
     """
     content = notebooks.yaml().load(text)
     if not isinstance(content, list) or not all(isinstance(group, list) for group in content):

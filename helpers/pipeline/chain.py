@@ -53,7 +53,7 @@ class Finished:
 
     Attributes:
         folder: of the run.
-        changed: whether it differs from what it was, so that its report has to be written again.
+        changed: whether it changed, so that its report has to be written again.
         metrics: metrics.json of the last stage that has one, None where none has.
     """
 
@@ -67,7 +67,7 @@ def plan(recipe: recipes.Recipe, first: str = "", last: str = "", *, rebuild: st
 
     Raises:
         planning.StageError: a stage before `first` is not done.
-        ValueError: the recipe leaves one of the two out, or they stand in the wrong order.
+        ValueError: the recipe leaves one of the two out, or they are in the wrong order.
     """
     planned = planning.plan(recipe, rebuild)
     steps = _between(planned, first, last)

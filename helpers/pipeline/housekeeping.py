@@ -1,4 +1,4 @@
-"""What lies in the folder of all runs: the runs themselves, and what none of them needs any more."""
+"""The folder of all runs: the runs themselves, and what none of them needs any more."""
 
 import os
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that no run needs: what it is, where, and how many bytes go with it."""
+    """Something that no run needs: what it is, where, and how many bytes it takes."""
 
     kind: str
     paths: tuple[Path, ...]
@@ -135,7 +135,7 @@ def _needed(folder: Path) -> set[str]:
 
 
 def remove(folder: Path, unneeded: list[Leftover]) -> int:
-    """Remove leftovers and return the bytes that went; what a `thaw run` has begun to use meanwhile stays."""
+    """Remove leftovers and return the bytes removed; what a `thaw run` has begun to use meanwhile stays."""
     removed = 0
     for leftover in unneeded:
         with ExitStack() as held:

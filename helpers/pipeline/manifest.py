@@ -55,18 +55,18 @@ def read(run: Path) -> dict[str, Any]:
     """Return the manifest of a run.
 
     Raises:
-        FileNotFoundError: the folder is no run, or one that `thaw run` has not finished.
+        FileNotFoundError: the folder is not a run, or one that `thaw run` has not finished.
         ValueError: it is damaged, or of an older version that did not record the recipe.
     """
-    run_name = project.display_path(run)
+    name = project.display_path(run)
     try:
         content = disk.read_json(run / FILE)
     except OSError:
-        raise FileNotFoundError(f"{run_name} has no {FILE}: it is no run, or `thaw run` has not finished it.") from None
+        raise FileNotFoundError(f"{name} has no {FILE}: it is not a run, or `thaw run` has not finished it.") from None
     except ValueError:
-        raise ValueError(f"{run_name}/{FILE} is damaged: it is not JSON.") from None
+        raise ValueError(f"{name}/{FILE} is damaged: it is not JSON.") from None
     if not isinstance(content, dict) or "recipe" not in content:
-        raise ValueError(f"{run_name}/{FILE} does not hold the recipe. `thaw run` on its recipe writes it again.")
+        raise ValueError(f"{name}/{FILE} does not hold the recipe. `thaw run` on its recipe writes it again.")
     return content
 
 

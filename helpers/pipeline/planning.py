@@ -15,7 +15,7 @@ from helpers.core import disk, notebooks, project, stages
 from helpers.data import inventory
 from helpers.pipeline import fingerprints, recipes, store
 
-REBUILD = "asked for with --rebuild"
+REBUILD = "requested with --rebuild"
 
 State = Literal["done", "to do", "by hand"]
 

@@ -31,7 +31,7 @@ class Recipe:
         return [stage.name for stage in notebooks.stages().values() if not stage.optional or stage.name in self.stages]
 
     def resolved(self, stage: str) -> dict[str, Any]:
-        """Return every parameter of `stage` with the value that will be in force."""
+        """Return every parameter of `stage` with the value that the run uses."""
         return {name: self._value(stage, name) for name in notebooks.stages()[stage].settings}
 
     def _value(self, stage: str, name: str) -> Any:

@@ -46,7 +46,7 @@ class Inline(Executor):
     """Does each task in this process while it is submitted."""
 
     def submit(self, function: Callable, /, *arguments, **keywords) -> Future:
-        """Return the finished future of `function`; an error that is no failure of a stage ends the sweep."""
+        """Return the finished future of `function`; an error that is not a failure of a stage ends the sweep."""
         future: Future = Future()
         try:
             future.set_result(function(*arguments, **keywords))
@@ -131,7 +131,7 @@ def _ready(waiting: dict[Path, plans.Unit], running: dict[Future, plans.Unit], f
 
 def _drop(waiting: dict[Path, plans.Unit], failed: dict[Path, str]) -> None:
     """Remove from `waiting` what cannot be made any more, and note the cause."""
-    for folder, unit in list(waiting.items()):  # each stands after what it reads
+    for folder, unit in list(waiting.items()):  # each comes after what it reads
         if lost := unit.needs & failed.keys():
             failed[folder] = failed[next(iter(lost))]
             del waiting[folder]

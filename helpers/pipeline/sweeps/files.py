@@ -65,7 +65,7 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Return the folder in which its members lie as runs."""
+        """Return the folder that holds its members as runs."""
         return project.runs_folder() / self.name
 
     @property

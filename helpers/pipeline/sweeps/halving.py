@@ -86,7 +86,7 @@ def until(sweep: files.Sweep, members: list[files.Member], epochs: int) -> plans
 
 
 def _ranked(sweep: files.Sweep, planned: plans.Plan, members: list[files.Member], epochs: int, score: Score):
-    """Return the members, the best first; those without a number stand last."""
+    """Return the members, the best first; those without a number come last."""
     sign = 1 if sweep.halving.falls else -1
 
     def place(member: files.Member) -> float:

@@ -218,7 +218,7 @@ def _members(sweep: files.Sweep, study: "Study") -> "list[FrozenTrial]":
 
 
 def _settle(sweep: files.Sweep, study: "Study") -> None:
-    """Give each trial that is no member the result of the member like it."""
+    """Give each trial that is not a member the result of the member like it."""
     from optuna.trial import TrialState
 
     members = _members(sweep, study)
