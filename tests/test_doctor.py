@@ -85,10 +85,10 @@ def test_a_convolution_that_fails_or_is_wrong_is_told(monkeypatch):
     assert found.topic == "GPU:0" and "cuDNN does not work" in found.fix and "requirements-gpu.lock" in found.fix
     devices[1] |= {"error": "", "detail": "NVIDIA Test, compute capability 9.0, "}
     *_, found = fake_tensorflow(monkeypatch, told)
-    assert "compute capability 9.0, a convolution is right" in found.text and not found.fix
+    assert "compute capability 9.0, a convolution is correct" in found.text and not found.fix
     devices.append(devices[1] | {"name": "GPU:1"})
     *_, found = fake_tensorflow(monkeypatch, told)
-    assert "train on all 2 at once" in found.text and not found.fix
+    assert "train on all 2 together" in found.text and not found.fix
 
 
 def test_a_tensorflow_that_cannot_be_loaded_is_told(monkeypatch):

@@ -251,7 +251,7 @@ def test_a_failed_member_of_a_search_that_halves_is_not_tried_at_each_comparison
 
 def test_two_processes_do_not_search_the_same(write, optuna, monkeypatch):
     sweep = files.load(write(f"search: {{trials: 2}}\ngrid: {RANGES}"))
-    with search._opened(sweep), pytest.raises(RuntimeError, match="Another thaw sweep is at work"):
+    with search._opened(sweep), pytest.raises(RuntimeError, match="Another thaw sweep is working on"):
         found(sweep, Pretended(monkeypatch))
 
 

@@ -18,7 +18,7 @@ from helpers.pipeline import recipes
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 WIDE = 200  # columns of a table that goes into a file or a pipe
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
-START, RUN, LOOK, COMPARE, SHIP, CLEAN_UP = "Start", "Run", "Look", "Compare", "Ship", "Clean up"
+START, RUN, LOOK, COMPARE, SHIP, MAINTAIN = "Start", "Run", "Look", "Compare", "Ship", "Maintain"
 INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/elpv.yaml.")]
@@ -230,7 +230,7 @@ def export(
     serve: Serve = False,
     overrides: More = None,
 ) -> None:
-    """Write the model of RUN as a bundle without Thaw and TensorFlow, and prove that it predicts the same."""
+    """Write the model of RUN as a bundle that needs no Thaw and no TensorFlow, and prove that it predicts the same."""
     from helpers.cli import export as stage
 
     folder = stage.run(run, stage.parameters(formats, serve, overrides), console)
@@ -296,7 +296,7 @@ def prefetch(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=CLEAN_UP)
+@app.command(rich_help_panel=MAINTAIN)
 def verify(run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")]) -> None:
     """Read every file of RUN and its images again, and list what changed since it was made."""
     from helpers.pipeline import manifest
@@ -309,7 +309,7 @@ def verify(run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")]) -
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=CLEAN_UP)
+@app.command(rich_help_panel=MAINTAIN)
 def reproduce(
     run: Annotated[
         str, typer.Argument(help="A run, e.g. runs/elpv; its manifest.json and evaluate folder are enough.")
@@ -347,7 +347,7 @@ def list_runs() -> None:
     terminal.show_runs(console)
 
 
-@app.command(rich_help_panel=CLEAN_UP)
+@app.command(rich_help_panel=MAINTAIN)
 def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove it without asking.")] = False) -> None:
     """Remove what no run needs: stages without a run, interrupted ones, caches; lists them with their sizes first."""
     from helpers.pipeline import housekeeping
