@@ -37,7 +37,7 @@ def write_recipe(
     if problems := recipes.check({"name": name}):
         raise notebooks.RecipeError(problems[0])
     if "/" in name:
-        raise notebooks.RecipeError(f"name: {name!r} cannot name a single run: leave the slash out.")
+        raise notebooks.RecipeError(f"name: {name!r} cannot name a run outside a sweep: leave the slash out.")
     path = project.ROOT / "recipes" / f"{name}.yaml"
     if path.exists():
         raise FileExistsError(f"{project.display_path(path)} exists already. Take another name, or edit it.")
