@@ -13,7 +13,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates libgl1 libglib2.0-0 python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
-# Who is behind a mirror builds with `--secret id=pip.conf,src=pip.conf`; no trace of it stays in the image.
+# Behind a mirror, build with `--secret id=pip.conf,src=pip.conf`; no trace of it stays in the image.
 ENV PATH=/opt/venv/bin:$PATH
 ARG LOCK=requirements-gpu.lock
 COPY ${LOCK} /opt/requirements.lock
@@ -22,9 +22,9 @@ RUN --mount=type=secret,id=pip.conf --mount=type=cache,target=/root/.cache/pip \
     && python3 -m venv /opt/venv \
     && pip install --quiet --require-hashes --requirement /opt/requirements.lock
 
-# NVIDIA's wheels keep their libraries where only TensorFlow looks: ldconfig shows them to everybody. The project belongs to
-# root and is only read; whoever runs the container, by `--user` with any uid, may write to data and runs, to the home folder
-# and to the weights.
+# NVIDIA's wheels keep their libraries where only TensorFlow looks: ldconfig shows them to all programs. The project
+# belongs to root and is only read; any user of the container, by `--user` with any uid, may write to data and runs, to
+# the home folder and to the weights.
 RUN find /opt/venv/lib -type d -path '*/site-packages/nvidia/*/lib' > /etc/ld.so.conf.d/nvidia-wheels.conf \
     && ldconfig \
     && useradd --non-unique --uid 1000 --create-home thaw \

@@ -11,13 +11,13 @@ export PYTHONNOUSERSITE = 1
 demo: env  ## the main job: solar cells to a report
 	$(BIN)/thaw run recipes/elpv.yaml
 
-test: env  ## all tests but the slow proofs
+test: env  ## all tests except the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 systems: env  ## the five systems' recipes end to end, on built-in images with a small network
 	$(BIN)/python benchmarks/systems.py
 
-slow: env  ## proofs that make test has no time for, with transformers, JAX and a search (installs three extras), minutes
+slow: env  ## tests that are too slow for make test, with transformers, JAX and a search (installs three extras), minutes
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[hub,search,cluster]'
 	$(BIN)/python -m pytest -m slow
 
@@ -40,7 +40,7 @@ lint: env  ## style of code and notebooks; the floors of helpers/; no outputs in
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 
-audit: env  ## what is known to be unsafe of the packages in both lock files; asks PyPI itself, a mirror may know nothing
+audit: env  ## known vulnerabilities of the packages in both lock files; asks PyPI itself, since a mirror may know none
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
 	for lock in $(LOCK) requirements-gpu.lock; do \
@@ -59,7 +59,7 @@ $(READY): $(LOCK) pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 
-lock: env  ## write both lock files anew from pyproject.toml
+lock: env  ## write both lock files again from pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile pyproject.toml --extra data --extra weights --extra formats --extra dev $(LOCK_OPTIONS) --output-file requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra data --extra weights --extra formats --extra dev --extra gpu $(LOCK_OPTIONS) --output-file requirements-gpu.lock

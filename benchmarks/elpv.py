@@ -1,7 +1,7 @@
 """Accuracy on ELPV under the published protocol, mean of several seeds: python benchmarks/elpv.py
 
 Each seed is another split (75 : 25, stratified by probability and module type), another initial head and another order.
-Every run goes through the same notebooks as `thaw run recipes/elpv_full.yaml`; validation chooses epoch and phase.
+Every run uses the same notebooks as `thaw run recipes/elpv_full.yaml`; validation chooses epoch and phase.
 Published (Deitsch et al., Solar Energy 185, 2019): SVM 82.44 %, VGG-19 88.42 %.
 """
 
@@ -24,18 +24,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="STAGE.PARAMETER=VALUE")
     arguments = parser.parse_args()
-    console, found = Console(highlight=False, soft_wrap=True), []
+    console, rows = Console(highlight=False, soft_wrap=True), []
     for seed in arguments.seeds:
         seeds = [f"{stage}.seed={seed}" for stage in ("split", "head", "fine_tune")]
         recipe = recipes.load(arguments.recipe, [*arguments.overrides, *seeds])
         recipe.name = f"{recipe.name}-seed{seed}"
         terminal.run(recipe, console)
         metrics = disk.read_json(project.runs_folder() / recipe.name / "evaluate" / "metrics.json")
-        found.append([metrics[name]["value"] for name in NAMES])
+        rows.append([metrics[name]["value"] for name in NAMES])
     console.print(f"\n{'seed':<8}" + "".join(f"{name:>20}" for name in NAMES))
-    for seed, values in zip(arguments.seeds, found, strict=True):
+    for seed, values in zip(arguments.seeds, rows, strict=True):
         console.print(f"{seed:<8}" + "".join(f"{100 * value:>18.2f} %" for value in values))
-    means = [statistics.mean(column) for column in zip(*found, strict=True)]
+    means = [statistics.mean(column) for column in zip(*rows, strict=True)]
     console.print(f"{'mean':<8}" + "".join(f"{100 * value:>18.2f} %" for value in means))
     console.print("Published: VGG-19 88.42 %, SVM 82.44 % accuracy.")
 

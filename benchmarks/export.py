@@ -2,7 +2,7 @@
 
     python benchmarks/export.py runs/elpv
 
-It asks every format as `thaw export` does. Which family which format carries: make families.
+It runs every format as `thaw export` does. Which format carries which family: make families.
 """
 
 import argparse
@@ -21,33 +21,33 @@ from helpers.export import bundle, certificate, formats
 
 
 def main() -> None:
-    """Print the certificate of every format, also of those that would not be written."""
+    """Print the certificate of every format, also of those that `thaw export` would not write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run with a measured model")
     parser.add_argument("--formats", nargs="+", default=list(formats.FORMATS))
     parser.add_argument("--checked", type=int, default=0, help="images of the proof; 0: all")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     print(setting.machine())
-    run = project.run_folder(asked.run)
+    run = project.run_folder(arguments.run)
     model = prediction.load(run / "evaluate")
-    proof = bundle.asked(run / "resize", run / "explore", "val", limit=asked.checked)
-    few, found, said = bundle.samples(run / "resize"), [], []
+    proof = bundle.asked(run / "resize", run / "explore", "val", limit=arguments.checked)
+    samples, certificates, refusals = bundle.samples(run / "resize"), [], []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "bundle")
         about = bundle.begin(folder, run / "evaluate")
-        given = bundle.expected(prediction.asking(model, run / "evaluate"), proof.files, about)
+        expected = bundle.expected(prediction.asking(model, run / "evaluate"), proof.files, about)
         classes = disk.read_json(folder / "classes.json")
-        for kind in asked.formats:
-            formats.write(model, kind, folder, few)
+        for kind in arguments.formats:
+            formats.write(model, kind, folder, samples)
             bundle._describe(folder, run.name, [kind])
-            parity, answers = certificate.compare(folder, kind, proof.files, given, proof.labels, classes)
-            found.append(parity)
-            said.append(certificate.judge(parity, answers, given, proof.files, 0.02, len(classes)))
-    print(certificate.table(found).to_string())
-    print("\n".join(filter(None, said)))
+            parity, answers = certificate.compare(folder, kind, proof.files, expected, proof.labels, classes)
+            certificates.append(parity)
+            refusals.append(certificate.judge(parity, answers, expected, proof.files, 0.02, len(classes)))
+    print(certificate.table(certificates).to_string())
+    print("\n".join(filter(None, refusals)))
 
 
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    os._exit(0)  # TensorFlow and OpenVINO in one process may never take leave
+    os._exit(0)  # TensorFlow and OpenVINO in one process may never end

@@ -5,19 +5,19 @@ Everything is measured in one run on the same files, and ratios are printed:
 - the same with writing, against vipsthumbnail (Debian: libvips-tools) on all cores;
 - the inventory of the same files against resizing them;
 - the peak memory of explore, split and resize for 20,000 small images against 2,000.
-Processor time is compared as well as the clock, since other work on the machine disturbs the clock.
+Processor time is compared too, since other work on the machine disturbs the clock.
 
-The JPEGs are made here from the two photos that scikit-learn brings, enlarged, with the fine noise of a sensor. Phones
+The JPEGs are made here from the two photos in scikit-learn, enlarged, with the fine noise of a sensor. Phones
 write 2 to 5 MB for 12 megapixels (1.3 to 3.3 bits a pixel, colour at half the resolution), so there are light, typical
-and heavy files, each held level and held upright: phones store an upright photo lying and note in EXIF how to turn it,
-which the plain loop does with all 12 megapixels.
+and heavy files, each held level and held upright: phones store an upright photo on its side and note in EXIF how to
+turn it, which the plain loop does with all 12 megapixels.
 
-Four times the plain loop is reached for light files, almost for typical ones held upright, and not for the others
-(two cores of an AMD EPYC: 4.1, 2.5 and 2.1 times held level, 6.4, 3.8 and 3.0 times held upright). No choice of ours
-can change that. At a scale of 1/8 a JPEG decoder computes next to nothing, but it must still read every bit of the
-Huffman code, for only the end of one symbol tells where the next begins. This reading is measured alone, by decoding to
-grey at 1/8, one number for each block: it grows in proportion to the bits and is 76 to 90 % of our time. The plain
-loop's time divided by it is printed too: the most that any program can reach that reads with libjpeg-turbo, as Pillow,
+Four times the speed of the plain loop is reached for light files, almost for typical ones held upright, and not for
+the others (two cores of an AMD EPYC: 4.1, 2.5 and 2.1 times held level, 6.4, 3.8 and 3.0 times held upright). Thaw
+cannot change that. At a scale of 1/8 a JPEG decoder computes almost nothing, but it must still read every bit of the
+Huffman code, since only the end of one symbol shows where the next begins. This reading is measured alone, by decoding
+to grey at 1/8, one number for each block: it grows in proportion to the bits and is 76 to 90 % of our time. The plain
+loop's time divided by it is printed too: the limit for every program that reads with libjpeg-turbo, as Pillow,
 OpenCV and libvips do (5.3, 2.9 and 2.4 times held level).
 """
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def compare_photos(folder: Path, count: int) -> None:
-    """Compare on photos of each kind, and print how the time of reading follows from their bits."""
+    """Compare on photos of each kind, and print how the time of reading depends on their bits."""
     bits, seconds = [], []
     for case, (noise, quality) in CASES.items():
         photos = make_photos(folder / case, count, noise, quality)
@@ -134,12 +134,12 @@ def compare(case: str, files: list[Path], bits: float) -> float:
 
 
 def plain_loop(file: Path) -> np.ndarray:
-    """What most scripts do."""
+    """Load an image as most scripts do."""
     return cv2.resize(cv2.imread(str(file)), (SIZE, SIZE))
 
 
 def read_code(file: Path) -> np.ndarray:
-    """Read a JPEG to its end and compute as little as a decoder can: one grey value for each block of 8 x 8 pixels."""
+    """Read a JPEG to its end and compute as little as possible: one grey value for each block of 8 x 8 pixels."""
     return cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
@@ -183,8 +183,8 @@ def compare_memory(folder: Path, few: int, many: int) -> None:
         make_small(raw, count)
         command = [sys.executable, __file__, "--measure", str(raw)]
         environment = os.environ | {progress.PROGRESS_VARIABLE: os.devnull, "PYTHONPATH": str(project.ROOT)}
-        found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-        peaks.append(json.loads(found.stdout.splitlines()[-1]))
+        process = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        peaks.append(json.loads(process.stdout.splitlines()[-1]))
         print(f"\n{count:,} small images: peak memory {peaks[-1] / 1024:.0f} MiB")
     print(f"  {peaks[1] / peaks[0]:.2f} times the memory for {many / few:g} times the images (wanted: at most 1.15)")
 
@@ -195,8 +195,8 @@ def make_small(folder: Path, count: int) -> None:
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
     for number in range(count):
-        picture = cv2.resize(rng.integers(0, 255, (8, 8, 3), np.uint8), (64, 64), interpolation=cv2.INTER_CUBIC)
-        cv2.imwrite(str(folder / "ab"[number % 2] / f"{number:06d}.jpg"), picture)
+        image = cv2.resize(rng.integers(0, 255, (8, 8, 3), np.uint8), (64, 64), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(folder / "ab"[number % 2] / f"{number:06d}.jpg"), image)
 
 
 def _send_through(raw: Path) -> None:

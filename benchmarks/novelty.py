@@ -1,10 +1,10 @@
-"""How well a run tells images of none of its classes from its own: those of other runs stand for the first.
+"""How well a run separates its own images from images of none of its classes, which here are those of another run.
 
-Two runs that are done are enough, `thaw run recipes/elpv.yaml` and `thaw run recipes/textile.yaml`:
+Two finished runs are enough, `thaw run recipes/elpv.yaml` and `thaw run recipes/textile.yaml`:
 
     python benchmarks/novelty.py elpv textile
 
-For each run, the distances of its own test images are set against those of the other's. AUROC is the chance that an
+For each run, the distances of its own test images are compared with those of the other's. AUROC is the chance that an
 image of the other set lies farther away; its interval is a bootstrap of both sets.
 """
 
@@ -21,24 +21,25 @@ from helpers.evaluation.trust import distances, novelty
 
 
 def main() -> None:
+    """Print AUROC and the flagged images of both runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs=2)
     parser.add_argument("--most", type=int, default=400, help="images of each set")
-    asked = parser.parse_args()
-    folders = [entries.measured(run) for run in asked.runs]
+    args = parser.parse_args()
+    folders = [entries.measured(run) for run in args.runs]
     for one, other in ((0, 1), (1, 0)):
-        own, strange = (how_far(folders[one], files(folders[of], asked.most)) for of in (one, other))
+        own, strange = (how_far(folders[one], files(folders[of], args.most)) for of in (one, other))
         value, low, high = auroc(own, strange)
         flagged = [(values > distances.read(folders[one]).threshold).mean() for values in (own, strange)]
         print(
-            f"{asked.runs[one]}: {len(own)} own test images against {len(strange)} of {asked.runs[other]}: AUROC"
+            f"{args.runs[one]}: {len(own)} own test images against {len(strange)} of {args.runs[other]}: AUROC"
             f" {value:.4f} ({low:.4f} to {high:.4f}); flagged {100 * flagged[0]:.1f} % of its own,"
             f" {100 * flagged[1]:.1f} % of the others"
         )
 
 
 def files(folder, most: int) -> list:
-    """Return up to `most` test images of a run, resized as they were for it."""
+    """Return up to `most` test images of a run, in the size of that run."""
     resized = project.resolve(disk.read_json(folder / stages.STAGE_FILE)["parameters"]["images"])
     table = disk.read_table(resized / "images.csv")
     rows = table[table["part"] == "test"]
@@ -47,13 +48,13 @@ def files(folder, most: int) -> list:
 
 def how_far(folder, paths: list) -> np.ndarray:
     """Return how far images lie from what the run of `folder` has learned, float32 (images,)."""
-    known, about = distances.read(folder), disk.read_json(folder / "model.json")
+    learned, about = distances.read(folder), disk.read_json(folder / "model.json")
     run = novelty.features_of(hardware.load(folder / "model.keras"))
-    found = []
+    values = []
     for at in range(0, len(paths), 32):
         batch = np.stack([images.load(path, about["image_size"], about["fit"]) for path in paths[at : at + 32]])
-        found.append(known.distance(run(batch)))
-    return np.concatenate(found)
+        values.append(learned.distance(run(batch)))
+    return np.concatenate(values)
 
 
 def auroc(own: np.ndarray, strange: np.ndarray) -> tuple[float, float, float]:

@@ -3,9 +3,9 @@
     python benchmarks/overhead.py
 
 The demo's recipe is run from the beginning, in a folder of runs of its own. papermill notes how long every cell took:
-what is left of a stage's time is the kernel's start and end and the writing of the notebook; what is left of the whole
-is the command itself, with fingerprints and the report. Figures are counted as overhead too: without notebooks nobody
-would draw them.
+the rest of a stage's time is the kernel's start and end and the writing of the notebook; the rest of the whole is the
+command itself, with fingerprints and the report. Figures are counted as overhead too: without notebooks there
+would be none.
 """
 
 import argparse
@@ -46,11 +46,11 @@ def main() -> None:
 
 def stage_seconds(folder: Path) -> dict[str, float]:
     """Return the seconds of a finished stage by kind."""
-    found = dict.fromkeys(KINDS, 0.0)
+    seconds = dict.fromkeys(KINDS, 0.0)
     for cell in nbformat.read(folder / "notebook.ipynb", as_version=4).cells:
-        found[kind_of(cell)] += cell.metadata.get("papermill", {}).get("duration") or 0.0
-    found["kernel"] = disk.read_json(folder / stages.STAGE_FILE)["seconds"] - sum(found.values())
-    return found
+        seconds[kind_of(cell)] += cell.metadata.get("papermill", {}).get("duration") or 0.0
+    seconds["kernel"] = disk.read_json(folder / stages.STAGE_FILE)["seconds"] - sum(seconds.values())
+    return seconds
 
 
 def kind_of(cell) -> str:
@@ -67,9 +67,9 @@ def kind_of(cell) -> str:
 def conclude(seconds: float, stages: dict[str, dict[str, float]]) -> None:
     """Print the seconds of every stage and kind, and the overhead as a share of all."""
     print(f"\n{'seconds':<14}" + "".join(f"{kind:>10}" for kind in KINDS) + f"{'all':>10}")
-    for name, found in stages.items():
-        print(f"{name:<14}" + "".join(f"{found[kind]:>10.1f}" for kind in KINDS) + f"{sum(found.values()):>10.1f}")
-    total = {kind: sum(found[kind] for found in stages.values()) for kind in KINDS}
+    for name, kinds in stages.items():
+        print(f"{name:<14}" + "".join(f"{kinds[kind]:>10.1f}" for kind in KINDS) + f"{sum(kinds.values()):>10.1f}")
+    total = {kind: sum(kinds[kind] for kinds in stages.values()) for kind in KINDS}
     command = seconds - sum(total.values())
     print(f"{'thaw itself':<14}{'':>40}{command:>10.1f}")
     print(f"{'all':<14}" + "".join(f"{total[kind]:>10.1f}" for kind in KINDS) + f"{seconds:>10.1f}")

@@ -1,8 +1,8 @@
-"""The same recipe in plain Keras, as someone who knows it well would write it for a CPU; the benchmarks start it.
+"""The same recipe in plain Keras, as an expert would write it for a CPU; the benchmarks start it.
 
 Tuned: images are decoded once and stay in memory, augmentation is Keras's own layers in tf.data in parallel and ahead,
-the backbone is called in inference mode, nothing is compiled with XLA, which is many times slower on a CPU. Of Thaw it
-takes the weights (EfficientNet-Lite0 is not in keras.applications) and the list of augmentation layers, nothing else.
+the backbone is called in inference mode, nothing is compiled with XLA, which is many times slower on a CPU. It uses
+only the weights (EfficientNet-Lite0 is not in keras.applications) and the list of augmentation layers of Thaw.
 
     python benchmarks/plain_keras.py '{"images": "runs/x/resize", "epochs": 50, ...}'
 
@@ -82,7 +82,7 @@ def batches(part: tuple, flip: str, seed: int) -> tf.data.Dataset:
     """Return shuffled, augmented batches from memory."""
     flips = [keras.layers.RandomFlip(mode) for mode in transforms.FLIPS[flip]]
     augment = keras.Sequential(
-        flips + [getattr(keras.layers, name)(**given) for item in transforms.DEFAULT for name, given in item.items()]
+        flips + [getattr(keras.layers, name)(**values) for item in transforms.DEFAULT for name, values in item.items()]
     )
     data = tf.data.Dataset.from_tensor_slices(part[:2]).shuffle(len(part[0]), seed=seed).batch(BATCH)
     data = data.map(lambda x, y: (augment(tf.cast(x, "float32"), training=True), y), tf.data.AUTOTUNE)
@@ -109,7 +109,7 @@ def compile_(model: keras.Model, rate: float) -> None:
 
 
 def unfreeze(body: keras.Model, block: str) -> None:
-    """Let everything from `block` on train but BatchNormalization."""
+    """Let everything from `block` on train, except BatchNormalization."""
     body.trainable = True
     start = next(index for index, layer in enumerate(body.layers) if layer.name.startswith(block))
     for index, layer in enumerate(body.layers):
@@ -119,8 +119,8 @@ def unfreeze(body: keras.Model, block: str) -> None:
 def write_predictions(model: keras.Model, folder: str, path: str) -> None:
     """Write path, label and predicted (class indices) of the test images."""
     images, labels, paths = read(folder, "test")
-    said = model.predict(images, batch_size=2 * BATCH, verbose=0).argmax(axis=1)
-    pd.DataFrame({"path": paths, "label": labels, "predicted": said}).to_csv(path, index=False)
+    predicted = model.predict(images, batch_size=2 * BATCH, verbose=0).argmax(axis=1)
+    pd.DataFrame({"path": paths, "label": labels, "predicted": predicted}).to_csv(path, index=False)
 
 
 def imagenet_logits(task: dict) -> None:

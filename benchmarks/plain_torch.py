@@ -1,4 +1,4 @@
-"""The same recipe in plain PyTorch on the same weights, as someone who knows it well would write it for a CPU.
+"""The same recipe in plain PyTorch on the same weights, as an expert would write it for a CPU.
 
 Started by recipe_speed.py and time_to_accuracy.py with a Python that has torch, efficientnet-lite-pytorch, pillow and
 numpy; it uses nothing of Thaw. Tuned: images are decoded once and stay in memory, augmentation is one affine warp of a
@@ -95,8 +95,8 @@ def fit(model: Classifier, train: tuple, val: tuple, rate: float, task: dict, ep
         for rows in torch.randperm(len(train[0])).split(BATCH):
             images = augmented(train[0][rows], task["flip"])
             with torch.autocast("cpu", torch.bfloat16, enabled=task["bfloat16"]):
-                said = model(images)
-            loss = F.cross_entropy(said.float(), train[1][rows])
+                outputs = model(images)
+            loss = F.cross_entropy(outputs.float(), train[1][rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -138,8 +138,8 @@ def augmented(images: torch.Tensor, flip: str) -> torch.Tensor:
 
 def judge(model: Classifier, part: tuple) -> tuple[float, float]:
     """Return accuracy and loss."""
-    said = logits(model, part[0])
-    return float((said.argmax(1) == part[1]).float().mean()), float(F.cross_entropy(said, part[1]))
+    outputs = logits(model, part[0])
+    return float((outputs.argmax(1) == part[1]).float().mean()), float(F.cross_entropy(outputs, part[1]))
 
 
 @torch.inference_mode()
@@ -153,11 +153,11 @@ def logits(model: Classifier, images: torch.Tensor) -> torch.Tensor:
 def write_predictions(model: Classifier, folder: str, path: str) -> None:
     """Write path, label and predicted (class indices) of the test images."""
     images, labels, paths = read(folder, "test")
-    said = logits(model, images).argmax(1)
+    predicted = logits(model, images).argmax(1)
     with open(path, "w", newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(["path", "label", "predicted"])
-        rows.writerows(zip(paths, labels.tolist(), said.tolist(), strict=True))
+        rows.writerows(zip(paths, labels.tolist(), predicted.tolist(), strict=True))
 
 
 def imagenet_logits(task: dict) -> None:

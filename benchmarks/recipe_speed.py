@@ -9,7 +9,7 @@ EfficientNet-Lite0 and solar cells of ELPV, as many as two cores can train on in
 Thaw's time is that of its stages 03 and 04 from the first to the last second: kernels, imports, figures, saving. The
 others' is that of one process, from its start to the end of training (plain_keras.py and plain_torch.py say how they
 are tuned). All begin at the same resized images, choose epoch and phase by the validation loss, and are then tested on
-the same images, which play no part in the time. Nothing is extrapolated. Processor time is compared too, since other
+the same images, which are not part of the time. Nothing is extrapolated. Processor time is compared too, since other
 work on the machine disturbs the clock more. Before PyTorch trains, its network must answer as that of Keras does.
 
 PyTorch is installed the first time into an environment of the benchmarks' own, runs/.torch; or name a Python that has
@@ -35,7 +35,7 @@ from helpers.models.families import efficientnet_lite
 TRAINING = ("head", "fine_tune")
 RIVALS = {"keras": "plain Keras", "torch": "plain PyTorch"}
 WANTED = {"plain Keras": 15, "plain PyTorch": 5}  # times as fast
-SAME = 1e-3  # by which the logits of one network may differ between two libraries
+SAME = 1e-3  # the most that the logits of one network may differ between two libraries
 MEASURED = {
     "seconds": "training, all of it (s, mean)",
     "epochs": "of which epochs (s, mean)",
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, default=500, help="training images")
     parser.add_argument("--val", type=int, default=80, help="validation images")
-    parser.add_argument("--test", type=int, default=1500, help="test images; more make the accuracies surer")
+    parser.add_argument("--test", type=int, default=1500, help="test images; more make the accuracies more certain")
     parser.add_argument("--epochs", type=int, default=50, help="of each phase")
     parser.add_argument("--views", type=int, default=5, help="augmented versions of each image that Thaw makes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
@@ -69,15 +69,15 @@ def main() -> None:
             )
             setting.run(recipe, until="resize")
             if RIVALS["torch"] in commands and not times:
-                most = difference(recipe, {RIVALS["keras"]: command("keras")} | commands, folder)
-                print(f"Untrained, Keras' and PyTorch's ImageNet logits differ by {most:.0e} at most", flush=True)
+                largest = difference(recipe, {RIVALS["keras"]: command("keras")} | commands, folder)
+                print(f"Untrained, Keras' and PyTorch's ImageNet logits differ by {largest:.0e} at most", flush=True)
             tables = {name: folder / f"{number}.csv" for number, name in enumerate(commands)}
             times.append({"Thaw": thaw_side(recipe)})
             times[-1] |= {name: rival_side(recipe, commands[name], tables[name]) for name in commands}
             right.append(correct(recipe, tables))
-            told = [f"{name} {side['seconds']:.0f} s" for name, side in times[-1].items()]
-            told = [f"{one}, {100 * side.mean():.2f} %" for one, side in zip(told, right[-1].values(), strict=True)]
-            print(f"seed {seed}: {'; '.join(told)}", flush=True)
+            texts = [f"{name} {side['seconds']:.0f} s" for name, side in times[-1].items()]
+            texts = [f"{one}, {100 * side.mean():.2f} %" for one, side in zip(texts, right[-1].values(), strict=True)]
+            print(f"seed {seed}: {'; '.join(texts)}", flush=True)
     conclude(times, right)
 
 
@@ -94,20 +94,20 @@ def command(rival: str, python: str = "") -> list[str]:
 
 def thaw_side(recipe) -> dict[str, float]:
     """Train and test with Thaw; return the seconds of the training stages, of their epochs alone, and of all cores."""
-    found = setting.run(recipe)
+    measured = setting.run(recipe)
     run = project.runs_folder() / recipe.name
     histories = [pd.read_csv(run / stage / "history.csv") for stage in TRAINING]
     return {
-        "seconds": sum(found[stage]["seconds"] for stage in TRAINING),
+        "seconds": sum(measured[stage]["seconds"] for stage in TRAINING),
         "epochs": sum(history["seconds"].sum() for history in histories),
-        "processor": sum(found[stage]["processor"] for stage in TRAINING),
+        "processor": sum(measured[stage]["processor"] for stage in TRAINING),
     }
 
 
 def rival_side(recipe, started_by: list[str], predictions: Path | None) -> dict:
-    """Train without Thaw in a process of its own; test if `predictions` names a file for what it says."""
-    found = ask(started_by, plain_task(recipe) | {"predictions": str(predictions or "")})
-    return found | {"seconds": found["ended"], "by_epoch": found["epochs"], "epochs": found["ended"] - found["began"]}
+    """Train without Thaw in a process of its own; test if `predictions` names a file for the results."""
+    times = ask(started_by, plain_task(recipe) | {"predictions": str(predictions or "")})
+    return times | {"seconds": times["ended"], "by_epoch": times["epochs"], "epochs": times["ended"] - times["began"]}
 
 
 def plain_task(recipe) -> dict:
@@ -131,10 +131,10 @@ def ask(started_by: list[str], task: dict) -> dict:
     """Start a script that trains without Thaw, and return the JSON that it prints last."""
     environment = os.environ | {"PYTHONPATH": str(project.ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     task = json.dumps(task | {"begin": time.time()})
-    done = subprocess.run([*started_by, task], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{started_by[-1]} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run([*started_by, task], env=environment, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{started_by[-1]} failed:\n{process.stderr[-3000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def difference(recipe, commands: dict[str, list[str]], folder: Path) -> float:
@@ -143,15 +143,15 @@ def difference(recipe, commands: dict[str, list[str]], folder: Path) -> float:
     Raises:
         ValueError: by more than SAME, so they are two networks.
     """
-    found = []
+    logits = []
     for name, started_by in commands.items():
         ask(started_by, plain_task(recipe) | {"logits": str(folder / f"{name}.npy")})
-        found.append(np.load(folder / f"{name}.npy"))
-    most = float(np.abs(found[0] - found[1]).max())
+        logits.append(np.load(folder / f"{name}.npy"))
+    most = float(np.abs(logits[0] - logits[1]).max())
     if not most <= SAME:
         raise ValueError(
             f"The ImageNet logits of {' and '.join(commands)} differ by {most:.2g}, expected {SAME:g} at most: they are"
-            " two networks, and their times say nothing. Compare their weights, padding and preprocessing."
+            " two networks, and their times mean nothing. Compare their weights, padding and preprocessing."
         )
     return most
 
@@ -171,11 +171,11 @@ def conclude(times: list[dict[str, dict]], right: list[dict[str, np.ndarray]]) -
     print(f"\n{'':<38}{thaw:>10}" + "".join(f"{name:>16}{'ratio':>7}" for name in rivals))
     for key, title in MEASURED.items():
         ours = means[thaw][key]
-        told = "".join(f"{means[name][key]:>16.1f}{means[name][key] / ours:>7.1f}" for name in rivals)
-        print(f"{title:<38}{ours:>10.1f}{told}")
+        columns = "".join(f"{means[name][key]:>16.1f}{means[name][key] / ours:>7.1f}" for name in rivals)
+        print(f"{title:<38}{ours:>10.1f}{columns}")
     answers = {name: 100 * np.concatenate([sides[name] for sides in right]) for name in right[0]}
-    told = "".join(f"{answers[name].mean():>14.2f} %{'':>7}" for name in rivals)
-    print(f"{'test accuracy (mean)':<38}{answers[thaw].mean():>8.2f} %{told}\n")
+    columns = "".join(f"{answers[name].mean():>14.2f} %{'':>7}" for name in rivals)
+    print(f"{'test accuracy (mean)':<38}{answers[thaw].mean():>8.2f} %{columns}\n")
     for name in rivals:
         ratio = means[name]["seconds"] / means[thaw]["seconds"]
         gain = answers[thaw] - answers[name]

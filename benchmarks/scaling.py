@@ -1,4 +1,4 @@
-"""Time and memory of each stage at once, three times and ten times the images.
+"""Time and memory of each stage for one, three and ten times the images.
 
     python benchmarks/scaling.py
 
@@ -18,21 +18,21 @@ import setting
 def main() -> None:
     """Run each size from the beginning and print the growth of every stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=262, help="images at once; ELPV has 2,624 in all")
+    parser.add_argument("--images", type=int, default=262, help="images at 1 x; ELPV has 2,624 in all")
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 3, 10])
     parser.add_argument("--epochs", type=int, default=5, help="of each phase")
     parser.add_argument("--views", type=int, default=4, help="augmented versions of each image")
     arguments = parser.parse_args()
     print(f"{setting.machine()}\n{arguments.images} images, {arguments.epochs} + {arguments.epochs} epochs")
-    found = []
+    runs = []
     for factor in arguments.factors:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             os.environ["THAW_RUNS"] = str(folder / "runs")
             source = setting.cells(folder / "cells", factor * arguments.images)
-            found.append(setting.run(recipe(folder, source, arguments.epochs, arguments.views)))
-        print(f"{factor} x: {sum(stage['seconds'] for stage in found[-1].values()):.0f} s", flush=True)
-    conclude(arguments.factors, found)
+            runs.append(setting.run(recipe(folder, source, arguments.epochs, arguments.views)))
+        print(f"{factor} x: {sum(stage['seconds'] for stage in runs[-1].values()):.0f} s", flush=True)
+    conclude(arguments.factors, runs)
 
 
 def recipe(folder: Path, source: Path, epochs: int, views: int):
@@ -43,17 +43,17 @@ def recipe(folder: Path, source: Path, epochs: int, views: int):
     return setting.recipe(folder, content)
 
 
-def conclude(factors: list[int], found: list[dict[str, dict[str, float]]]) -> None:
+def conclude(factors: list[int], runs: list[dict[str, dict[str, float]]]) -> None:
     """Print seconds and memory of every stage, and the growth from the fewest to the most images."""
     heads = "".join(f"{f'{factor} x':>10}" for factor in factors)
     for what, title, digits in (("seconds", "seconds", 1), ("memory_mb", "peak memory (MB)", 0)):
         print(f"\n{title:<18}{heads}{'growth':>10}")
-        for stage in found[0]:
-            _print_row(stage, [run[stage][what] for run in found], digits)
+        for stage in runs[0]:
+            _print_row(stage, [run[stage][what] for run in runs], digits)
         together = sum if what == "seconds" else max
-        _print_row("all", [together(stage[what] for stage in run.values()) for run in found], digits)
+        _print_row("all", [together(stage[what] for stage in run.values()) for run in runs], digits)
     times = factors[-1] / factors[0]
-    print(f"\nWanted for {times:g} times the images: at most {1.05 * times:g} times the seconds, and memory as it was.")
+    print(f"\nWanted for {times:g} times the images: at most {1.05 * times:g} times the seconds, and the same memory.")
 
 
 def _print_row(name: str, values: list[float], digits: int) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/serving.py runs/elpv                # needs: pip install fastapi uvicorn
 
 The run has a function (`thaw export runs/elpv --serve`). Each server starts cold, answers its first request, then 1,000
-requests, 50 at a time, of validation images; every answer is compared with what the Keras model says of that file.
+requests, 50 at a time, of validation images; every answer is compared with what the Keras model predicts for that file.
 """
 
 import argparse
@@ -60,10 +60,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--at-once", type=int, default=50)
     parser.add_argument("--images", type=int, default=40, help="different ones")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     print(setting.machine())
-    run = project.run_folder(given.run)
-    files, expected = proof(run, given.images)
+    run = project.run_folder(arguments.run)
+    files, expected = proof(run, arguments.images)
     binaries = Path(sys.executable).parent
     with tempfile.TemporaryDirectory() as place:
         Path(place, "keras_app.py").write_text(FASTAPI.format(folder=(run / "evaluate").resolve()))
@@ -74,32 +74,32 @@ def main() -> None:
         }  # fmt: skip
         print("server | cold start, s | first answer, s | p50, ms | p99, ms | requests/s | memory, MB | lost | wrong")
         for name, (command, folder) in servers.items():
-            print(name, "|", measure(command, folder, files, expected, given), flush=True)
+            print(name, "|", measure(command, folder, files, expected, arguments), flush=True)
 
 
 def proof(run: Path, count: int) -> tuple[list[bytes], list[dict[str, float]]]:
-    """Return images of validation as files and what the Keras model says of each."""
+    """Return images of validation as files and what the Keras model predicts for each."""
     import keras
 
     from helpers.compute import inference
     from helpers.export import bundle
 
-    chosen = bundle.asked(run / "resize", run / "explore", "val", limit=count)
+    images = bundle.asked(run / "resize", run / "explore", "val", limit=count)
     model = keras.saving.load_model(run / "evaluate" / "model.keras")
     about, names = (disk.read_json(run / "evaluate" / f"{name}.json") for name in ("model", "class_names"))
-    chances = bundle.expected(inference.fast(model), chosen.files, about)
-    return [path.read_bytes() for path in chosen.files], [
+    chances = bundle.expected(inference.fast(model), images.files, about)
+    return [path.read_bytes() for path in images.files], [
         dict(zip(names, map(float, row), strict=True)) for row in chances
     ]
 
 
-def measure(command: list, folder: Path, files: list[bytes], expected: list[dict], given: argparse.Namespace) -> str:
+def measure(command: list, folder: Path, files: list[bytes], expected: list[dict], args: argparse.Namespace) -> str:
     """Start a server, ask it, end it, and return its row."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "THREADS": str(given.at_once),
+        "THREADS": str(args.at_once),
         "PYTHONPATH": str(project.ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
@@ -110,9 +110,9 @@ def measure(command: list, folder: Path, files: list[bytes], expected: list[dict
     try:
         cold = started(address, begin)
         first = ask(address, files[0])[1]
-        order = [number % len(files) for number in range(given.requests)]
+        order = [number % len(files) for number in range(args.requests)]
         begin = time.perf_counter()
-        with ThreadPoolExecutor(given.at_once) as pool:
+        with ThreadPoolExecutor(args.at_once) as pool:
             answers = list(pool.map(lambda number: ask(address, files[number]), order))
         seconds = time.perf_counter() - begin
         processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
@@ -120,18 +120,18 @@ def measure(command: list, folder: Path, files: list[bytes], expected: list[dict
     finally:
         server.terminate()
         server.wait()
-    lost = sum(said is None for said, _ in answers)
+    lost = sum(answer is None for answer, _ in answers)
     wrong = sum(
-        said is not None and any(abs(said[name] - chance) > 1e-4 for name, chance in expected[number].items())
-        for number, (said, _) in zip(order, answers, strict=True)
+        answer is not None and any(abs(answer[name] - chance) > 1e-4 for name, chance in expected[number].items())
+        for number, (answer, _) in zip(order, answers, strict=True)
     )
-    p50, p99 = np.percentile([1000 * taken for _, taken in answers], [50, 99])
-    rate = given.requests / seconds
+    p50, p99 = np.percentile([1000 * seconds_each for _, seconds_each in answers], [50, 99])
+    rate = args.requests / seconds
     return f"{cold:.1f} | {first:.2f} | {p50:,.0f} | {p99:,.0f} | {rate:.1f} | {memory:,.0f} | {lost} | {wrong}"
 
 
 def started(address: str, begin: float) -> float:
-    """Wait for a server and return the seconds since it was begun."""
+    """Wait for a server and return the seconds since its start."""
     while time.perf_counter() - begin < 120:
         try:
             if requests.get(f"{address}/health", timeout=60).ok:
@@ -147,10 +147,10 @@ def ask(address: str, data: bytes) -> tuple[dict[str, float] | None, float]:
     try:
         headers = {"Content-Type": "image/png"}
         reply = requests.post(f"{address}/predict", data=data, headers=headers, timeout=300)
-        said = reply.json()["results"][0]["probabilities"] if reply.ok else None
+        answer = reply.json()["results"][0]["probabilities"] if reply.ok else None
     except (requests.RequestException, KeyError, ValueError):
-        said = None
-    return said, time.perf_counter() - begin
+        answer = None
+    return answer, time.perf_counter() - begin
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks share: the machine in words, PyTorch, real images in any number, and runs of Thaw that are timed."""
+"""What the benchmarks share: the machine in words, PyTorch, real images in any number, and timed runs of Thaw."""
 
 import json
 import os
@@ -36,28 +36,28 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, {versions}, {busy}"
 
 
-def torch_python(given: str = "") -> str:
+def torch_python(path: str = "") -> str:
     """Return a Python that has PyTorch, and print its version.
 
     Args:
-        given: a Python; "" for that of the benchmarks' own environment, which is made if it is not there.
+        path: of a Python; "" for that of the benchmarks' own environment, which is made if it is not there.
 
     Raises:
         SystemExit: it lacks a package.
     """
-    if not given and not (TORCH_PLACE / "ready").is_file():
+    if not path and not (TORCH_PLACE / "ready").is_file():
         print(f"Installing PyTorch into {project.display_path(TORCH_PLACE)} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(TORCH_PLACE)], check=True)
         subprocess.run([str(TORCH_PLACE / "bin/python"), "-m", "pip", "install", "-q", *TORCH_PACKAGES], check=True)
         (TORCH_PLACE / "ready").touch()
-    python = given or str(TORCH_PLACE / "bin/python")
+    python = path or str(TORCH_PLACE / "bin/python")
     command = [python, "-c", "import torch, efficientnet_lite_pytorch, numpy, PIL; print('torch', torch.__version__)"]
     try:
         print(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip(), flush=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
+        cause = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
         raise SystemExit(
-            f"--torch {python}: {said}. Expected a Python with {', '.join(TORCH_PACKAGES)}. Install them there, or"
+            f"--torch {python}: {cause}. Expected a Python with {', '.join(TORCH_PACKAGES)}. Install them there, or"
             " leave --torch out: then the benchmark makes an environment of its own."
         ) from None
     return python
@@ -73,7 +73,7 @@ def cells(folder: Path, count: int, seed: int = 0) -> Path:
     data = sources.read(defaults | {"source": "elpv"})
     table = data.table
     if count > len(table):
-        raise ValueError(f"ELPV has {len(table):,} images; {count:,} were asked for.")
+        raise ValueError(f"ELPV has {len(table):,} images; {count:,} are requested.")
     if count < len(table):
         kinds = table["label"] + table["type"]
         table, _ = train_test_split(table, train_size=count, random_state=seed, stratify=kinds)
@@ -113,31 +113,31 @@ def s1(folder: Path, source: Path, name: str, *, parts: tuple[int, int, int], ep
 
 
 def run(
-    wanted: recipes.Recipe, until: str = "", watch: Callable[[str, dict], None] = lambda *_: None
+    loaded: recipes.Recipe, until: str = "", watch: Callable[[str, dict], None] = lambda *_: None
 ) -> dict[str, dict[str, float]]:
     """Run the stages of a recipe that are not done, and return what each took.
 
     seconds by the clock, processor (seconds of all cores together), and memory_mb (the most of any one process).
 
     Args:
-        wanted: the recipe.
+        loaded: the recipe.
         until: the last stage; all by default.
         watch: called with the stage and each line of its progress.
     """
-    found = {}
-    for step in planning.plan(wanted):
+    measured = {}
+    for step in planning.plan(loaded):
         name = step.stage.name
         if step.state == "to do":
             with peak_memory() as peak:
                 begin, before = time.time(), processor_seconds()
                 execution.make(step, lambda line, name=name: watch(name, line), print)
-                found[name] = {"seconds": time.time() - begin, "processor": processor_seconds() - before}
-            found[name]["memory_mb"] = peak["mb"]
+                measured[name] = {"seconds": time.time() - begin, "processor": processor_seconds() - before}
+            measured[name]["memory_mb"] = peak["mb"]
         else:
             planning.link_stage(step)
         if name == until:
             break
-    return found
+    return measured
 
 
 def processor_seconds() -> float:

@@ -1,8 +1,8 @@
-"""What folding, quicker gradients and bfloat16 bring on a CPU: python benchmarks/steps.py
+"""What folding, faster gradients and bfloat16 save on a CPU: python benchmarks/steps.py
 
 The two things that a training on the frozen frontier computes, each as Keras does it and as Thaw does, in turn in one
 run: the frozen prefix on a batch of 32 images, and a step of training of what lies above it. The fastest of several
-tries counts, since other work on the machine only ever makes a try slower.
+tries counts, since other work on the machine only makes a try slower.
 """
 
 import argparse
@@ -68,12 +68,12 @@ def compare(what: str, ways: Mapping[str, Callable[[], object]], tries: int) -> 
     """Print the milliseconds of each way and how many times as fast as the first it is."""
     for work in ways.values():
         work()  # compiles
-    found = {name: [] for name in ways}
+    times = {name: [] for name in ways}
     for _ in range(tries):
         for name, work in ways.items():
-            found[name].append(_milliseconds(work))
-    first = min(next(iter(found.values())))
-    for name, milliseconds in found.items():
+            times[name].append(_milliseconds(work))
+    first = min(next(iter(times.values())))
+    for name, milliseconds in times.items():
         best = min(milliseconds)
         print(f"  {what + ', ' + name:<46}{best:>9.1f}{first / best:>8.2f} times")
 

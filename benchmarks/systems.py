@@ -1,10 +1,10 @@
 """Each system's recipe end to end, to its report: python benchmarks/systems.py (or `make systems`)
 
 The systems' own data sets are in no package registry and their networks take hours without a GPU. So every recipe is
-run as it stands except for three things: the images are those of the built-in set `textile`, smaller, and laid out in
-the form that the recipe reads (folders, a CSV, train and test halves, boxes, unlabelled images); EfficientNet- Lite0
-takes the backbone's place; and each phase has few epochs. What it reaches says nothing about the systems; that it runs
-does. Everything is made again in runs/systems/; S4's variants share what they have in common.
+run unchanged except for three things: the images are those of the built-in set `textile`, smaller, and arranged in the
+form that the recipe reads (folders, a CSV, train and test halves, boxes, unlabelled images); EfficientNet-Lite0
+replaces the backbone; and each phase has few epochs. The accuracy says nothing about the systems; the check is that the
+recipe runs. Everything is made again in runs/systems/; S4's variants share their common stages.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SUBMISSIONS = {"s2_dogs": "id,*", "s5_kenyan_food": "id,class"}
 def main() -> None:
     """Run each recipe and print a line about it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=600, help="of textile's 2,000, every class alike")
+    parser.add_argument("--images", type=int, default=600, help="of textile's 2,000, equally many of every class")
     parser.add_argument("--size", type=int, default=160, help="pixels of the square images")
     parser.add_argument("names", nargs="*", help="recipes, e.g. s4_cars; all by default")
     arguments = parser.parse_args()
@@ -49,9 +49,9 @@ def main() -> None:
         place = project.runs_folder() / ".data" / name
         recipe = recipes.load(path, changes(path, place, arguments.images, arguments.size))
         recipe.published = {}  # which is about other images
-        begun = time.time()
+        start = time.time()
         terminal.run(recipe, console)
-        lines.append(f"{name:<18} {result(recipe)}, {time.time() - begun:.0f} s")
+        lines.append(f"{name:<18} {result(recipe)}, {time.time() - start:.0f} s")
         if name in SUBMISSIONS:
             lines[-1] += f"; {submission(name, place / 'test', SUBMISSIONS[name])}"
         if name == TWO_STAGES:
@@ -63,16 +63,16 @@ def main() -> None:
 
 
 def changes(path: Path, place: Path, count: int, size: int) -> list[str]:
-    """Return the overrides with which a recipe runs on images that are laid out for it below `place`."""
+    """Return the overrides with which a recipe runs on images that are arranged for it below `place`."""
     recipe = recipes.load(path)
-    given = [*lay_out(recipe, place, count), f"resize.image_size={size}", "head.backbone=efficientnet_lite0"]
+    overrides = [*lay_out(recipe, place, count), f"resize.image_size={size}", "head.backbone=efficientnet_lite0"]
     epochs = {stage: min(number, recipe.resolved(stage)["epochs"]) for stage, number in EPOCHS.items()}
-    given += [f"{stage}.epochs={number}" for stage, number in epochs.items()]
-    return given + ([f"fine_tune.unfreeze={UNFREEZE[recipe.name]}"] if recipe.name in UNFREEZE else [])
+    overrides += [f"{stage}.epochs={number}" for stage, number in epochs.items()]
+    return overrides + ([f"fine_tune.unfreeze={UNFREEZE[recipe.name]}"] if recipe.name in UNFREEZE else [])
 
 
 def lay_out(recipe: recipes.Recipe, place: Path, count: int) -> list[str]:
-    """Lay `count` images of textile out as links, as the recipe reads its own; return the overrides that name them."""
+    """Arrange `count` images of textile as links, as the recipe reads its own; return the overrides that name them."""
     textile = sources.read(recipes.Recipe("textile", {"explore": {"source": "textile"}}).resolved("explore"))
     groups = textile.table.groupby("label", sort=True)
     table = groups.head(count // groups.ngroups).reset_index(drop=True)
@@ -99,7 +99,7 @@ def _with_labels(recipe: recipes.Recipe, table, root: Path, place: Path) -> list
 
 
 def _boxes(recipe: recipes.Recipe, place: Path) -> list[str]:
-    """Boxes in place of the detector: the middle of every second image, as a car of COCO."""
+    """Write boxes that replace the detector: the middle of every second image, as a car of COCO."""
     if "crop" not in recipe.stages:
         return []
     file, rows = place.with_suffix(".csv"), []
@@ -127,7 +127,7 @@ def result(recipe: recipes.Recipe) -> str:
 
 
 def submission(run: str, folder: Path, columns: str) -> str:
-    """Predict the unlabelled images as a user would, and say what the submission holds."""
+    """Predict the unlabelled images as a user would, and return what the submission holds."""
     file = project.runs_folder() / run / "submission.csv"
     command = [sys.executable, "-m", "helpers.cli.main", "predict", str(project.runs_folder() / run), str(folder)]
     subprocess.run(

@@ -1,4 +1,4 @@
-"""Seconds until Thaw, plain Keras and plain PyTorch first reach the validation accuracy that plain Keras ends up with.
+"""Seconds until Thaw, plain Keras and plain PyTorch first reach the best validation accuracy of plain Keras.
 
     python benchmarks/time_to_accuracy.py
 
@@ -49,9 +49,9 @@ def main() -> None:
             epochs = [thaw_epochs(recipe), *(rival_epochs(recipe, rival, torch) for rival in ("keras", "torch"))]
             mark = max(accuracy for _, accuracy in epochs[1])
             reached.append([first(side, mark) for side in epochs])
-            told = ", ".join(f"{name} {_text(at)}" for name, at in zip(SIDES, reached[-1], strict=True))
+            times = ", ".join(f"{name} {_text(at)}" for name, at in zip(SIDES, reached[-1], strict=True))
             best = ", ".join(f"{100 * max(accuracy for _, accuracy in side):.1f} %" for side in epochs)
-            print(f"seed {seed}: mark {100 * mark:.1f} %: {told} (best of each: {best})", flush=True)
+            print(f"seed {seed}: mark {100 * mark:.1f} %: {times} (best of each: {best})", flush=True)
     conclude(np.array(reached))
 
 

@@ -1,11 +1,11 @@
-"""What the frozen frontier and LoRA bring to a vision transformer: python benchmarks/transformers.py
+"""What the frozen frontier and LoRA save for a vision transformer: python benchmarks/transformers.py
 
 A network of the shape of ViT-small (12 blocks of width 384, 6 heads, patches of 16 pixels) with random weights, the
 last two blocks thawed. Each way trains in a process of its own on the same random images: plain, the whole model on
-images; on the frontier, what lies above it on what the blocks below gave, which are computed once; and both again with
-LoRA. Images/s are those of the fastest epoch after the first: by the clock, and by the processor time of all cores,
-which other work on the machine disturbs less. Memory is the most that the process held, and what of it the optimiser
-keeps. Needs KerasHub.
+images; on the frontier, the part above it on the outputs of the blocks below, which are computed once; and both again
+with LoRA. Images/s are those of the fastest epoch after the first: by the clock, and by the processor time of all
+cores, which other work on the machine disturbs less. Memory is the most that the process held, and the part of it that
+the optimiser keeps. Needs KerasHub.
 """
 
 import argparse
@@ -55,18 +55,16 @@ def main() -> None:
         for way, adapter in ways:
             task = vars(arguments) | {"preset": preset, "way": way, "adapter": adapter}
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                found = pool.submit(measure, task).result()
-            first = first or found
-            speeds = [f"{found[name]:>{width}.1f} {found[name] / first[name]:>6.1f}" for name, width in SPEEDS.items()]
+                row = pool.submit(measure, task).result()
+            first = first or row
+            speeds = [f"{row[name]:>{width}.1f} {row[name] / first[name]:>6.1f}" for name, width in SPEEDS.items()]
             print(
-                f"{way + (', LoRA 8' if adapter else ''):<24} {' '.join(speeds)} {found['trained']:>16,}"
-                f" {found['optimizer_mb']:>7,.1f} MB {found['memory_mb']:>7,.0f} MB",
+                f"{way + (', LoRA 8' if adapter else ''):<24} {' '.join(speeds)} {row['trained']:>16,}"
+                f" {row['optimizer_mb']:>7,.1f} MB {row['memory_mb']:>7,.0f} MB",
                 flush=True,
             )
-            if "below" in found:
-                print(
-                    f"{'':<4}below it, once for each view of an image: {found['below']:,.1f} images a processor second"
-                )
+            if "below" in row:
+                print(f"{'':<4}below it, once for each view of an image: {row['below']:,.1f} images a processor second")
 
 
 def save_preset(folder: Path, blocks: int, size: int) -> str:
@@ -91,14 +89,14 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (task["images"], size, size, 3), dtype=np.uint8)
     labels = rng.integers(0, CLASSES, task["images"])
-    found, trained = {}, model
+    measured, trained = {}, model
     if task["way"] != "plain":
         cut = frontier.cut(model)
         run = inference.fast(cut.prefix)
         run(images[:BATCH])  # compiles
         begin = time.process_time()
         images = np.concatenate([run(images[at : at + BATCH]) for at in range(0, len(images), BATCH)])
-        found["below"] = len(images) / (time.process_time() - begin)
+        measured["below"] = len(images) / (time.process_time() - begin)
         trained = feeds.faster(cut.suffix)
     trained.compile(keras.optimizers.Adam(1e-4), "sparse_categorical_crossentropy", jit_compile=False)
     data = tf.data.Dataset.from_tensor_slices((images, labels)).batch(BATCH).prefetch(1)
@@ -108,7 +106,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     weights = sum(int(keras.ops.size(weight)) for weight in model.trainable_weights)
     rates = {"rate": task["images"] / min(clock.seconds[1:]), "processor_rate": task["images"] / min(clock.work[1:])}
     peak = setting.peak_of(os.getpid())
-    return found | rates | {"trained": weights, "optimizer_mb": optimizer, "memory_mb": peak}
+    return measured | rates | {"trained": weights, "optimizer_mb": optimizer, "memory_mb": peak}
 
 
 class Clock(keras.callbacks.Callback):

@@ -89,7 +89,7 @@ def test_a_kernel_that_is_not_wanted_is_killed(toys):  # noqa: F811
     step, begun = toys.plan()["explore"], time.monotonic()
 
     def run(step, watch, stream):
-        execution.execute(step, watch, stream, wanted=lambda: time.monotonic() - begun < 4)
+        execution.execute(step, watch, stream, is_wanted=lambda: time.monotonic() - begun < 4)
 
     with pytest.raises(execution.StageError, match="it was stopped with the others"):
         execution.make(step, print, print, run)

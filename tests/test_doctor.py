@@ -21,7 +21,7 @@ def test_every_line_is_true_on_this_machine(runs_folder):
     asked = subprocess.run(command, capture_output=True, text=True, cwd=project.ROOT, timeout=600, check=False)
     lines = {line.split()[1]: line for line in asked.stdout.splitlines() if re.match(r"(ok|WRONG) ", line)}
     assert {"python", "packages", "tensorflow", "CPU:0", "memory", "disk", "weights", "kernel", "runs"} <= set(lines)
-    assert lines["CPU:0"].startswith("ok") and "a convolution is right and takes" in lines["CPU:0"]
+    assert lines["CPU:0"].startswith("ok") and "a convolution is correct and takes" in lines["CPU:0"]
     assert lines["kernel"].startswith("ok") and "python3 in Jupyter is this Python" in lines["kernel"]
     assert lines["disk"].startswith("ok") and str(runs_folder) in lines["disk"] and not list(runs_folder.glob(".link*"))
     assert "efficientnet_lite0" in lines["weights"] and "nothing is locked" in lines["runs"]
@@ -85,10 +85,10 @@ def test_a_convolution_that_fails_or_is_wrong_is_told(monkeypatch):
     assert found.topic == "GPU:0" and "cuDNN does not work" in found.fix and "requirements-gpu.lock" in found.fix
     devices[1] |= {"error": "", "detail": "NVIDIA Test, compute capability 9.0, "}
     *_, found = fake_tensorflow(monkeypatch, told)
-    assert "compute capability 9.0, a convolution is right" in found.text and not found.fix
+    assert "compute capability 9.0, a convolution is correct" in found.text and not found.fix
     devices.append(devices[1] | {"name": "GPU:1"})
     *_, found = fake_tensorflow(monkeypatch, told)
-    assert "train on all 2 at once" in found.text and not found.fix
+    assert "train on all 2 together" in found.text and not found.fix
 
 
 def test_a_tensorflow_that_cannot_be_loaded_is_told(monkeypatch):

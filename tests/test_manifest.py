@@ -148,7 +148,7 @@ def test_a_stage_made_by_hand_or_missing_is_named(toy, thaw, quick):  # noqa: F8
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(None, "has no manifest.json"), ("{", "is no JSON"), ('{"name": "x"}', "does not hold the recipe")],
+    [(None, "has no manifest.json"), ("{", "is not JSON"), ('{"name": "x"}', "does not hold the recipe")],
 )
 def test_what_is_no_run_is_told(thaw, tmp_path, runs_folder, text, expected):
     if text is not None:

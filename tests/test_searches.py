@@ -145,7 +145,7 @@ def found(sweep: files.Sweep, make) -> list[tuple]:
         events.extend(search.run(sweep, make, conduct.Inline(), 1, score))
     except KeyboardInterrupt:
         return []
-    return [(e.member.name, e.member.labels, round(e.value, 6)) for e in events if isinstance(e, search.Told)]
+    return [(e.member.name, e.member.labels, round(e.value, 6)) for e in events if isinstance(e, search.Scored)]
 
 
 def everything(sweep: files.Sweep) -> list[tuple]:
@@ -223,10 +223,10 @@ def test_a_search_that_halves_stops_the_hopeless_and_finds_the_same_after_kills(
     whole, make = files.load(write(text, "whole")), Pretended(monkeypatch)
     events = list(search.run(whole, make, conduct.Inline(), 1, score))
     stopped = [event for event in events if isinstance(event, halving.Stopped)]
-    told = [event for event in events if isinstance(event, search.Told)]
-    assert len(stopped) + len(told) == 12 and len(stopped) >= 4 and told[0].member.name == "trial-001"
+    scored = [event for event in events if isinstance(event, search.Scored)]
+    assert len(stopped) + len(scored) == 12 and len(stopped) >= 4 and scored[0].member.name == "trial-001"
     assert {event.epochs for event in stopped} <= {2, 6} and all(1 < event.rank <= event.compared for event in stopped)
-    assert told[-1].best == min(event.value for event in told), "one that was stopped is not the best"
+    assert scored[-1].best == min(event.value for event in scored), "one that was stopped is not the best"
     assert (whole.folder / stopped[0].member / halving.STOPPED.format(stage="fine_tune")).is_file()
     epochs = sum(until or 8 for stage, until in make.names if stage == "fine_tune")
     assert epochs < 12 * 8
@@ -251,7 +251,7 @@ def test_a_failed_member_of_a_search_that_halves_is_not_tried_at_each_comparison
 
 def test_two_processes_do_not_search_the_same(write, optuna, monkeypatch):
     sweep = files.load(write(f"search: {{trials: 2}}\ngrid: {RANGES}"))
-    with search._opened(sweep), pytest.raises(RuntimeError, match="Another thaw sweep is at work"):
+    with search._opened(sweep), pytest.raises(RuntimeError, match="Another thaw sweep is working on"):
         found(sweep, Pretended(monkeypatch))
 
 

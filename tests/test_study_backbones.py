@@ -94,6 +94,6 @@ def test_a_file_that_keras_downloaded_is_known_by_its_name(file, name, monkeypat
 
 def test_all_local_stands_for_what_is_on_this_machine(monkeypatch):
     monkeypatch.setattr(backbones, "weights_here", lambda: ["efficientnet_lite0", "resnet34"])
-    assert listing.named("all-local") == ["efficientnet_lite0", "resnet34"]
-    assert listing.named("vgg16, resnet34,all-local") == ["vgg16", "resnet34", "efficientnet_lite0"]
-    assert listing.named("vgg16,vgg16") == ["vgg16", "vgg16"]  # refused where it is run
+    assert listing.parse("all-local") == ["efficientnet_lite0", "resnet34"]
+    assert listing.parse("vgg16, resnet34,all-local") == ["vgg16", "resnet34", "efficientnet_lite0"]
+    assert listing.parse("vgg16,vgg16") == ["vgg16", "vgg16"]  # refused where it is run

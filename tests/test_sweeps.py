@@ -195,7 +195,7 @@ def test_parameters_of_the_same_name_are_told_apart_by_their_stage(small):
 def test_shared_stages_are_made_once_and_members_are_ordinary_runs(named, toys):  # noqa: F811
     failed, shown = run(named)
     assert not failed and sorted(toys.ran()) == ["explore"] + ["resize"] * 4 + ["split"] * 2
-    assert "7 stages in place of 12" in shown
+    assert "7 stages instead of 12" in shown
     sweep = files.load(named)
     assert words_of(sweep) == {"xp": "photos:axp", "xq": "photos:axq", "yp": "photos:ayp", "yq": "photos:ayq"}
     for member in sweep.members:
@@ -268,10 +268,10 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same(whole, toys, tmp
 
 def test_jobs_share_the_cores_out():
     here = os.sched_getaffinity(0)
-    assert set().union(*jobs.deal_cores(2)) == here
+    assert set().union(*jobs.assign_cores(2)) == here
     if len(here) > 1:
-        assert not set.intersection(*jobs.deal_cores(2))
-    assert len(jobs.deal_cores(len(here) + 3)) == len(here) + 3 and all(jobs.deal_cores(len(here) + 3))
+        assert not set.intersection(*jobs.assign_cores(2))
+    assert len(jobs.assign_cores(len(here) + 3)) == len(here) + 3 and all(jobs.assign_cores(len(here) + 3))
 
 
 class Counted:

@@ -1,7 +1,7 @@
 """The bake-off: which backbone suits a recipe's images, judged by a probe before anything is trained.
 
-The recipe's stages up to the resized images are made as always and shared with its run. notebooks/bakeoff.ipynb is
-then kept in the store like one of them; it leaves its features where the training stages look for theirs.
+The recipe's stages up to the resized images are made as always and shared with its run. The store then keeps
+notebooks/bakeoff.ipynb like one of them; it writes its features where the training stages look for theirs.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def run(recipe: recipes.Recipe, names: Sequence[str], console: Console, *, own_s
     """Compare backbones on the validation images of `recipe`; the result is runs/<name>/bakeoff.
 
     Args:
-        recipe: a checked recipe. Its `head.backbone` plays no part.
+        recipe: a checked recipe. Its `head.backbone` is not used.
         names: the backbones.
         console: where each stage gets a line.
         own_size: give each backbone images of the size that its ImageNet weights were trained at, instead of the
@@ -38,10 +38,10 @@ def run(recipe: recipes.Recipe, names: Sequence[str], console: Console, *, own_s
     if not names or len(set(names)) < len(names):
         raise ValueError(f"--backbones: name at least one, and each once; got {', '.join(names) or 'none'}.")
     size, sizes = recipe.resolved(_images())["image_size"], [backbones.spec(name).size for name in names]
-    own = set(sizes) if own_size else set()
+    extra_sizes = set(sizes) if own_size else set()
     data = _until_resized(recipe)
-    others = [_at_size(recipe, other) for other in sorted(own - {size, None})]
-    steps = [*data, *others, _step(recipe, names, [data[-1], *others])]
+    extra_steps = [_at_size(recipe, other) for other in sorted(extra_sizes - {size, None})]
+    steps = [*data, *extra_steps, _step(recipe, names, [data[-1], *extra_steps])]
     for event in chain.make(steps, **terminal.following(console)):
         terminal.show_made(event, console)
     return steps[-1].link
@@ -78,7 +78,7 @@ def _at_size(recipe: recipes.Recipe, size: int) -> planning.Step:
     """Return the step that resizes the recipe's images to another size, linked to beside the recipe's own run."""
     section = recipe.stages.get(_images(), {}) | {"image_size": size}
     step = _until_resized(replace(recipe, stages=recipe.stages | {_images(): section}))[-1]
-    # A stage made by hand lies in the run itself and has its own size; this one comes from the store.
+    # A stage made by hand is in the run itself and has its own size; this one comes from the store.
     return replace(step, link=step.link.parent / "sizes" / str(size) / step.link.name)
 
 
@@ -88,11 +88,11 @@ def _step(recipe: recipes.Recipe, names: Sequence[str], resized: list[planning.S
     parameters = {name: p.default for name, p in study.settings.items() if name != "resized"}
     parameters |= {name: head[name] for name in ("next_unfreeze", "cache_gb", "seed")}
     parameters |= {"backbones": list(names), "weights": "none" if head["weights"] == "none" else "imagenet"}
-    read = {f"{_images()} {number}": step.fingerprint for number, step in enumerate(resized)}
+    fingerprints = {f"{_images()} {number}": step.fingerprint for number, step in enumerate(resized)}
     return planning.alone(
         study,
         parameters,
-        read,
+        fingerprints,
         project.runs_folder() / recipe.name / study.name,
         input_folders={"images": resized[0].folder},
         places={"resized": [project.display_path(step.folder) for step in resized[1:]]},

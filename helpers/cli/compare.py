@@ -15,18 +15,18 @@ STUDY = "compare"
 
 
 def run(runs: Sequence[str], console: Console, *, common: bool = False) -> Path:
-    """Compare finished runs and write the page of it; both lie in the folder of the first run.
+    """Compare finished runs and write the page of it; both are in the folder of the first run.
 
     Args:
         runs: names or folders of runs; the others are compared with the first.
-        console: where progress and the result are told.
+        console: where progress and the result are printed.
         common: where the measured images differ, compare on those that all runs have.
 
     Returns:
         The page, compare.html.
 
     Raises:
-        FileNotFoundError: one of them is no run that 05_evaluate has measured.
+        FileNotFoundError: one of them is not a run that 05_evaluate has measured.
         ValueError: they cannot be compared; the message says why.
     """
     entries.same_images(entries.grouped(entries.read(runs)), common)  # before a kernel is started for nothing
@@ -40,5 +40,5 @@ def run(runs: Sequence[str], console: Console, *, common: bool = False) -> Path:
 def _step(runs: Sequence[str], common: bool) -> planning.Step:
     study = notebooks.studies()[STUDY]
     parameters = {name: p.default for name, p in study.settings.items()} | {"runs": list(runs), "common": common}
-    read = {f"run {n}": disk.sha256_of(entries.measured(run) / stages.STAGE_FILE) for n, run in enumerate(runs)}
-    return planning.alone(study, parameters, read, project.run_folder(runs[0]) / study.name)
+    fingerprints = {f"run {n}": disk.sha256_of(entries.measured(run) / stages.STAGE_FILE) for n, run in enumerate(runs)}
+    return planning.alone(study, parameters, fingerprints, project.run_folder(runs[0]) / study.name)

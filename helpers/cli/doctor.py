@@ -1,6 +1,6 @@
-"""`thaw doctor`: looks at everything that a run needs on this machine, and names the fix of what is missing.
+"""`thaw doctor`: checks everything that a run needs on this machine, and says how to fix what is missing.
 
-TensorFlow is asked in a process of its own, since it may crash where the processor or a driver does not fit.
+TensorFlow is loaded in a process of its own, since it may crash where the processor or a driver does not fit.
 """
 
 import ctypes
@@ -58,8 +58,8 @@ class GpuFacts:
         hidden: $CUDA_VISIBLE_DEVICES hides every GPU.
         libcuda: the driver's library can be loaded.
         init: what its cuInit returned; 0 is success.
-        built_for_cuda: TensorFlow is.
-        missing: libraries of CUDA and cuDNN that TensorFlow needs and that are nowhere.
+        built_for_cuda: TensorFlow was built for CUDA.
+        missing: libraries of CUDA and cuDNN that TensorFlow needs and that are missing.
     """
 
     system: str = "Linux"
@@ -76,7 +76,7 @@ class GpuFacts:
 
 
 def show(console: Console) -> int:
-    """Print what `examine` finds, and return how many things are to fix."""
+    """Print what `examine` finds, and return the number of problems."""
     wrong = 0
     for finding in examine():
         wrong += bool(finding.fix)
@@ -88,7 +88,7 @@ def show(console: Console) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at one thing after another."""
+    """Check one thing after another."""
     yield Finding("python", f"{platform.python_version()} in {sys.prefix}; Thaw in {project.ROOT}")
     yield _packages()
     yield from _tensorflow()
@@ -101,19 +101,19 @@ def examine() -> Iterator[Finding]:
 
 def _packages() -> Finding:
     """Compare what is installed with the lock file."""
-    wanted = dict(_locked(project.ROOT / "requirements.lock"))
-    installed = {canonicalize_name(found.name): found.version for found in metadata.distributions() if found.name}
-    needed = {canonicalize_name(one.name) for one in _requirements()}
-    others = [f"{name} {installed[name]} ({version})" for name, version in wanted.items()
+    locked = dict(_locked(project.ROOT / "requirements.lock"))
+    installed = {canonicalize_name(dist.name): dist.version for dist in metadata.distributions() if dist.name}
+    needed = {canonicalize_name(requirement.name) for requirement in _requirements()}
+    others = [f"{name} {installed[name]} ({version})" for name, version in locked.items()
               if name in installed and installed[name] != version]  # fmt: skip
     if absent := sorted(needed - installed.keys()):
         return Finding("packages", f"not installed: {', '.join(absent)}", "pip install --requirement requirements.lock")
-    if not wanted:
+    if not locked:
         return Finding("packages", "there is no requirements.lock here to compare with")
     if others:
-        shown = ", ".join(others[:SHOWN]) + (f" and {len(others) - SHOWN} more" if len(others) > SHOWN else "")
-        return Finding("packages", f"other versions than in requirements.lock (in brackets): {shown}")
-    count = len(wanted.keys() & installed.keys())
+        listed = ", ".join(others[:SHOWN]) + (f" and {len(others) - SHOWN} more" if len(others) > SHOWN else "")
+        return Finding("packages", f"other versions than in requirements.lock (in brackets): {listed}")
+    count = len(locked.keys() & installed.keys())
     return Finding("packages", f"{count} installed in the versions of requirements.lock")
 
 
@@ -128,7 +128,7 @@ def _locked(lock: Path) -> Iterator[tuple[str, str]]:
 
 
 def _requirements() -> list[Requirement]:
-    """Return what pyproject.toml names as needed, without the extras."""
+    """Return the requirements in pyproject.toml, without the extras."""
     import tomllib
 
     with open(project.ROOT / "pyproject.toml", "rb") as stream:
@@ -140,7 +140,7 @@ def _requirements() -> list[Requirement]:
 
 def _tensorflow() -> Iterator[Finding]:
     try:
-        asked = child.ask("helpers.cli.doctor", {}, environment={"TF_CPP_MIN_LOG_LEVEL": "0"})
+        answer = child.ask("helpers.cli.doctor", {}, environment={"TF_CPP_MIN_LOG_LEVEL": "0"})
     except child.ChildError as error:
         last = (str(error).splitlines() or ["no message"])[-1]
         no_avx = "it ended with SIGILL: the processor has no AVX, which TensorFlow needs"
@@ -148,30 +148,30 @@ def _tensorflow() -> Iterator[Finding]:
         yield Finding("tensorflow", f"cannot be loaded: {last[:300]}", fix)
         yield _gpu_not_seen(gpu_facts())
         return
-    told = asked.value
-    yield Finding("tensorflow", f"{told['tensorflow']} with Keras {told['keras']} on {told['backend']}")
-    for device in told["devices"]:
+    report = answer.value
+    yield Finding("tensorflow", f"{report['tensorflow']} with Keras {report['keras']} on {report['backend']}")
+    for device in report["devices"]:
         name, error = device["name"], device["error"]
         if error:
             fix = f"cuDNN does not work: {CUDA_WHEELS}" if re.search("cudnn|DNN library", error, re.I) else error
             yield Finding(name, f"a convolution fails: {error.splitlines()[0][:200]}", fix)
         else:
-            yield Finding(name, f"{device['detail']}a convolution is right and takes {device['milliseconds']:.2f} ms")
-    gpus = sum(device["name"].startswith("GPU") for device in told["devices"])
+            yield Finding(name, f"{device['detail']}a convolution is correct and takes {device['milliseconds']:.2f} ms")
+    gpus = sum(device["name"].startswith("GPU") for device in report["devices"])
     if gpus > 1:
-        yield Finding("gpus", f"03 and 04 train on all {gpus} at once with devices: auto, on one with devices: gpu")
+        yield Finding("gpus", f"03 and 04 train on all {gpus} together with devices: auto, on one with devices: gpu")
     if not gpus:
-        yield _gpu_not_seen(gpu_facts(told), asked.log)
+        yield _gpu_not_seen(gpu_facts(report), answer.log)
 
 
 def _gpu_not_seen(facts: GpuFacts, log: str = "") -> Finding:
     text, fix = why_no_gpu(facts)
     reasons = [line.split("] ", 1)[-1] for line in log.splitlines() if "CUDA" in line or "dlopen" in line]
-    return Finding("gpu", f"{text}. It says: {reasons[-1][:300]}" if text == UNKNOWN and reasons else text, fix)
+    return Finding("gpu", f"{text}. It reports: {reasons[-1][:300]}" if text == UNKNOWN and reasons else text, fix)
 
 
 def why_no_gpu(facts: GpuFacts) -> tuple[str, str]:
-    """Say why TensorFlow sees no GPU, and what to do about it; the fix is empty where there is none to be seen."""
+    """Return why TensorFlow sees no GPU, and how to fix it; the fix is empty where there is no GPU."""
     on_host = " on the host (not in this container)" if facts.in_container else ""
     toolkit = (
         "install the NVIDIA Container Toolkit on the host, then start the container with `--gpus all` (compose: a"
@@ -216,12 +216,12 @@ def why_no_gpu(facts: GpuFacts) -> tuple[str, str]:
     return UNKNOWN, f"install a driver of 2024 or later{on_host}; if it is one: {CUDA_WHEELS}"
 
 
-def gpu_facts(told: dict[str, Any] | None = None) -> GpuFacts:
-    """Look for what `why_no_gpu` wants to know; `told` is what TensorFlow said about itself."""
+def gpu_facts(report: dict[str, Any] | None = None) -> GpuFacts:
+    """Return the facts that `why_no_gpu` needs; `report` is what TensorFlow reports about itself."""
     driver = Path("/proc/driver/nvidia/version")
     nodes = [path for path in (Path("/dev/nvidia0"), Path("/dev/dxg")) if path.exists()]  # the second is WSL2's
     vendors = (path.read_text().strip() for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
-    build = (told or {}).get("build", {})
+    build = (report or {}).get("build", {})
     libcuda, init = _cuda()
     versions = {"cuda": build.get("cuda_version", "12").split(".")[0], "cudnn": build.get("cudnn_version", "9")}
     return GpuFacts(
@@ -240,12 +240,12 @@ def gpu_facts(told: dict[str, Any] | None = None) -> GpuFacts:
 
 
 def _version(text: str) -> str:
-    found = re.search(r"\d+\.\d+(\.\d+)?", text)
-    return found.group() if found else "?"
+    match = re.search(r"\d+\.\d+(\.\d+)?", text)
+    return match.group() if match else "?"
 
 
 def _cuda() -> tuple[bool, int]:
-    """Load the driver's library and start it; return whether it was found, and its error code."""
+    """Load the driver's library and start it; return whether it exists, and its error code."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -254,7 +254,7 @@ def _cuda() -> tuple[bool, int]:
 
 
 def _is_there(library: str) -> bool:
-    """Say whether a library is in one of NVIDIA's wheels or on the system's path."""
+    """Return whether a library is in one of NVIDIA's wheels or on the system's path."""
     wheels = importlib.util.find_spec("nvidia")
     places = wheels.submodule_search_locations if wheels and wheels.submodule_search_locations else []
     if any(path for place in places for path in Path(place).glob(f"*/lib/{library}*")):
@@ -295,14 +295,14 @@ def _convolve(name: str) -> dict[str, Any]:
     result = {"name": name, "detail": _detail(name), "milliseconds": 0.0, "error": ""}
     try:
         with tf.device(name):
-            given = tf.constant(images, tf.float32), tf.constant(kernel, tf.float32)
-            computed = tf.nn.conv2d(*given, strides=1, padding="VALID").numpy()
+            operands = tf.constant(images, tf.float32), tf.constant(kernel, tf.float32)
+            computed = tf.nn.conv2d(*operands, strides=1, padding="VALID").numpy()
             start = time.perf_counter()
-            tf.nn.conv2d(*given, strides=1, padding="VALID").numpy()
+            tf.nn.conv2d(*operands, strides=1, padding="VALID").numpy()
             result["milliseconds"] = 1000 * (time.perf_counter() - start)
         if not np.array_equal(computed, expected):
             result["error"] = f"its result is wrong by {np.abs(computed - expected).max():g}"
-    except Exception as error:  # whatever a driver or a library may come up with
+    except Exception as error:  # a driver or a library may raise anything
         result["error"] = f"{type(error).__name__}: {error}"
     return result
 
@@ -315,7 +315,7 @@ def _detail(name: str) -> str:
         return ""
     facts = tf.config.experimental.get_device_details(gpus[name])
     capability = ".".join(map(str, facts.get("compute_capability", ())))
-    return f"{facts.get('device_name', 'GPU')}, compute capability {capability or 'not told'}, "
+    return f"{facts.get('device_name', 'GPU')}, compute capability {capability or 'unknown'}, "
 
 
 # Memory, disk, weights, kernel, store
@@ -329,30 +329,30 @@ def _memory() -> Finding:
 
 def _disk() -> Iterator[Finding]:
     folder = project.runs_folder()
-    shown = project.display_path(folder)
+    runs_name = project.display_path(folder)
     if not disk.is_writable(folder):
-        yield Finding("disk", f"{shown} cannot be written to", "give yourself the right to, or set THAW_RUNS")
+        yield Finding("disk", f"{runs_name} cannot be written to", "give yourself the right to write, or set THAW_RUNS")
         return
     free = shutil.disk_usage(folder).free
     little = free < disk.LEAST_FREE_BYTES
-    fix = "free some space (`thaw clean` says what could go), or set THAW_RUNS to a folder on another disk"
-    yield Finding("disk", f"{free / 1e9:,.1f} GB are free where {shown} lies", fix if little else "")
+    fix = "free some space (`thaw clean` lists what no run needs), or set THAW_RUNS to a folder on another disk"
+    yield Finding("disk", f"{free / 1e9:,.1f} GB are free on the disk of {runs_name}", fix if little else "")
     link = folder / f".link.{os.getpid()}{disk.TEMPORARY}"
     try:
         store.link(link, folder / "nothing")
         link.unlink()
     except OSError as error:
         yield Finding(
-            "links", f"{shown} cannot hold links: {error.strerror}", "set THAW_RUNS to a folder on another disk"
+            "links", f"{runs_name} cannot hold links: {error.strerror}", "set THAW_RUNS to a folder on another disk"
         )
 
 
 def _weights() -> Finding:
-    found = backbones.weights_here()
+    installed = backbones.weights_here()
     stages_with_one = (stage for stage in notebooks.stages().values() if "backbone" in stage.settings)
     default = next(stages_with_one).settings["backbone"].default
-    text = f"ImageNet weights here: {', '.join(found) or 'none'}; Keras keeps downloads in {family.keras_home()}"
-    return Finding("weights", text, "" if default in found else f"`thaw prefetch {default}` fetches or explains")
+    text = f"ImageNet weights here: {', '.join(installed) or 'none'}; Keras keeps downloads in {family.keras_home()}"
+    return Finding("weights", text, "" if default in installed else f"`thaw prefetch {default}` fetches or explains")
 
 
 def _kernel() -> Finding:
@@ -379,15 +379,15 @@ def _kernel() -> Finding:
 
 def _store() -> Iterator[Finding]:
     folder = project.runs_folder()
-    found, busy = housekeeping.runs_in(folder), housekeeping.busy(folder)
+    runs, busy = housekeeping.runs_in(folder), housekeeping.busy(folder)
     doing = f"; a thaw run is making {', '.join(busy)}" if busy else "; nothing is locked"
-    yield Finding("runs", f"{len(found)} in {project.display_path(folder)}{doing}")
-    if not busy and (left := housekeeping.leftovers(folder)):
-        size = sum(leftover.size for leftover in left)
-        yield Finding("store", f"{len(left)} things that no run needs, {size / 1e6:,.0f} MB: `thaw clean` lists them")
+    yield Finding("runs", f"{len(runs)} in {project.display_path(folder)}{doing}")
+    if not busy and (items := housekeeping.leftovers(folder)):
+        size = sum(item.size for item in items)
+        yield Finding("store", f"{len(items)} things that no run needs, {size / 1e6:,.0f} MB: `thaw clean` lists them")
     records = [path.stat().st_mtime for path in (folder / housekeeping.STORE).glob(f"*/{stages.STAGE_FILE}")]
     if records and max(records) > time.time() + 60:
-        yield Finding("clock", "results are dated in the future, so the clock was set back; Thaw does not mind")
+        yield Finding("clock", "results are dated in the future, so the clock was set back; this does no harm")
 
 
 if __name__ == "__main__":

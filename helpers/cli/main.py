@@ -18,7 +18,7 @@ from helpers.pipeline import recipes
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 WIDE = 200  # columns of a table that goes into a file or a pipe
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
-START, RUN, LOOK, COMPARE, SHIP, KEEP_HOUSE = "Start", "Run", "Look", "Compare", "Ship", "Keep house"
+START, RUN, LOOK, COMPARE, SHIP, MAINTAIN = "Start", "Run", "Look", "Compare", "Ship", "Maintain"
 INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/elpv.yaml.")]
@@ -26,7 +26,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="STAGE.PARAMETER=VALUE", help="Change a parameter; may be repeated."),
 ]
-Name = Annotated[str, typer.Option(help="Name of the run, in place of the recipe's.")]
+Name = Annotated[str, typer.Option(help="Name of the run, instead of the recipe's.")]
 Hosts = Annotated[
     str, typer.Option(metavar="ADDRESS", help="A Dask scheduler, tcp://...:8786, whose hosts do the work together.")
 ]
@@ -51,7 +51,7 @@ def new(
     origin: Annotated[
         str,
         typer.Option(
-            "--from", metavar="ARCHIVE", help="In place of SOURCE: a zip or tar file; it is unpacked into data/NAME."
+            "--from", metavar="ARCHIVE", help="Instead of SOURCE: a zip or tar file; it is unpacked into data/NAME."
         ),
     ] = "",
     classes: Annotated[
@@ -81,7 +81,7 @@ def run(
     rebuild: Annotated[
         str, typer.Option(metavar="STAGE", help="Make this stage and those after it again, or `all`.")
     ] = "",
-    dry_run: Annotated[bool, typer.Option(help="Only say which stages would run, and why.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only print which stages would run, and why.")] = False,
     hosts: Hosts = "",
 ) -> None:
     """Run every stage of RECIPE that is not done yet, and write the report."""
@@ -95,16 +95,16 @@ def run(
 
 @app.command(rich_help_panel=RUN)
 def show(recipe: RecipeFile, overrides: Set = None, name: Name = "") -> None:
-    """Show every parameter of RECIPE as it would be in force, and how far each stage is."""
+    """Show every parameter of RECIPE with its value, and the state of each stage."""
     from helpers.pipeline import planning
 
     loaded = recipes.load(recipe, overrides, name)
     table = Table("stage", "parameter", "value", "state", box=None, pad_edge=False)
     for step in planning.plan(loaded):
         rows = [(p, _text(value)) for p, value in step.parameters.items()] or [("", "")]
-        given = loaded.stages.get(step.stage.name, {})
+        section = loaded.stages.get(step.stage.name, {})
         for number, (parameter, value) in enumerate(rows):
-            style = "bold" if parameter in given else ""
+            style = "bold" if parameter in section else ""
             state = (step.state if step.why == step.state else f"{step.state}: {step.why}") if not number else ""
             table.add_row(step.stage.name if not number else "", parameter, value, state, style=style)
     console.print(table)
@@ -116,13 +116,13 @@ def params(
     stage: Annotated[str, typer.Argument(help="A stage, its notebook or its number: head, 03_train_head, 03.")],
 ) -> None:
     """Explain the parameters of a stage, read from its notebook."""
-    found = notebooks.find_notebook(stage)
+    stage_notebook = notebooks.find_notebook(stage)
     table = Table("parameter", "type", "default", "meaning", box=None, pad_edge=False)
-    for p in found.parameters.values():
+    for p in stage_notebook.parameters.values():
         table.add_row(
             p.name, p.type_text.replace("[", r"\["), _text(p.default), f"{p.meaning} {p.allowed}".replace("[", r"\[")
         )
-    console.print(f"[bold]{found.name}[/] (notebooks/{found.notebook.name})")
+    console.print(f"[bold]{stage_notebook.name}[/] (notebooks/{stage_notebook.notebook.name})")
     console.print(table)
 
 
@@ -149,7 +149,7 @@ def bakeoff(
     from helpers.cli import bakeoff as study
 
     loaded = recipes.load(recipe, overrides, name)
-    folder = study.run(loaded, backbones.named(names), console, own_size=own_size)
+    folder = study.run(loaded, backbones.parse(names), console, own_size=own_size)
     console.print(study.as_text(folder), markup=False)
     console.print(f"Figures: {project.display_path(folder.parent / 'bakeoff.ipynb')}", markup=False)
 
@@ -160,7 +160,7 @@ def sweep(
     overrides: Set = None,
     name: Name = "",
     jobs: Annotated[int, typer.Option(help="Stages made at a time; they share the cores.")] = 1,
-    dry_run: Annotated[bool, typer.Option(help="Only say what would be made, and what it would take.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only print what would be made, with time and disk.")] = False,
     hosts: Hosts = "",
 ) -> None:
     """Run every member of the sweep in FILE, each shared stage once, and the study of them all."""
@@ -176,7 +176,7 @@ def compare(
     runs: Annotated[list[str], typer.Argument(help="Finished runs; the others are compared with the first.")],
     common: Annotated[bool, typer.Option(help="Where test parts differ, compare on the images in common.")] = False,
 ) -> None:
-    """Say which of RUNS is better, by how much, and whether it is more than chance."""
+    """Show which of RUNS is better, by how much, and whether it is more than chance."""
     from helpers.cli import compare as study
 
     console.print(f"Page: {project.display_path(study.run(runs, console, common=common))}", markup=False)
@@ -186,7 +186,7 @@ def compare(
 def two_stage(
     run: Annotated[str, typer.Argument(help="A finished run of three classes or more.")],
     groups: Annotated[
-        str, typer.Option(help="Classes that a second stage tells apart: auto, or as in '[[a, b], [c, d]]'.")
+        str, typer.Option(help="Classes that a second stage separates: auto, or as in '[[a, b], [c, d]]'.")
     ] = "auto",
     overrides: Set = None,
 ) -> None:
@@ -212,7 +212,7 @@ def predict(
     hosts: Hosts = "",
     bundle: classify.Bundle = None,
 ) -> None:
-    """Classify IMAGES with the model of RUN, or with --bundle FOLDER in its place."""
+    """Classify IMAGES with the model of RUN, or with --bundle FOLDER instead."""
     if bundle:
         code = classify.by_bundle(bundle, [Path(run), *(images or [])], csv, columns, console)
     elif not images:
@@ -230,7 +230,7 @@ def export(
     serve: Serve = False,
     overrides: More = None,
 ) -> None:
-    """Write the model of RUN as a bundle that needs neither Thaw nor TensorFlow, and prove it."""
+    """Write the model of RUN as a bundle that needs no Thaw and no TensorFlow, and prove that it predicts the same."""
     from helpers.cli import export as stage
 
     folder = stage.run(run, stage.parameters(formats, serve, overrides), console)
@@ -241,17 +241,17 @@ def export(
 def review(
     run: Annotated[str, typer.Argument(help="A run whose phase 1 is done, e.g. runs/elpv.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; review.html of the run by default.")] = None,
-    folds: Annotated[int, typer.Option(help="Of the cross-validation that judges the labels.")] = 5,
+    folds: Annotated[int, typer.Option(help="Folds of the cross-validation that judges the labels.")] = 5,
 ) -> None:
-    """Write a page that shows the labels of RUN that look wrong, on which to correct them."""
+    """Write a page to correct the labels of RUN that look wrong."""
     from helpers.cli import quiet
 
     with quiet.native_log():
         from helpers.reports import review as pages
 
-        path, found = pages.build(run, out, folds=folds)
-    console.print(f"Written: {project.display_path(path)}: {found}", markup=False)
-    console.print("Open it in a browser; its button saves fixes.csv, which explore.fixes lays over the source.")
+        path, summary = pages.build(run, out, folds=folds)
+    console.print(f"Written: {project.display_path(path)}: {summary}", markup=False)
+    console.print("Open it in a browser; its button saves fixes.csv, which explore.fixes applies to the labels.")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -266,7 +266,7 @@ def board(port: Annotated[int, typer.Option(help="Port on this machine.")] = 600
 
 @app.command(rich_help_panel=START)
 def doctor() -> None:
-    """Look at everything that a run needs on this machine, compute on each device, and name what to fix."""
+    """Check everything that a run needs on this machine, compute on each device, and list what to fix."""
     from helpers.cli import doctor as doctors
 
     if doctors.show(console):
@@ -275,14 +275,14 @@ def doctor() -> None:
 
 @app.command(rich_help_panel=START)
 def prefetch(
-    wanted: Annotated[list[str], typer.Argument(metavar="BACKBONE|RECIPE...", help="Backbones, or recipes' files.")],
+    arguments: Annotated[list[str], typer.Argument(metavar="BACKBONE|RECIPE...", help="Backbones, or recipes' files.")],
 ) -> None:
     """Fetch ImageNet weights now, so that runs need no network."""
     from helpers.cli import quiet
     from helpers.models import fetching
     from helpers.pipeline import checks
 
-    names = list(dict.fromkeys(name for argument in wanted for name in checks.pretrained(argument)))
+    names = list(dict.fromkeys(name for argument in arguments for name in checks.pretrained(argument)))
     failed = 0
     for name in names:
         try:
@@ -296,9 +296,9 @@ def prefetch(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=KEEP_HOUSE)
+@app.command(rich_help_panel=MAINTAIN)
 def verify(run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")]) -> None:
-    """Read every file of RUN and its images again, and say what is not as it was when it was made."""
+    """Read every file of RUN and its images again, and list what changed since it was made."""
     from helpers.pipeline import manifest
 
     wrong = 0
@@ -309,7 +309,7 @@ def verify(run: Annotated[str, typer.Argument(help="A run, e.g. runs/elpv.")]) -
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=KEEP_HOUSE)
+@app.command(rich_help_panel=MAINTAIN)
 def reproduce(
     run: Annotated[
         str, typer.Argument(help="A run, e.g. runs/elpv; its manifest.json and evaluate folder are enough.")
@@ -319,7 +319,7 @@ def reproduce(
     ] = "",
     overrides: Set = None,
 ) -> None:
-    """Make RUN again from its manifest.json, in a fresh place, and say whether the predictions agree."""
+    """Make RUN again from its manifest.json, in another folder, and report whether the predictions agree."""
     from helpers.cli import terminal
     from helpers.pipeline import manifest
 
@@ -332,9 +332,9 @@ def reproduce(
     os.environ["THAW_RUNS"] = str(place)
     recipe = manifest.recipe_of(before, place / f"{before['name']}.yaml", overrides)
     terminal.run(recipe, console, rebuild="all" if (second / manifest.FILE).is_file() else "")
-    same, said = manifest.results(first, second)
+    same, sentences = manifest.results(first, second)
     changed = manifest.differences(before, manifest.read(second))
-    console.print("\n".join([*said, *(f"Differs: {line}" for line in changed or ["nothing"])]), markup=False)
+    console.print("\n".join([*sentences, *(f"Differs: {line}" for line in changed or ["nothing"])]), markup=False)
     if not same:
         raise typer.Exit(1)
 
@@ -347,21 +347,21 @@ def list_runs() -> None:
     terminal.show_runs(console)
 
 
-@app.command(rich_help_panel=KEEP_HOUSE)
+@app.command(rich_help_panel=MAINTAIN)
 def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove it without asking.")] = False) -> None:
-    """Remove what no run needs: stages without a run, interrupted ones, caches; says first what and how much."""
+    """Remove what no run needs: stages without a run, interrupted ones, caches; lists them with their sizes first."""
     from helpers.pipeline import housekeeping
 
     folder = project.runs_folder()
     if busy := housekeeping.busy(folder):
         raise ValueError(f"A `thaw run` is making {', '.join(busy)}. Clean when it has ended.")
-    found = housekeeping.leftovers(folder)
-    for leftover in found:
+    leftovers = housekeeping.leftovers(folder)
+    for leftover in leftovers:
         console.print(f"{leftover.size / 1e6:10,.1f} MB  {leftover.paths[0].name}  ({leftover.kind})", markup=False)
-    if not found:
+    if not leftovers:
         console.print("Every file belongs to a run.")
-    elif yes or typer.confirm(f"Remove {len(found)} things, {sum(one.size for one in found) / 1e6:,.1f} MB?"):
-        console.print(f"{housekeeping.remove(folder, found) / 1e6:,.1f} MB removed.")
+    elif yes or typer.confirm(f"Remove {len(leftovers)} things, {sum(item.size for item in leftovers) / 1e6:,.1f} MB?"):
+        console.print(f"{housekeeping.remove(folder, leftovers) / 1e6:,.1f} MB removed.")
 
 
 def _text(value: object) -> str:

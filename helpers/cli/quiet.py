@@ -1,4 +1,4 @@
-"""The terminal is for answers: what native libraries such as TensorFlow write about themselves goes to a file."""
+"""The terminal is for answers: the messages of native libraries such as TensorFlow go to a file."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def native_log() -> Iterator[None]:
-    """Send what native code writes on standard error to a file while the block runs; Python's own words still show.
+    """Send what native code writes on standard error to a file while the block runs; Python's own output still shows.
 
     When the block fails and something was written, the file stays and the error gets a note that names it.
     """

@@ -1,4 +1,4 @@
-"""A first recipe for somebody's own images: `thaw new`."""
+"""A first recipe for a user's own images: `thaw new`."""
 
 import io
 import statistics
@@ -12,7 +12,7 @@ from helpers.data import images, sources, splits
 from helpers.data.labelling import archives, folders, tables
 from helpers.pipeline import recipes
 
-SAMPLE = 200  # images whose size is looked at
+SAMPLE = 200  # images whose size is read
 SOLVED = 200_000  # images times classes up to which the head is solved rather than trained by epochs
 SECONDS = {"a run": 40, "an image": 0.16}  # by one run, of ELPV on two cores; an image's on one core
 UNEQUAL = 3  # weigh the classes when the largest has more than so many times the images of the smallest
@@ -28,7 +28,7 @@ def write_recipe(
         source: a folder, a table of labels or an archive (relative to the working directory), or the name of a built-in
             data set. An archive is unpacked into data/<name>.
         class_folders: of folders in folders, the one that names the class.
-        label, group: columns of a table of labels; "": found out.
+        label, group: columns of a table of labels; "" to detect them.
 
     Raises:
         ValueError: the name cannot name a run, or the source holds no usable images, or an archive is unsafe.
@@ -37,31 +37,31 @@ def write_recipe(
     if problems := recipes.check({"name": name}):
         raise notebooks.RecipeError(problems[0])
     if "/" in name:
-        raise notebooks.RecipeError(f"name: {name!r} cannot name a run that stands alone: leave the slash out.")
+        raise notebooks.RecipeError(f"name: {name!r} cannot name a run outside a sweep: leave the slash out.")
     path = project.ROOT / "recipes" / f"{name}.yaml"
     if path.exists():
         raise FileExistsError(f"{project.display_path(path)} exists already. Take another name, or edit it.")
-    given, notes = _given(name, source, class_folders, label, group)
+    source_parameters, notes = _source_parameters(name, source, class_folders, label, group)
     explore = {key: p.default for key, p in notebooks.find_stage("explore").settings.items()}
     try:
-        data = sources.read(explore | given)
+        data = sources.read(explore | source_parameters)
     except ValueError as error:
-        raise ValueError(" ".join([str(error), *notes, *_tables_beside(name, given)])) from None
+        raise ValueError(" ".join([str(error), *notes, *_tables_beside(name, source_parameters)])) from None
     counts, side = data.table["label"].value_counts(), _typical_side(data)
-    found = f"{counts.sum():,} images in {len(counts)} classes, {counts.min():,} to {counts.max():,} a class"
-    found += f", typically {side} pixels on the shorter side"
-    filled: dict[str, dict[str, Any]] = {"explore": given, "head": {"levels": "auto", "pool": "mean_std"}}
+    summary = f"{counts.sum():,} images in {len(counts)} classes, {counts.min():,} to {counts.max():,} a class"
+    summary += f", typically {side} pixels on the shorter side"
+    filled: dict[str, dict[str, Any]] = {"explore": source_parameters, "head": {"levels": "auto", "pool": "mean_std"}}
     if counts.sum() * len(counts) <= SOLVED:
         filled["head"]["solver"] = "auto"
-    notes = [f"{name}: {found}.", *notes, *data.notes]
+    notes = [f"{name}: {summary}.", *notes, *data.notes]
     parts = data.table.loc[data.table["split"] != "", "split"].value_counts()
     if len(parts):
         filled["split"] = {"method": "predefined"}
         sizes = ", ".join(f"{part} {parts[part]:,}" for part in ("train", "val", "test") if part in parts)
         notes.append(f"There is a ready-made split, which is kept (split.method: predefined): {sizes}.")
         for part in parts.index:
-            own = set(data.table.loc[data.table["split"] == part, "label"])
-            if lacking := [label for label in counts.index if label not in own]:
+            classes = set(data.table.loc[data.table["split"] == part, "label"])
+            if lacking := [label for label in counts.index if label not in classes]:
                 notes.append(f"{part} lacks {len(lacking)} of the classes: {', '.join(lacking[:10])}.")
     if counts.max() > UNEQUAL * counts.min():
         filled["head"]["imbalance"] = "class_weight"
@@ -71,7 +71,7 @@ def write_recipe(
     if side < image_size:
         notes.append(f"The images are smaller than resize.image_size ({image_size}) and will be enlarged to it.")
     notes.append(_time(counts.sum()))
-    disk.write_text(path, _text(name, found, filled))
+    disk.write_text(path, _text(name, summary, filled))
     settings = {key: p.default for key, p in notebooks.find_stage("split").settings.items()}
     try:
         splits.rehearse(data.table, settings | filled.get("split", {}))
@@ -82,51 +82,51 @@ def write_recipe(
 
 
 def _time(images: int) -> str:
-    """Say how long a run will take on the processor of this machine."""
+    """Return how long a run will take on the processor of this machine."""
     cores = machine.cores()
     seconds = SECONDS["a run"] + images * SECONDS["an image"] / cores
     return (
-        f"A run will take about {words.duration(seconds)} on this machine's {cores} cores, by what was measured with"
+        f"A run will take about {words.duration(seconds)} on this machine's {cores} cores, as measured with"
         " efficientnet_lite0 and the recipe's values; much less on a GPU."
     )
 
 
-def _given(
+def _source_parameters(
     name: str, source: str, class_folders: folders.Levels, label: str, group: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the parameters of 00_explore that a source on the command line means, and what was understood of it."""
+    """Return the parameters of 00_explore for a source on the command line, and notes on how it is read."""
     path = Path(source)
     if path.is_file() and archives.is_archive(path):
         folder = archives.unpack(path, project.ROOT / "data" / name)
-        given, notes = _given(name, str(folder), class_folders, label, group)
-        return given, [f"{path.name} is unpacked into {project.display_path(folder)}.", *notes]
+        parameters, notes = _source_parameters(name, str(folder), class_folders, label, group)
+        return parameters, [f"{path.name} is unpacked into {project.display_path(folder)}.", *notes]
     if path.is_file():
         if path.suffix.lower() not in tables.TABLES:
-            known = ", ".join(tables.TABLES)
+            endings = ", ".join(tables.TABLES)
             raise ValueError(
-                f"{source} is no folder, no table of labels ({known}), no archive and no built-in data set."
+                f"{source} is not a folder, a table of labels ({endings}), an archive or a built-in data set."
             )
         if class_folders != "auto":
             raise ValueError("--classes is for folders; a table names the class of each image itself.")
         columns = tables.find_columns(path.resolve(), label, group)
         return {"source": project.display_path(columns.source)} | columns.parameters, columns.notes
     if label or group:
-        raise ValueError(f"--label and --group name columns of a table of labels; {source} is none.")
+        raise ValueError(f"--label and --group name columns of a table of labels; {source} is not one.")
     if path.is_dir():
         source = project.display_path(path.resolve())
     return {"source": source} | ({"class_folders": class_folders} if class_folders != "auto" else {}), []
 
 
-def _tables_beside(name: str, given: dict[str, Any]) -> list[str]:
-    """Return a hint where a folder that says no classes holds a table, which may say them."""
-    root = project.resolve(given["source"])
-    if "labels" in given or not root.is_dir():
+def _tables_beside(name: str, source_parameters: dict[str, Any]) -> list[str]:
+    """Return a hint where a folder that names no classes holds a table, which may name them."""
+    root = project.resolve(source_parameters["source"])
+    if "labels" in source_parameters or not root.is_dir():
         return []
-    found = sorted(path for path in [*root.glob("*"), *root.glob("*/*")] if path.suffix.lower() in tables.TABLES[:2])
-    if not found:
+    files = sorted(path for path in [*root.glob("*"), *root.glob("*/*")] if path.suffix.lower() in tables.TABLES[:2])
+    if not files:
         return []
-    shown = project.display_path(found[0])
-    return [f"If {found[0].name} says the classes: thaw new {name} {shown}"]
+    file_name = project.display_path(files[0])
+    return [f"If {files[0].name} names the classes: thaw new {name} {file_name}"]
 
 
 def _typical_side(data: sources.Source) -> int:
@@ -142,23 +142,23 @@ def _typical_side(data: sources.Source) -> int:
         except images.ImageError:
             continue  # 00_explore will name it
     if not sides:
-        raise ValueError(f"None of the files looked at below {project.display_path(data.root)} is an image.")
+        raise ValueError(f"None of the files read below {project.display_path(data.root)} is an image.")
     return int(statistics.median(sides))
 
 
-def _text(name: str, found: str, filled: dict[str, dict[str, Any]]) -> str:
+def _text(name: str, summary: str, filled: dict[str, dict[str, Any]]) -> str:
     """Return a recipe with every parameter of every stage: those in `filled` set, the others as comments."""
     lines = [
-        f"# {found}.",
-        "# Every parameter is here. Behind a #, the notebook's own value holds: remove the # to change it.",
+        f"# {summary}.",
+        "# Every parameter is here. After a # stands the notebook's own value: remove the # to change it.",
         f"name: {name}",
     ]
     for stage in notebooks.stages().values():
-        given = filled.get(stage.name, {})
-        lines += ["", f"{'' if given else '# '}{stage.name}:  # notebooks/{stage.notebook.name}"]
+        section = filled.get(stage.name, {})
+        lines += ["", f"{'' if section else '# '}{stage.name}:  # notebooks/{stage.notebook.name}"]
         for parameter in stage.settings.values():
-            value = _yaml_value(given.get(parameter.name, parameter.default))
-            mark = "  " if parameter.name in given else "#   "
+            value = _yaml_value(section.get(parameter.name, parameter.default))
+            mark = "  " if parameter.name in section else "#   "
             lines.append(f"{mark}{parameter.name}: {value}  # {parameter.meaning} {parameter.allowed}".rstrip())
     return "\n".join(lines) + "\n"
 

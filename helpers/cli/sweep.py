@@ -25,7 +25,7 @@ def run(sweep: files.Sweep, console: Console, *, count: int = 1, dry_run: bool =
         sweep: a checked sweep.
         console: where the lines go.
         count: stages made at a time.
-        dry_run: only say what would be made.
+        dry_run: only print what would be made.
         address: of a Dask scheduler, whose hosts make a stage each.
 
     Raises:
@@ -40,7 +40,7 @@ def run(sweep: files.Sweep, console: Console, *, count: int = 1, dry_run: bool =
     if sweep.search:
         search.check()
     planned = plans.plan(search.examples(sweep) if sweep.search else sweep)
-    _say_plan(planned, console, count)
+    _print_plan(planned, console, count)
     if dry_run:
         return 0
     conduct.check(planned)
@@ -49,7 +49,7 @@ def run(sweep: files.Sweep, console: Console, *, count: int = 1, dry_run: bool =
     states = {name: {"state": "not made", "error": ""} for name in members}
     with _maker(console, count, address) as (make, pool, at_a_time):
         for event in _events(planned, sweep, make, pool, at_a_time):
-            if isinstance(event, search.Asked):
+            if isinstance(event, search.Drawn):
                 members[event.member.name] = event.member
             _note(event, states)
             _show(event, console)
@@ -78,20 +78,20 @@ def _events(planned: plans.Plan, sweep: files.Sweep, make: conduct.Make, pool: E
     return (search if sweep.search else halving).run(sweep, make, pool, count, score)
 
 
-def _say_plan(planned: plans.Plan, console: Console, count: int) -> None:
+def _print_plan(planned: plans.Plan, console: Console, count: int) -> None:
     sweep = planned.sweep
     if sweep.search:
-        told = f"by {sweep.search.metric}, sampler {sweep.search.sampler}; what is not drawn yet may look as follows."
-        console.print(f"{sweep.name}: a search of {sweep.search.trials} trials {told}", markup=False)
+        order = f"by {sweep.search.metric}, sampler {sweep.search.sampler}; members not drawn yet may look as follows."
+        console.print(f"{sweep.name}: a search of {sweep.search.trials} trials {order}", markup=False)
     if sweep.halving:
-        told = " and ".join(map(str, halving.rungs(sweep)))
+        rungs = " and ".join(map(str, halving.rungs(sweep)))
         console.print(
-            f"{sweep.name}: after {told} epochs, one member in {sweep.halving.eta} goes on. Figures are without that.",
+            f"{sweep.name}: after {rungs} epochs, one member in {sweep.halving.eta} continues. The plan ignores this.",
             markup=False,
         )
     console.print(
         f"{sweep.name}: {len(sweep.members)} members in {project.display_path(sweep.folder)}; {planned.stages} stages"
-        f" in place of {planned.alone}, since members share what is the same; {len(planned.units)} to do",
+        f" instead of {planned.alone}, since members share what is the same; {len(planned.units)} to do",
         markup=False,
     )
     for stage, different, todo in plans.by_stage(planned):
@@ -141,7 +141,7 @@ def _maker(console: Console, count: int, address: str):
 
 
 def _note(event: Any, states: dict) -> None:
-    if isinstance(event, search.Asked):
+    if isinstance(event, search.Drawn):
         states[event.member.name] = {"state": "not made", "error": ""}
     elif isinstance(event, halving.Stopped):
         states[event.member] = {"state": f"stopped after {event.epochs} epochs", "error": ""}
@@ -158,12 +158,12 @@ def _show(event: Any, console: Console) -> None:
     elif isinstance(event, conduct.Failed):
         console.print(f"{event.place:<8} {event.name:<40} failed: {event.error}", style="red", markup=False)
     elif isinstance(event, halving.Stopped):
-        told = f"stopped after {event.epochs} epochs: {event.rank}. of {event.compared}"
-        console.print(f"{'':<8} {event.member:<40} {told}", markup=False)
-    elif isinstance(event, search.Told):
+        outcome = f"stopped after {event.epochs} epochs: rank {event.rank} of {event.compared}"
+        console.print(f"{'':<8} {event.member:<40} {outcome}", markup=False)
+    elif isinstance(event, search.Scored):
         labels = ", ".join(f"{k.rpartition('.')[2]} {axes.as_text(v)}" for k, v in event.member.labels.items())
-        told = f"{event.value:.4f}, the best is {event.best:.4f}"
-        console.print(f"{event.place:<8} {event.member.name}: {labels}: {told}", markup=False)
+        scores = f"{event.value:.4f}, the best is {event.best:.4f}"
+        console.print(f"{event.place:<8} {event.member.name}: {labels}: {scores}", markup=False)
 
 
 def write_table(sweep: files.Sweep, states: dict[str, dict[str, str]]) -> None:
@@ -189,8 +189,8 @@ def _step(planned: plans.Plan, states: dict) -> planning.Step:
     study, sweep = notebooks.studies()[files.STUDY], planned.sweep
     parameters = {name: p.default for name, p in study.settings.items()} | {"sweep": project.display_path(sweep.folder)}
     parameters |= {"monitor": sweep.metric} if sweep.metric else {}
-    read = {name: steps[-1].fingerprint for name, steps in planned.chains.items()}
-    read["members"] = [[member.name, member.labels, states[member.name]] for member in sweep.members]
+    fingerprints = {name: steps[-1].fingerprint for name, steps in planned.chains.items()}
+    fingerprints["members"] = [[member.name, member.labels, states[member.name]] for member in sweep.members]
     if (importance := sweep.folder / search.IMPORTANCE).is_file():
-        read["importance"] = disk.sha256_of(importance)
-    return planning.alone(study, parameters, read, sweep.folder / study.name)
+        fingerprints["importance"] = disk.sha256_of(importance)
+    return planning.alone(study, parameters, fingerprints, sweep.folder / study.name)

@@ -17,7 +17,7 @@ class Watcher:
     """Shows the progress of one stage: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, console: Console, label: str):
-        self.console, self.label, self.told = console, label, time.monotonic()
+        self.console, self.label, self.printed_at = console, label, time.monotonic()
         columns = ("{task.description}", BarColumn(24), "{task.fields[state]}", TimeRemainingColumn())
         self.bar = Progress(
             *[TextColumn(c) if isinstance(c, str) else c for c in columns], console=console, transient=True
@@ -38,13 +38,13 @@ class Watcher:
         metrics = dict(line["metrics"])
         rate = metrics.pop("rate", None)
         count = f"{line['done']:,} of {line['total']:,}"
-        shown = [f"epoch {count}" if line["unit"] == "epoch" else f"{count} {line['unit']}s"]
-        shown += [f"{rate:,.0f} {'image' if line['unit'] == 'epoch' else line['unit']}s/s"] if rate else []
-        shown += [f"{name} {value:.4f}" for name, value in metrics.items()]
-        state = "  ".join(filter(None, [line["label"], *shown]))
+        parts = [f"epoch {count}" if line["unit"] == "epoch" else f"{count} {line['unit']}s"]
+        parts += [f"{rate:,.0f} {'image' if line['unit'] == 'epoch' else line['unit']}s/s"] if rate else []
+        parts += [f"{name} {value:.4f}" for name, value in metrics.items()]
+        state = "  ".join(filter(None, [line["label"], *parts]))
         self.bar.update(self.task, total=line["total"], completed=line["done"], state=state)
-        if not self.console.is_terminal and time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
-            self.told = time.monotonic()
+        if not self.console.is_terminal and time.monotonic() - self.printed_at > SECONDS_BETWEEN_LINES:
+            self.printed_at = time.monotonic()
             self.console.print(f"      {state}", markup=False)
 
 
@@ -65,7 +65,7 @@ def run(
         console: where the lines go.
         first, last: names of stages; "" for the first and the last of the chain.
         rebuild: as for `planning.plan`.
-        dry_run: only say which stages would run, and why.
+        dry_run: only print which stages would run, and why.
         address: as for `chain.run`.
 
     Raises:
@@ -119,12 +119,12 @@ def _finish(recipe: recipes.Recipe, event: chain.Finished, console: Console, is_
 
 
 def show_runs(console: Console) -> None:
-    """Print a line for each run, the newest last, and what the store takes."""
+    """Print a line for each run, the newest last, and the size of the store."""
     folder = project.runs_folder()
     table = Table("run", "made", "MB", "done", "headline", box=None, pad_edge=False)
     for run in housekeeping.runs_in(folder):
-        made, size = run.created[:16].replace("T", " "), f"{run.size / 1e6:,.1f}"
-        table.add_row(run.name, made, size, str(len(run.stages)), run.headline.replace("[", r"\["))
+        created, size = run.created[:16].replace("T", " "), f"{run.size / 1e6:,.1f}"
+        table.add_row(run.name, created, size, str(len(run.stages)), run.headline.replace("[", r"\["))
     console.print(table)
     store = housekeeping.size_of(folder / housekeeping.STORE) if (folder / housekeeping.STORE).is_dir() else 0
     console.print(f"Runs share stages: together the store takes {store / 1e6:,.1f} MB.", style="dim")

@@ -111,14 +111,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _recipe(evaluated: Path) -> str:
     """Return the parameters of every stage behind a model, less the folders, as YAML."""
     found: dict[str, dict] = {}
-    waiting = [evaluated]
+    waiting, seen = [evaluated], set()
     while waiting:
-        record = disk.read_json(waiting.pop(0) / stages.STAGE_FILE)
+        folder = waiting.pop(0).resolve()
+        if folder in seen:  # a stage made by hand names itself, as `out`
+            continue
+        seen.add(folder)
+        record = disk.read_json(folder / stages.STAGE_FILE)
         known = notebooks.stages().get(record["stage"].split("-")[0])
         name = known.name if known else record["stage"]
         parameters = record.get("parameters", {})
         folders = [project.resolve(v) for v in parameters.values() if isinstance(v, str) and v]
-        waiting += [path for path in folders if (path / stages.STAGE_FILE).is_file() and path not in waiting]
+        waiting += [path for path in folders if (path / stages.STAGE_FILE).is_file()]
         kept = {key: value for key, value in parameters.items() if not known or key in known.settings}
         found[name] = kept
     return _yaml(dict(reversed(found.items())))

@@ -1,6 +1,6 @@
-"""The run of a recipe: the stages that are to do, one after the other, told as events.
+"""The run of a recipe: the stages that are to do, one after the other, as events.
 
-Nothing is shown here. Who shows a run iterates over the events, and gives what watches the progress of one stage.
+Nothing is shown here. The caller iterates over the events, and gives what watches the progress of one stage.
 """
 
 import sys
@@ -22,7 +22,7 @@ class Planned:
 
     Attributes:
         folder: of the run.
-        steps: from the first stage to the last one that was asked for.
+        steps: from the first stage to the last requested one.
         later: the steps after these, which the run leaves as they are.
         warning: what the user should know before anything starts, "" for nothing.
     """
@@ -34,7 +34,7 @@ class Planned:
 
     @property
     def todo(self) -> list[planning.Step]:
-        """The steps that will be made."""
+        """Return the steps that will be made."""
         return [step for step in self.steps if step.state == "to do"]
 
 
@@ -53,7 +53,7 @@ class Finished:
 
     Attributes:
         folder: of the run.
-        changed: whether it differs from what it was, so that its report has to be written again.
+        changed: whether it changed, so that its report has to be written again.
         metrics: metrics.json of the last stage that has one, None where none has.
     """
 
@@ -63,11 +63,11 @@ class Finished:
 
 
 def plan(recipe: recipes.Recipe, first: str = "", last: str = "", *, rebuild: str = "") -> Planned:
-    """Work out what a run would do, from stage `first` to stage `last`.
+    """Return what a run would do, from stage `first` to stage `last`.
 
     Raises:
         planning.StageError: a stage before `first` is not done.
-        ValueError: the recipe leaves one of the two out, or they stand in the wrong order.
+        ValueError: the recipe leaves one of the two out, or they are in the wrong order.
     """
     planned = planning.plan(recipe, rebuild)
     steps = _between(planned, first, last)
@@ -83,8 +83,8 @@ def run(
     Args:
         recipe: the recipe.
         planned: as `plan` returns it.
-        watching: takes the place of a stage and returns what is called with each line of its progress, as a context.
-        say: called with a sentence when there is something to tell.
+        watching: called with the place of a stage; returns what is called with each line of its progress, as a context.
+        say: called with each message for the user.
         address: of a Dask scheduler: its hosts train together and share the bulk work of the other stages.
 
     Raises:
@@ -104,8 +104,8 @@ def run(
     yield from make(planned.steps, watching=watching, say=say, address=address)
     planning.unlink_stale(planned.later)
     planning.unlink_left_out(recipe)
-    kept = [step for step in planned.later if step.state != "to do"]
-    is_new = manifest.write(recipe, [*planned.steps, *kept], command=" ".join(sys.argv))
+    kept_steps = [step for step in planned.later if step.state != "to do"]
+    is_new = manifest.write(recipe, [*planned.steps, *kept_steps], command=" ".join(sys.argv))
     measured = (step.link / "metrics.json" for step in reversed(planned.steps))
     yield Finished(planned.folder, is_new or bool(todo), next(filter(Path.is_file, measured), None))
 

@@ -14,7 +14,7 @@ from helpers.models import backbones
 from helpers.models.families import family
 from helpers.pipeline import fingerprints, planning, recipes
 
-TRAINED = ("head", "fine_tune")  # the stages that Keras is asked about
+TRAINED = ("head", "fine_tune")  # the stages that are checked with Keras
 # Parameters that are checked with Keras; those of the head and of fine_tune together.
 CHECKED = ("augmentation", "backbone", "dense", "epochs", "flip", "from_run", "imbalance", "label_smoothing", "levels")
 CHECKED += ("loss", "mix", "monitor", "next_unfreeze", "optimizer", "output", "profile_steps", "schedule", "steps")
@@ -26,8 +26,7 @@ ADDED = ("group", "format", "width", "height", "mode", "orientation", "taken")  
 def check(recipe: recipes.Recipe, steps: list[planning.Step], backend: str = "") -> None:
     """Check what no schema can: ratios that add up, boxes that exist, a backbone that has the layer to unfreeze.
 
-    Layers, optimisers, schedules and losses are asked of Keras, in a process of its own; what was found good is
-    remembered.
+    Keras checks layers, optimisers, schedules and losses, in a process of its own; what passes is remembered.
 
     Args:
         recipe: the recipe.
@@ -38,9 +37,9 @@ def check(recipe: recipes.Recipe, steps: list[planning.Step], backend: str = "")
         ValueError: something is wrong; the message says what.
     """
     stages_of_run, todo = recipe.chain(), {step.stage.name for step in steps}
-    for stage, one in CHECKS.items():
+    for stage, check_stage in CHECKS.items():
         if stage in stages_of_run:
-            one(recipe)
+            check_stage(recipe)
     if "explore" in todo:
         _check_subgroups(recipe, sources.read(recipe.resolved("explore")).table)
     if "split" in todo:
@@ -58,24 +57,24 @@ def check(recipe: recipes.Recipe, steps: list[planning.Step], backend: str = "")
 
 
 def _check_subgroups(recipe: recipes.Recipe, labelled: Any) -> None:
-    known = [*labelled.columns, *ADDED]
+    columns = [*labelled.columns, *ADDED]
     for name in recipe.resolved("evaluate")["subgroups"] if "evaluate" in recipe.chain() else ():
-        if name not in known:
+        if name not in columns:
             raise notebooks.RecipeError(
-                f"evaluate.subgroups: the source has no column {name!r}.{words.did_you_mean(name, known)}"
+                f"evaluate.subgroups: the source has no column {name!r}.{words.did_you_mean(name, columns)}"
             )
 
 
 def _check_split(recipe: recipes.Recipe) -> None:
     splits.check_ratio(recipe.resolved("split")["ratio"])
-    given, own = recipe.resolved("split")["previous"], project.runs_folder() / recipe.name / "split"
-    if given and project.resolve(given) in (own.parent, own, own / "split.csv"):
-        kept = f"data/{recipe.name}_split.csv"
+    previous, split_folder = recipe.resolved("split")["previous"], project.runs_folder() / recipe.name / "split"
+    if previous and project.resolve(previous) in (split_folder.parent, split_folder, split_folder / "split.csv"):
+        copy = f"data/{recipe.name}_split.csv"
         raise notebooks.RecipeError(
-            f"split.previous: {given} is this run's own split, which the new one replaces. Keep a copy and name that:"
-            f" cp {project.display_path(own)}/split.csv {kept}, then split.previous={kept}"
+            f"split.previous: {previous} is this run's own split, which the new one replaces. Keep a copy and name it:"
+            f" cp {project.display_path(split_folder)}/split.csv {copy}, then split.previous={copy}"
         )
-    links.read_earlier(given)
+    links.read_earlier(previous)
 
 
 def _check_crop(recipe: recipes.Recipe) -> None:
@@ -111,9 +110,9 @@ def _check_evaluate(recipe: recipes.Recipe) -> None:
         )
     monitor = recipe.resolved("evaluate")["monitor"]
     for stage in TRAINED:
-        given = recipe.resolved(stage)
-        trains = given["epochs"] and not given.get("from_run")
-        if trains and monitor not in ("val_loss", "val_accuracy", given["monitor"]):
+        section = recipe.resolved(stage)
+        trains = section["epochs"] and not section.get("from_run")
+        if trains and monitor not in ("val_loss", "val_accuracy", section["monitor"]):
             raise notebooks.RecipeError(
                 f"evaluate.monitor: {monitor} is to decide between the phases, but {stage} does not measure it. Set"
                 f" {stage}.monitor to {monitor} too, or evaluate.monitor to val_loss or val_accuracy."
@@ -121,27 +120,27 @@ def _check_evaluate(recipe: recipes.Recipe) -> None:
 
 
 def _check_join(recipe: recipes.Recipe) -> None:
-    named = recipe.resolved("join")["runs"]
-    if not named:
+    runs = recipe.resolved("join")["runs"]
+    if not runs:
         raise notebooks.RecipeError("join.runs: name the runs to join with this one, as in join.runs=[elpv-2, elpv-3].")
-    for run in named:
+    for run in runs:
         if run == recipe.name or project.resolve(run) == project.runs_folder() / recipe.name:
             raise notebooks.RecipeError(f"join.runs: {run} is this run itself, which is joined anyway.")
         stages.of_run(run, "head", "model.keras", parameter="join.runs")
 
 
 def _check_from_run(recipe: recipes.Recipe) -> None:
-    taken = recipe.resolved("head")["from_run"]
-    if not taken:
+    origin = recipe.resolved("head")["from_run"]
+    if not origin:
         return
     run = project.runs_folder() / recipe.name
-    if taken == recipe.name or project.resolve(taken) in (run, run / "head"):
-        raise notebooks.RecipeError(f"head.from_run: {taken} is this run itself. Take another --name, or another run.")
-    stages.of_run(taken, "head", "model.keras", parameter="head.from_run")
+    if origin == recipe.name or project.resolve(origin) in (run, run / "head"):
+        raise notebooks.RecipeError(f"head.from_run: {origin} is this run itself. Take another --name, or another run.")
+    stages.of_run(origin, "head", "model.keras", parameter="head.from_run")
 
 
 def _check_training(recipe: recipes.Recipe, backend: str) -> None:
-    """Ask Keras about everything that trains, unless the same was found good before."""
+    """Check everything that trains with Keras, unless the same passed before."""
     _check_from_run(recipe)
     image_size = recipe.resolved("resize")["image_size"]
     phases = {stage: recipe.resolved(stage) for stage in TRAINED}
@@ -150,8 +149,8 @@ def _check_training(recipe: recipes.Recipe, backend: str) -> None:
     backend = backend or os.environ.get("KERAS_BACKEND", "")
     key = fingerprints.fingerprint([decisive, image_size, code, backend])
     checked = project.runs_folder() / ".store" / "checked-choices.json"
-    good = disk.read_json(checked) if checked.is_file() else []
-    if key in good:
+    passed = disk.read_json(checked) if checked.is_file() else []
+    if key in passed:
         return
     environment = {"KERAS_BACKEND": backend} if backend else {}
     request = phases | {"image_size": image_size}
@@ -163,7 +162,7 @@ def _check_training(recipe: recipes.Recipe, backend: str) -> None:
         raise notebooks.RecipeError(str(error)) from None
     if problems:
         raise notebooks.RecipeError("\n".join(problems))
-    disk.write_json(checked, [*good, key])
+    disk.write_json(checked, [*passed, key])
 
 
 def _import_what_comes_next() -> None:
@@ -181,26 +180,26 @@ def pretrained(argument: str) -> list[str]:
 
 
 def _fetch_weights(backbone: str) -> None:
-    """Fetch ImageNet weights, or say why they are missing, in a process of its own and once for each folder of runs.
+    """Fetch ImageNet weights, in a process of its own and once for each folder of runs.
 
     Raises:
         FileNotFoundError: they are not on this machine, and there is no network.
     """
     if backbones.weights_installed(backbone):
         return
-    known = project.runs_folder() / ".store" / "fetched-weights.json"
-    fetched = disk.read_json(known) if known.is_file() else []
+    record = project.runs_folder() / ".store" / "fetched-weights.json"
+    fetched = disk.read_json(record) if record.is_file() else []
     if [backbone, str(family.keras_home())] in fetched:
         return
     try:
         child.ask("helpers.models.fetching", {"name": backbone}, shows=True)
     except child.ChildError as error:
         raise FileNotFoundError(f"head.weights: {error}") from None
-    disk.write_json(known, [*fetched, [backbone, str(family.keras_home())]])
+    disk.write_json(record, [*fetched, [backbone, str(family.keras_home())]])
 
 
 def warning(steps: list[planning.Step]) -> str:
-    """Tell that old images will change parts, and how to keep them, when the split of changed data has no memory.
+    """Warn that old images will change parts, and how to keep them, when the split of changed data has no memory.
 
     Args:
         steps: as `planning.plan` returns them.
@@ -219,11 +218,11 @@ def warning(steps: list[planning.Step]) -> str:
         return ""
     if before == explore.ingredients.get("source"):
         return ""
-    kept = f"data/{split.link.parent.name}_split.csv"
+    copy = f"data/{split.link.parent.name}_split.csv"
     return (
         "The images or labels have changed since this run was split. The split is made again to keep its shares, so"
         " images move from one part to another, from test to train too. To keep every image where it was:"
-        f" cp {project.display_path(earlier)} {kept}, and add --set split.previous={kept}"
+        f" cp {project.display_path(earlier)} {copy}, and add --set split.previous={copy}"
     )
 
 

@@ -1,6 +1,6 @@
-"""One stage made: by nobody else at the same time, by papermill, in a folder beside the place where it will be kept.
+"""One stage made: by one process at a time, by papermill, in a folder beside the place where it will be kept.
 
-Whatever ends a run, a kill or a full disk too, the same command resumes it.
+After any end of a run, a kill or a full disk too, the same command resumes it.
 """
 
 import errno
@@ -47,11 +47,11 @@ def make(
     Args:
         step: what to make.
         watch: called with each line of progress (see `progress.report`).
-        say: called with a sentence when there is something to tell.
-        run: what runs the notebook in place of `execute`.
+        say: called with each message for the user.
+        run: what runs the notebook instead of `execute`.
 
     Raises:
-        StageError: a cell failed or the kernel died. The unfinished stage is kept, so that the next try goes on there.
+        StageError: a cell failed or the kernel died. The unfinished stage is kept, so that the next try resumes there.
     """
     start = time.monotonic()
     try:
@@ -95,8 +95,8 @@ def _make(step: Step, watch: Watch, say: Callable[[str], None], run: Callable | 
             (run or execute)(step, watch, stream)
     if executed.exists():  # else a run that was killed right after had moved it
         executed.replace(step.partial / "notebook.ipynb")
-    kept = step.partial / "notebook.log"
-    log.replace(kept) if log.stat().st_size or not kept.exists() else log.unlink()
+    kept_log = step.partial / "notebook.log"
+    log.replace(kept_log) if log.stat().st_size or not kept_log.exists() else log.unlink()
     record = {"stage": step.stage.name, "fingerprint": step.fingerprint, "ingredients": step.ingredients}
     seconds = round(time.monotonic() - start, 1)
     record |= {"shown_by": fingerprints.shown_by(step.stage.notebook)}
@@ -104,7 +104,7 @@ def _make(step: Step, watch: Watch, say: Callable[[str], None], run: Callable | 
 
 
 def wait_for_orphan(stream: TextIO, say: Callable[[str], None]) -> None:
-    """Wait for the kernel of a `thaw run` that was killed: it notices, but writes on for a moment.
+    """Wait for the kernel of a `thaw run` that was killed: it notices, but still writes for a moment.
 
     A kernel's output goes to the stage's log, and it inherits the lock on that open file, which ends with its last
     holder.
@@ -122,7 +122,7 @@ def wait_for_orphan(stream: TextIO, say: Callable[[str], None]) -> None:
 
 
 def is_executed(step: Step) -> bool:
-    """Say whether an interrupted run left the stage with its notebook run to the end, so that it needs only be kept."""
+    """Return whether the notebook of an interrupted run ran to its end, so that the stage only needs to be kept."""
     if stages.status(step.partial) != "done":
         return False
     if (step.partial / "notebook.ipynb").is_file():
@@ -140,13 +140,13 @@ def execute(
     stream: TextIO,
     *,
     variables: Mapping[str, str] | None = None,
-    wanted: Callable[[], bool] = lambda: True,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> None:
     """Run the notebook by papermill into the partial folder; what its kernel prints goes to `stream`.
 
     Args:
         variables: of the kernel's environment, beside those of this process.
-        wanted: asked every second; the kernel is killed when it says no.
+        is_wanted: called every second; the kernel is killed when it returns False.
 
     Raises:
         StageError: as `make`.
@@ -155,15 +155,15 @@ def execute(
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    # When Ctrl-C ends the kernel, asyncio would complain of a task of papermill that nobody awaits any more.
+    # When Ctrl-C ends the kernel, asyncio would complain about a task of papermill that nothing awaits any more.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     executed = step.partial.with_suffix(".ipynb")
     folders = {name: project.display_path(path) for name, path in step.input_folders.items()}
     parameters = step.parameters | folders | {"out": project.display_path(step.partial)}
-    # All is written by then, and TensorFlow would take 1.5 s to take leave. Of several ranks none hurries: one that
-    # fails because another died should not be the first to tell.
-    leave = "graceful" if variables else "immediate"
-    with _kernel_environment(step.folder.parent, watch, variables or {}), _killed_unless(wanted) as started:
+    # All is written by then, and TensorFlow would take 1.5 s to end. Of several ranks none hurries: one that fails
+    # because another died should not be the first to report it.
+    shutdown = "graceful" if variables else "immediate"
+    with _kernel_environment(step.folder.parent, watch, variables or {}), _killed_unless(is_wanted) as process_groups:
         try:
             papermill.execute_notebook(
                 step.stage.notebook,
@@ -175,8 +175,8 @@ def execute(
                 stdout_file=stream,
                 stderr_file=stream,
                 start_timeout=180,
-                shutdown_kernel=leave,
-                kernel_manager_class=_kernel_that_logs_to(stream, started),
+                shutdown_kernel=shutdown,
+                kernel_manager_class=_kernel_that_logs_to(stream, process_groups),
             )
         except PapermillExecutionError as error:
             # Its index counts from 0, but also the cell that papermill put in after the parameters cell.
@@ -184,7 +184,7 @@ def execute(
             cause = f"{cell}\n  {disk.full(step.folder.parent)}" if NO_SPACE.search(error.evalue) else cell
             raise StageError(_failure(step, cause, "\n".join(error.traceback))) from None
         except DeadKernelError:
-            if not wanted():
+            if not is_wanted():
                 raise StageError("it was stopped with the others") from None
             raise StageError(_failure(step, _why_it_died(step))) from None
     if stages.status(step.partial) != "done":
@@ -201,37 +201,37 @@ def _why_it_died(step: Step) -> str:
 
 
 @contextmanager
-def _killed_unless(wanted: Callable[[], bool]) -> Iterator[list[int]]:
+def _killed_unless(is_wanted: Callable[[], bool]) -> Iterator[list[int]]:
     """Yield the list to which the kernel's process group is to be added, to be killed when it is no longer wanted."""
-    started: list[int] = []
+    process_groups: list[int] = []
     finished = threading.Event()
 
     def watch() -> None:
         while not finished.wait(1):
-            for group in () if wanted() else started:
+            for group in () if is_wanted() else process_groups:
                 with suppress(ProcessLookupError):
                     os.killpg(group, signal.SIGKILL)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield started
+        yield process_groups
     finally:
         finished.set()
         watcher.join()
 
 
-def _kernel_that_logs_to(stream: TextIO, started: list[int]) -> type:
+def _kernel_that_logs_to(stream: TextIO, process_groups: list[int]) -> type:
     """Return a kernel manager whose kernel's own output, which is not a cell's, goes to `stream`.
 
-    The number of its process group is added to `started`.
+    The number of its process group is added to `process_groups`.
     """
     from jupyter_client.manager import AsyncKernelManager
 
     class LoggedKernelManager(AsyncKernelManager):
         async def _async_start_kernel(self, **settings: Any) -> None:
             await super()._async_start_kernel(stdout=stream, stderr=stream, **settings)
-            started.append(self.provisioner.pid)
+            process_groups.append(self.provisioner.pid)
 
         start_kernel = _async_start_kernel
 
@@ -239,10 +239,10 @@ def _kernel_that_logs_to(stream: TextIO, started: list[int]) -> type:
 
 
 def _failure(step: Step, cause: str, trace: str = "") -> str:
-    """Leave the executed copy in the run's folder and say what happened and how to go on."""
+    """Leave the executed copy in the run's folder; return what happened and how to resume."""
     executed, log = step.partial.with_suffix(".ipynb"), step.partial.with_suffix(".log")
     copy = step.link.parent / step.stage.notebook.name
-    with suppress(OSError):  # the disk may be full, and the cause must be told all the same
+    with suppress(OSError):  # the disk may be full, and the cause must still be reported
         with open(log, "a", encoding="utf-8") as stream:
             stream.write(trace + "\n")
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -257,23 +257,23 @@ def _failure(step: Step, cause: str, trace: str = "") -> str:
 
 
 @contextmanager
-def _kernel_environment(shelf: Path, watch: Watch, variables: Mapping[str, str]) -> Iterator[None]:
-    """Make "python3" mean this Python whatever kernels the machine has, and follow the progress it reports."""
+def _kernel_environment(store_folder: Path, watch: Watch, variables: Mapping[str, str]) -> Iterator[None]:
+    """Make "python3" mean this Python, whether or not the machine has other kernels, and follow its progress."""
     from ipykernel.kernelspec import write_kernel_spec
 
-    place = Path(tempfile.mkdtemp(prefix=KERNEL, dir=shelf))
+    place = Path(tempfile.mkdtemp(prefix=KERNEL, dir=store_folder))
     # Without the first, log lines of native libraries would stand in the notebook as if they were errors.
     quiet = ["--IPKernelApp.capture_fd_output=False", "--IPKernelApp.log_level=ERROR"]
     write_kernel_spec(place / "kernels" / "python3", extra_arguments=quiet)
-    written = place / "progress.jsonl"
-    written.touch()
+    progress_file = place / "progress.jsonl"
+    progress_file.touch()
     search = os.pathsep.join(filter(None, [str(place), os.environ.get("JUPYTER_PATH")]))
-    changed = {"JUPYTER_PATH": search, progress.PROGRESS_VARIABLE: str(written), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    changed = {"JUPYTER_PATH": search, progress.PROGRESS_VARIABLE: str(progress_file), "TF_CPP_MIN_LOG_LEVEL": "2"}
     changed |= variables
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     finished = threading.Event()
-    follower = threading.Thread(target=_follow, args=(written, watch, finished), daemon=True)
+    follower = threading.Thread(target=_follow, args=(progress_file, watch, finished), daemon=True)
     follower.start()
     try:
         yield

@@ -1,7 +1,7 @@
-"""Fingerprints: what a stage's result is made of, told by hashes.
+"""Fingerprints: what a stage's result is made of, as hashes.
 
 The code that decides a result is the notebook's cells and every helper module that they import, directly or through
-another module. Modules that decide nothing (`SHOWS`) are left out: a colour in a figure makes no stage again.
+another module. Modules that decide nothing (`SHOWS`) are left out: another colour in a figure makes no stage again.
 """
 
 import ast
@@ -18,7 +18,7 @@ from helpers.core import project
 # They show, count or spread work and decide no result, so no stage is made again when they change.
 SHOWS = ("helpers.reports", "helpers.core.child", "helpers.core.notebooks", "helpers.core.parallel")
 SHOWS += ("helpers.core.progress",)
-DECIDE_NOTHING = ("keep_cache",)  # parameters with which the same stage comes out
+DECIDE_NOTHING = ("keep_cache",)  # parameters that do not change the result of a stage
 
 
 def fingerprint(content: Any) -> str:
@@ -64,7 +64,7 @@ def _hashes(names: Iterable[str], *, decides: bool) -> dict[str, str]:
 
 
 def _shows(name: str) -> bool:
-    return any(name == shown or name.startswith(f"{shown}.") for shown in SHOWS)
+    return any(name == module or name.startswith(f"{module}.") for module in SHOWS)
 
 
 def _source(notebook: Path) -> str:

@@ -1,8 +1,8 @@
-"""A training stage made on several hosts at once: its notebook runs on each, as the ranks of one training.
+"""A training stage made on several hosts together: its notebook runs on each, as the ranks of one training.
 
-Each rank works in a folder of its own beside the stage's, which begins as a copy of what there is, so that all go on
-from the same epoch; what the first rank has made is the stage. The ranks go on for as long as `thaw run` touches a file
-that tells them so: when one fails, or the command ends in whatever way, all end.
+Each rank works in a folder of its own beside the stage's, which begins as a copy of what there is, so that all resume
+from the same epoch; what the first rank has made is the stage. The ranks continue for as long as `thaw run` touches a
+file: when one fails, or the command ends in any way, all end.
 """
 
 import os
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 PACKAGES = ("tensorflow", "keras", "jax", "numpy", "opencv-python", "pillow", "distributed")
 ALIVE = ".alive"
 PATIENCE = 90.0  # seconds without a touch after which ranks end
-SECONDS_TO_END = 60  # that they get
-GOES_ON = "When it is back, the same command resumes after the last epoch."
+SECONDS_TO_END = 60  # that ranks get
+RESUMES = "When it is back, the same command resumes after the last epoch."
 
 
 def runner(address: str, stage: str, say: Callable[[str], None]) -> Callable[..., None]:
@@ -45,11 +45,11 @@ def runner(address: str, stage: str, say: Callable[[str], None]) -> Callable[...
 
 
 def execute(address: str, say: Callable[[str], None], step: Step, watch: execution.Watch, stream: TextIO) -> None:
-    """Run the notebook of a stage on all hosts at once.
+    """Run the notebook of a stage on all hosts together.
 
     Args:
         address: the Dask scheduler's.
-        say: called with a sentence when there is something to tell.
+        say: called with each message for the user.
         step, watch, stream: as in `execution.execute`.
 
     Raises:
@@ -99,11 +99,11 @@ def _end(step: Step, say: Callable[[str], None], keep: bool = True) -> None:
         first.rename(step.partial)
         with suppress(FileNotFoundError):
             first.with_suffix(".ipynb").replace(step.partial.with_suffix(".ipynb"))
-    for left in beside.glob(f"{step.folder.name}.rank*"):
-        if left.is_dir():
-            disk.discard(left)
-        elif left.suffix != ".log":
-            left.unlink()
+    for path in beside.glob(f"{step.folder.name}.rank*"):
+        if path.is_dir():
+            disk.discard(path)
+        elif path.suffix != ".log":
+            path.unlink()
 
 
 def run_rank(step: Step, rank: str, alive: Path) -> None:
@@ -120,13 +120,13 @@ def run_rank(step: Step, rank: str, alive: Path) -> None:
     variables = {project.RANK_VARIABLE: rank, "KERAS_BACKEND": "jax"}
     with open(step.partial.with_suffix(".log"), "a", encoding="utf-8") as stream:
         execution.wait_for_orphan(stream, lambda text: None)
-        execution.execute(step, watch, stream, variables=variables, wanted=Alive(alive))
+        execution.execute(step, watch, stream, variables=variables, is_wanted=Alive(alive))
 
 
 class Alive:
-    """Asked by a rank: is the training still wanted?
+    """Answers a rank: is the training still wanted?
 
-    The file's time is compared with what an earlier look has found, never with this host's own clock.
+    The file's time is compared with that of an earlier look, never with this host's own clock.
     """
 
     def __init__(self, path: Path, patience: float = PATIENCE):
@@ -158,25 +158,25 @@ def _together(client: "Client", workers: Sequence[str], jobs: Sequence[tuple], a
             os.utime(alive)
     finally:
         alive.unlink(missing_ok=True)
-        there, end = _workers(client), time.monotonic() + SECONDS_TO_END
-        left = [task for worker, task in tasks.items() if worker in there]
-        while time.monotonic() < end and any(task.status == "pending" for task in left):
+        connected, end = _workers(client), time.monotonic() + SECONDS_TO_END
+        remaining_tasks = [task for worker, task in tasks.items() if worker in connected]
+        while time.monotonic() < end and any(task.status == "pending" for task in remaining_tasks):
             time.sleep(0.5)
         client.cancel(list(tasks.values()))
 
 
 def _all_ended(client: "Client", tasks: Mapping[str, Any]) -> bool:
-    """Return whether all ranks have ended, and well."""
+    """Return whether all ranks have ended without an error."""
     states = {worker: task.status for worker, task in tasks.items()}
     for worker, state in states.items():
         if state == "error":
             error = tasks[worker].exception()
             raise error if isinstance(error, StageError) else HostError(f"{worker}: {type(error).__name__}: {error}")
         if state in ("cancelled", "lost"):
-            raise HostError(f"The Dask scheduler is gone. {GOES_ON}")
-    there = _workers(client)
-    if gone := [worker for worker, state in states.items() if state == "pending" and worker not in there]:
-        raise HostError(f"{gone[0]} is gone: its worker or its host has ended. {GOES_ON}")
+            raise HostError(f"The Dask scheduler is gone. {RESUMES}")
+    connected = _workers(client)
+    if lost_workers := [worker for worker, state in states.items() if state == "pending" and worker not in connected]:
+        raise HostError(f"{lost_workers[0]} is gone: its worker or its host has ended. {RESUMES}")
     return "pending" not in states.values()
 
 
@@ -188,7 +188,7 @@ def _workers(client: "Client") -> dict[str, Any]:
 
 
 def check(client: "Client", folder: Path) -> list[str]:
-    """Return the addresses of the workers, one a host, after making sure that all can do the same work.
+    """Check that all workers can do the same work, and return their addresses, one a host.
 
     Args:
         client: of `connect`.
@@ -207,28 +207,28 @@ def check(client: "Client", folder: Path) -> list[str]:
     mark = folder / f".{socket.gethostname()}.{os.getpid()}{disk.TEMPORARY}"
     mark.touch()
     try:
-        found = client.run(about, str(mark))
-    except Exception as error:  # whatever a worker without this project raises
+        facts = client.run(about, str(mark))
+    except Exception as error:  # a worker without this project may raise anything
         raise HostError(
             f"A worker does not know this project ({type(error).__name__}: {str(error).splitlines()[0]}). Start it from"
             f" the project's folder, in its environment with the extra cluster: `{START.format(address=address)}`."
         ) from None
     finally:
         mark.unlink()
-    here = about(str(mark)) | {"the runs' folder": True}
-    for name, there in sorted(found.items()):
-        if wrong := [key for key in here if here[key] != there[key]]:
-            told = ", ".join(f"{key} ({there[key]} there, {here[key]} here)" for key in wrong)
-            raise HostError(f"{name} differs from this host: {told}. All hosts need the same, under the same paths.")
-    return sorted(found)
+    own_facts = about(str(mark)) | {"the runs' folder": True}
+    for name, worker_facts in sorted(facts.items()):
+        if wrong := [key for key in own_facts if own_facts[key] != worker_facts[key]]:
+            detail = ", ".join(f"{key} ({worker_facts[key]} there, {own_facts[key]} here)" for key in wrong)
+            raise HostError(f"{name} differs from this host: {detail}. All hosts need the same, under the same paths.")
+    return sorted(facts)
 
 
 def about(mark: str) -> dict[str, Any]:
     """Return what must be the same on every host: the project's place and code, packages, whether it sees `mark`."""
     files = sorted([*project.ROOT.glob("helpers/**/*.py"), *project.ROOT.glob("notebooks/*.ipynb")])
     code = fingerprints.fingerprint([(path.name, disk.sha256_of(path)) for path in files])
-    found = {"the project's folder": str(project.ROOT), "the code": code, "the runs' folder": os.path.exists(mark)}
-    return found | {package: _version(package) for package in PACKAGES}
+    facts = {"the project's folder": str(project.ROOT), "the code": code, "the runs' folder": os.path.exists(mark)}
+    return facts | {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str:
@@ -245,6 +245,6 @@ def _free_address(client: "Client", worker: str) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return found.getsockname()[1]
+    with socket.socket() as free_socket:
+        free_socket.bind(("", 0))
+        return free_socket.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What lies in the folder of all runs: the runs themselves, and what none of them needs any more."""
+"""The folder of all runs: the runs themselves, and what none of them needs any more."""
 
 import os
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that no run needs: what it is, where, and how many bytes go with it."""
+    """Something that no run needs: what it is, where, and how many bytes it takes."""
 
     kind: str
     paths: tuple[Path, ...]
@@ -44,8 +44,8 @@ class Leftover:
 
 def runs_in(folder: Path) -> list[Run]:
     """Return the runs in a folder, the newest last; a run within a folder of runs, such as a sweep, counts too."""
-    found = [_run(path, folder) for path in _run_folders(folder)]
-    return sorted(found, key=lambda run: (run.created, run.name))
+    runs = [_run(path, folder) for path in _run_folders(folder)]
+    return sorted(runs, key=lambda run: (run.created, run.name))
 
 
 def _run_folders(folder: Path, depth: int = 2) -> Iterator[Path]:
@@ -69,14 +69,14 @@ def _run(path: Path, folder: Path) -> Run:
 
 def size_of(path: Path) -> int:
     """Return the bytes on disk of a file or of a folder and all below it; links count nothing but themselves."""
-    found, seen = 0, set()
+    total, seen = 0, set()
     for root, _, files in os.walk(path.resolve()):
         for name in files:
             status = os.lstat(os.path.join(root, name))
             if (status.st_dev, status.st_ino) not in seen:
                 seen.add((status.st_dev, status.st_ino))
-                found += status.st_blocks * 512
-    return found if path.is_dir() else os.lstat(path).st_blocks * 512
+                total += status.st_blocks * 512
+    return total if path.is_dir() else os.lstat(path).st_blocks * 512
 
 
 def busy(folder: Path) -> list[str]:
@@ -97,28 +97,28 @@ def _is_held(path: Path) -> bool:
 def leftovers(folder: Path) -> list[Leftover]:
     """Return what no run in `folder` needs: stages, interrupted stages, caches, and what killed processes left."""
     store, needed = folder / STORE, _needed(folder)
-    found: list[Leftover] = []
+    unneeded: list[Leftover] = []
     for path in sorted(store.iterdir()) if store.is_dir() else ():
         if path.suffix == ".partial":
             around = [path.with_suffix(".ipynb"), path.with_suffix(".log"), path.with_suffix(".lock")]
             around += store.glob(f"{path.stem}.rank*.log")
-            found.append(_leftover("interrupted stage, which would go on where it stopped", path, *around))
+            unneeded.append(_leftover("interrupted stage, which would resume", path, *around))
         elif (path / stages.STAGE_FILE).is_file() and path.name not in needed:
-            found.append(_leftover("stage that no run links to", path, path.with_suffix(".lock")))
+            unneeded.append(_leftover("stage that no run links to", path, path.with_suffix(".lock")))
         elif path.name.startswith(execution.KERNEL) or path.name.endswith(
             (disk.DISCARDED, disk.TEMPORARY, hosts.ALIVE)
         ):
-            found.append(_leftover("left by a process that was killed", path))
+            unneeded.append(_leftover("left by a process that was killed", path))
     caches = [store / "cache", *(run / "cache" for run in _run_folders(folder))]
     banks = (bank for cache in caches if cache.is_dir() for bank in sorted(cache.iterdir()))
-    found += [_leftover("cached activations, which can be computed again", bank) for bank in banks]
+    unneeded += [_leftover("cached activations, which can be computed again", bank) for bank in banks]
     again = folder / manifest.AGAIN
-    return [*found, _leftover("made by `thaw reproduce`", again)] if again.is_dir() else found
+    return [*unneeded, _leftover("made by `thaw reproduce`", again)] if again.is_dir() else unneeded
 
 
 def _leftover(kind: str, *paths: Path) -> Leftover:
-    there = tuple(path for path in paths if path.exists())
-    return Leftover(kind, there, sum(size_of(path) for path in there))
+    existing = tuple(path for path in paths if path.exists())
+    return Leftover(kind, existing, sum(size_of(path) for path in existing))
 
 
 def _needed(folder: Path) -> set[str]:
@@ -135,7 +135,7 @@ def _needed(folder: Path) -> set[str]:
 
 
 def remove(folder: Path, unneeded: list[Leftover]) -> int:
-    """Remove leftovers and return the bytes that went; what a `thaw run` has begun to use meanwhile stays."""
+    """Remove leftovers and return the bytes removed; what a `thaw run` has begun to use meanwhile stays."""
     removed = 0
     for leftover in unneeded:
         with ExitStack() as held:

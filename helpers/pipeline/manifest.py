@@ -1,6 +1,6 @@
 """What a run is made of, on record in its manifest.json: to check it, and to make it again somewhere else.
 
-Passwords and tokens are nothing that a run needs, so nothing of the environment is recorded but what is named here.
+A run needs no passwords and no tokens, so of the environment only the variables named here are recorded.
 """
 
 import os
@@ -17,19 +17,19 @@ from helpers.data import inventory
 from helpers.pipeline import planning, recipes, store
 
 FILE = "manifest.json"
-AGAIN = ".reproduced"  # in the folder of all runs, where `thaw reproduce` works when it is told no other place
+AGAIN = ".reproduced"  # in the folder of all runs, where `thaw reproduce` works unless it gets another folder
 ENVIRONMENT = ("KERAS_BACKEND", "CUDA_VISIBLE_DEVICES", "TF_ENABLE_ONEDNN_OPTS", "TF_XLA_FLAGS", "OMP_NUM_THREADS")
 COMPARED = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")  # of metrics.json
 SHOWN = 5  # of the differences of a kind
 
 
 def write(recipe: recipes.Recipe, steps: list[planning.Step], command: str) -> bool:
-    """Write the run's recipe.yaml and manifest.json; return whether anything differs from what they said before."""
+    """Write the run's recipe.yaml and manifest.json; return whether their content changed."""
     run = project.runs_folder() / recipe.name
-    made = {step.stage.name: step.fingerprint for step in steps}
+    fingerprints = {step.stage.name: step.fingerprint for step in steps}
     path, resolved, text = run / FILE, run / "recipe.yaml", recipe.as_yaml()
-    written = path.is_file() and resolved.is_file() and resolved.read_text(encoding="utf-8") == text
-    if written and disk.read_json(path).get("stages") == made:
+    is_written = path.is_file() and resolved.is_file() and resolved.read_text(encoding="utf-8") == text
+    if is_written and disk.read_json(path).get("stages") == fingerprints:
         return False
     disk.write_text(resolved, text)
     content = {
@@ -39,13 +39,13 @@ def write(recipe: recipes.Recipe, steps: list[planning.Step], command: str) -> b
         "recipe": notebooks.read_yaml(resolved),
         "seeds": {step.stage.name: step.parameters["seed"] for step in steps if "seed" in step.parameters},
         "source": steps[0].ingredients.get("source", ""),
-        "stages": made,
+        "stages": fingerprints,
         "code": {step.stage.name: step.ingredients["code"] for step in steps},
         "git": _git(),
         "hardware": machine.hardware(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "versions": stages.versions(),
-        "packages": dict(sorted((found.name, found.version) for found in metadata.distributions() if found.name)),
+        "packages": dict(sorted((dist.name, dist.version) for dist in metadata.distributions() if dist.name)),
     }
     disk.write_json(path, content)
     return True
@@ -55,18 +55,18 @@ def read(run: Path) -> dict[str, Any]:
     """Return the manifest of a run.
 
     Raises:
-        FileNotFoundError: the folder is no run, or one that `thaw run` has not finished.
+        FileNotFoundError: the folder is not a run, or one that `thaw run` has not finished.
         ValueError: it is damaged, or of an older version that did not record the recipe.
     """
-    shown = project.display_path(run)
+    name = project.display_path(run)
     try:
         content = disk.read_json(run / FILE)
     except OSError:
-        raise FileNotFoundError(f"{shown} has no {FILE}: it is no run, or `thaw run` has not finished it.") from None
+        raise FileNotFoundError(f"{name} has no {FILE}: it is not a run, or `thaw run` has not finished it.") from None
     except ValueError:
-        raise ValueError(f"{shown}/{FILE} is damaged: it is no JSON.") from None
+        raise ValueError(f"{name}/{FILE} is damaged: it is not JSON.") from None
     if not isinstance(content, dict) or "recipe" not in content:
-        raise ValueError(f"{shown}/{FILE} does not hold the recipe. `thaw run` on its recipe writes it again.")
+        raise ValueError(f"{name}/{FILE} does not hold the recipe. `thaw run` on its recipe writes it again.")
     return content
 
 
@@ -74,22 +74,22 @@ def verify(run: Path) -> dict[str, list[str]]:
     """Read every recorded file of a run again and return what is wrong, stage by stage, in words.
 
     Returns:
-        Stage -> problems, an empty list where all is as it was made; "source" for the raw images and "run" for the
+        Stage -> problems, an empty list where nothing has changed; "source" for the raw images and "run" for the
         run's own files are among the keys.
     """
     manifest = read(run)
-    found = {name: _verify_stage(run / name, fingerprint) for name, fingerprint in manifest["stages"].items()}
+    problems = {name: _verify_stage(run / name, fingerprint) for name, fingerprint in manifest["stages"].items()}
     try:
         same = notebooks.read_yaml(run / "recipe.yaml") == manifest["recipe"]
-        found["run"] = [] if same else ["recipe.yaml was changed"]
+        problems["run"] = [] if same else ["recipe.yaml was changed"]
     except (OSError, ValueError):
-        found["run"] = ["recipe.yaml is missing or damaged"]
+        problems["run"] = ["recipe.yaml is missing or damaged"]
     try:
         now = inventory.source_fingerprint(manifest["recipe"][_first()])
-        found["source"] = [] if now == manifest["source"] else ["the images, their labels or the fixes were changed"]
+        problems["source"] = [] if now == manifest["source"] else ["the images, their labels or the fixes were changed"]
     except (OSError, ValueError) as error:
-        found["source"] = [str(error)]
-    return found
+        problems["source"] = [str(error)]
+    return problems
 
 
 def _first() -> str:
@@ -129,26 +129,26 @@ def results(run: Path, again: Path) -> tuple[bool, list[str]]:
     second = second.loc[first.index]
     same = int((first["predicted"] == second["predicted"]).sum())
     off = (first.select_dtypes("number") - second.select_dtypes("number")).abs().to_numpy().max()
-    said = [f"{same:,} of {len(first):,} test images got the same class; probabilities differ by {off:.2g} at most."]
+    lines = [f"{same:,} of {len(first):,} test images got the same class; probabilities differ by {off:.2g} at most."]
     before, now = (disk.read_json(file.with_name("metrics.json")) for file in files)
     values = ((name, before[name]["value"], now[name]["value"]) for name in COMPARED)
-    said += [f"{name.replace('_', ' ')}: {old:.6g} -> {new:.6g}" for name, old, new in values if old != new]
-    return same == len(first), said
+    lines += [f"{name.replace('_', ' ')}: {old:.6g} -> {new:.6g}" for name, old, new in values if old != new]
+    return same == len(first), lines
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say in words how two manifests differ in what may change a result: images, recipe, code, packages, machine."""
-    said = [] if before["source"] == now["source"] else ["the images, their labels or the fixes are not the same"]
-    said += _changes("parameters", *(_parameters(manifest["recipe"]) for manifest in (before, now)))
+    """Return in words how two manifests differ in what may change a result: images, recipe, code, packages, machine."""
+    lines = [] if before["source"] == now["source"] else ["the images, their labels or the fixes are not the same"]
+    lines += _changes("parameters", *(_parameters(manifest["recipe"]) for manifest in (before, now)))
     code = [
         {part: code for parts in manifest["code"].values() for part, code in parts.items()}
         for manifest in (before, now)
     ]
     changed = [part for part in code[0].keys() | code[1].keys() if code[0].get(part) != code[1].get(part)]
-    said += [f"code: {_few(changed)}"] if changed else []
+    lines += [f"code: {_few(changed)}"] if changed else []
     for kind in ("git", "packages", "hardware", "environment"):
-        said += _changes(kind, before[kind], now[kind])
-    return said
+        lines += _changes(kind, before[kind], now[kind])
+    return lines
 
 
 def _parameters(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def _git() -> dict[str, Any]:
 def _ask_git(*arguments: str) -> str | None:
     command = ["git", "-C", str(project.ROOT), *arguments]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return asked.stdout.strip()
+    return answer.stdout.strip()

@@ -1,6 +1,6 @@
 """The chain of notebooks and the store that keeps their results.
 
-A stage's result depends on nothing but the notebook's code, the helper modules that it imports, its parameters and its
+A stage's result depends only on the notebook's code, the helper modules that it imports, its parameters and its
 inputs. The fingerprint of these four names a folder in `runs/.store`. A run, `runs/<name>`, is a folder of relative
 links into the store, so runs share what they have in common and a stage is never computed twice or overwritten.
 """
@@ -15,13 +15,13 @@ from helpers.core import disk, notebooks, project, stages
 from helpers.data import inventory
 from helpers.pipeline import fingerprints, recipes, store
 
-REBUILD = "asked for with --rebuild"
+REBUILD = "requested with --rebuild"
 
 State = Literal["done", "to do", "by hand"]
 
 
 class StageError(RuntimeError):
-    """A stage failed; the message says where, why, and how to go on."""
+    """A stage failed; the message says where, why, and how to resume."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Step:
 
     @property
     def partial(self) -> Path:
-        """The folder in which the stage is made before it is renamed to `folder`."""
+        """Return the folder in which the stage is made before it is renamed to `folder`."""
         return self.folder.with_name(self.folder.name + ".partial")
 
 
@@ -61,12 +61,12 @@ def alone(
         inputs: what else does, such as fingerprints of what it reads.
         link: where the result is linked to.
         input_folders: the folders that its parameters name, by parameter.
-        places: parameters that say where things lie and decide nothing.
+        places: parameters that name folders and decide nothing.
     """
     ingredients = {"parameters": dict(parameters), "code": fingerprints.code_of(stage.notebook), "inputs": dict(inputs)}
     fingerprint = fingerprints.fingerprint(ingredients)
     folder = project.runs_folder() / ".store" / f"{stage.name}-{fingerprint}"
-    made = (folder / stages.STAGE_FILE).is_file()
+    is_made = (folder / stages.STAGE_FILE).is_file()
     return Step(
         stage=stage,
         parameters={**parameters, **(places or {})},
@@ -74,14 +74,14 @@ def alone(
         fingerprint=fingerprint,
         folder=folder,
         link=link,
-        state="done" if made else "to do",
-        why="done" if made else "not made yet",
+        state="done" if is_made else "to do",
+        why="done" if is_made else "not made yet",
         input_folders=dict(input_folders or {}),
     )
 
 
 def plan(recipe: recipes.Recipe, rebuild: str = "") -> list[Step]:
-    """Work out, without running anything, what every stage of `recipe` needs.
+    """Return, without running anything, what every stage of `recipe` needs.
 
     Args:
         recipe: a checked recipe.
@@ -108,7 +108,7 @@ def plan(recipe: recipes.Recipe, rebuild: str = "") -> list[Step]:
 
 def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: bool) -> Step:
     stage, run = notebooks.stages()[name], project.runs_folder() / recipe.name
-    shelf, parameters = project.runs_folder() / ".store", recipe.resolved(name)
+    store_folder, parameters = project.runs_folder() / ".store", recipe.resolved(name)
     inputs = {p: before[made_by] for p, made_by in stage.inputs.items()}
     ingredients: dict[str, Any] = {
         "parameters": {n: value for n, value in parameters.items() if n not in fingerprints.DECIDE_NOTHING},
@@ -118,10 +118,10 @@ def _step(recipe: recipes.Recipe, name: str, before: dict[str, Step], again: boo
     if files := _named_files(name, parameters):
         ingredients["files"] = files
     if not inputs:
-        remembered = shelf / "hashes.json" if disk.is_writable(shelf) else None
+        remembered = store_folder / "hashes.json" if disk.is_writable(store_folder) else None
         ingredients["source"] = inventory.source_fingerprint(parameters, remembered)
     fingerprint = fingerprints.fingerprint(ingredients)
-    folder, link = shelf / f"{name}-{fingerprint}", run / name
+    folder, link = store_folder / f"{name}-{fingerprint}", run / name
     state, why = ("to do", REBUILD) if again else _state(folder, link, ingredients, recipe)
     if state == "by hand":
         hashes = {name: sha256 for name, (_, _, sha256) in store.contents(link).items()}
@@ -136,12 +136,12 @@ def _named_files(stage: str, parameters: dict[str, Any]) -> dict[str, str]:
     `from_run` names a run whose result of the same stage is taken over, `runs` names runs whose models are read.
     """
     paths = {name: project.resolve(value) for name, value in parameters.items() if isinstance(value, str) and value}
-    with suppress(FileNotFoundError):  # what is missing is told by `checks.check`
-        if taken := parameters.get("from_run"):
-            paths["from_run"] = stages.of_run(taken, stage, "model.keras", parameter=f"{stage}.from_run")
+    with suppress(FileNotFoundError):  # `checks.check` reports what is missing
+        if from_run := parameters.get("from_run"):
+            paths["from_run"] = stages.of_run(from_run, stage, "model.keras", parameter=f"{stage}.from_run")
     for run in parameters.get("runs", []):
-        made = [one.name for one in notebooks.stages().values() if one.trains or one.replaces]
-        paths |= {f"runs: {run}/{name}": project.run_folder(run) / name for name in made}
+        stage_names = [other.name for other in notebooks.stages().values() if other.trains or other.replaces]
+        paths |= {f"runs: {run}/{name}": project.run_folder(run) / name for name in stage_names}
     files = {name: path / stages.STAGE_FILE if path.is_dir() else path for name, path in paths.items()}
     return {name: disk.sha256_of(path) for name, path in files.items() if path.is_file()}
 
@@ -170,7 +170,7 @@ def _state(folder: Path, link: Path, ingredients: dict[str, Any], recipe: recipe
 
 
 def _why_stale(link: Path, ingredients: dict[str, Any]) -> str:
-    """Say what differs from the stage that the run last linked to."""
+    """Return what differs from the stage that the run last linked to."""
     try:
         old = disk.read_json(link / stages.STAGE_FILE)["ingredients"]
     except (OSError, ValueError, KeyError):
@@ -188,12 +188,12 @@ def _why_stale(link: Path, ingredients: dict[str, Any]) -> str:
     reasons += [f"the file that {key} names changed" for key in files if old_files.get(key, files[key]) != files[key]]
     if old.get("source") != ingredients.get("source"):
         reasons.append("the images changed")
-    shown = reasons[:4] + ([f"and {len(reasons) - 4} more"] if len(reasons) > 4 else [])
-    return "; ".join(shown) or "not made yet"
+    listed = reasons[:4] + ([f"and {len(reasons) - 4} more"] if len(reasons) > 4 else [])
+    return "; ".join(listed) or "not made yet"
 
 
 def _is_flat(code: dict[str, str]) -> bool:
-    """Whether a stage was made before the modules of helpers/ had departments."""
+    """Return whether a stage was made before the modules of helpers/ had departments."""
     modules = [name for name in code if name.startswith("helpers.")]
     return bool(modules) and all(name.count(".") == 1 for name in modules)
 

@@ -31,7 +31,7 @@ class Recipe:
         return [stage.name for stage in notebooks.stages().values() if not stage.optional or stage.name in self.stages]
 
     def resolved(self, stage: str) -> dict[str, Any]:
-        """Return every parameter of `stage` with the value that will be in force."""
+        """Return every parameter of `stage` with the value that the run uses."""
         return {name: self._value(stage, name) for name in notebooks.stages()[stage].settings}
 
     def _value(self, stage: str, name: str) -> Any:
@@ -56,10 +56,10 @@ def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -
     Args:
         path: the YAML file. A relative path is tried from the working directory, then from the project's root.
         overrides: settings such as "fine_tune.epochs=5"; the value is read as YAML.
-        name: the run's name in place of the recipe's.
+        name: the run's name, instead of the recipe's.
 
     Raises:
-        RecipeError: anything is unknown, of the wrong type or out of range. All problems are listed at once.
+        RecipeError: anything is unknown, of the wrong type or out of range. All problems are listed together.
     """
     file, content, problems = read(path, overrides)
     content["name"] = name or content.get("name", file.stem)
@@ -122,7 +122,7 @@ def check(content: Mapping[str, Any]) -> list[str]:
 
 
 def _read_extended(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """Read a recipe with the one it extends below it, parameter by parameter."""
+    """Read a recipe over the one that it extends, parameter by parameter."""
     if file in seen:
         raise notebooks.RecipeError(
             f"{project.display_path(file)} extends itself: {' -> '.join(p.name for p in (*seen, file))}."
@@ -162,5 +162,5 @@ def _find(path: Path) -> Path:
     for candidate in (Path.cwd() / path, project.ROOT / path, project.ROOT / "recipes" / path):
         if candidate.is_file():
             return candidate.resolve()
-    known = [str(p.relative_to(project.ROOT)) for p in sorted((project.ROOT / "recipes").rglob("*.yaml"))]
-    raise notebooks.RecipeError(f"There is no recipe {path}.{words.did_you_mean(str(path), known)}")
+    recipe_paths = [str(p.relative_to(project.ROOT)) for p in sorted((project.ROOT / "recipes").rglob("*.yaml"))]
+    raise notebooks.RecipeError(f"There is no recipe {path}.{words.did_you_mean(str(path), recipe_paths)}")

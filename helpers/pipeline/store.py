@@ -17,7 +17,7 @@ NOT_RESULTS = ("logs", "cache", "backup")  # by-products that decide nothing dow
 
 def contents(folder: Path) -> dict[str, list]:
     """Return name -> [size, modification time in ns, sha256] of a stage's own files, without links and by-products."""
-    found = {}
+    by_name = {}
     for root, folders, files in os.walk(folder):
         if Path(root) == folder:
             folders[:] = [name for name in folders if name not in NOT_RESULTS]
@@ -25,39 +25,39 @@ def contents(folder: Path) -> dict[str, list]:
             path = Path(root, name)
             if not path.is_symlink() and path != folder / stages.STAGE_FILE:
                 status = path.stat()
-                found[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns, disk.sha256_of(path)]
-    return dict(sorted(found.items()))
+                by_name[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns, disk.sha256_of(path)]
+    return dict(sorted(by_name.items()))
 
 
 def changed_files(folder: Path) -> list[str]:
-    """Return the files of a stored stage that are missing or whose content is not what it was when it was made.
+    """Return the files of a stored stage that are missing or whose content has changed since it was made.
 
-    A file of the size and the modification time on record is taken to be as it was; `differences` reads every file.
+    A file of the size and the modification time on record counts as unchanged; `differences` reads every file.
     """
     changed = []
     for name, (size, modified, sha256) in disk.read_json(folder / stages.STAGE_FILE)["files"].items():
         try:
-            found = (folder / name).stat()
+            status = (folder / name).stat()
         except OSError:
             changed.append(f"{name} is missing")
             continue
-        if (found.st_size, found.st_mtime_ns) != (size, modified) and disk.sha256_of(folder / name) != sha256:
+        if (status.st_size, status.st_mtime_ns) != (size, modified) and disk.sha256_of(folder / name) != sha256:
             changed.append(name)
     return changed
 
 
 def differences(folder: Path) -> list[str]:
-    """Read every file of a stored stage and say in words what is not as it was when the stage was made."""
+    """Read every file of a stored stage and return in words what has changed since the stage was made."""
     record = disk.read_json(folder / stages.STAGE_FILE)
     before, now = (
         {name: sha256 for name, (*_, sha256) in files.items()} for files in (record["files"], contents(folder))
     )
-    found = [f"{name} is missing" for name in before if name not in now]
-    found += [f"{name} was changed" for name in before if name in now and now[name] != before[name]]
-    found += [f"{name} was added" for name in now if name not in before]
+    problems = [f"{name} is missing" for name in before if name not in now]
+    problems += [f"{name} was changed" for name in before if name in now and now[name] != before[name]]
+    problems += [f"{name} was added" for name in now if name not in before]
     if fingerprint(record["ingredients"]) != record["fingerprint"] or not folder.name.endswith(record["fingerprint"]):
-        found.append(f"{stages.STAGE_FILE} was changed")
-    return found
+        problems.append(f"{stages.STAGE_FILE} was changed")
+    return problems
 
 
 def dangling_link(folder: Path) -> Path | None:

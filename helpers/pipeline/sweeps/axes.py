@@ -31,7 +31,7 @@ class Point:
     """One place on an axis.
 
     Attributes:
-        labels: what is told about it in tables and names: a number or a text for each thing that varies.
+        labels: what tables and names show of it: a number or a text for each thing that varies.
         changes: values of parameters, by "stage.parameter" or "stage.parameter.key".
     """
 
@@ -45,7 +45,7 @@ class Range:
 
     Attributes:
         key: "stage.parameter" or "stage.parameter.key".
-        log: whether equal ratios count alike, in place of equal differences.
+        log: whether equal ratios count alike, instead of equal differences.
         whole: whether only whole numbers are meant.
     """
 
@@ -56,7 +56,7 @@ class Range:
     whole: bool
 
     def __len__(self) -> int:
-        """How many whole numbers it holds; without `whole`, more than any search tries."""
+        """Return how many whole numbers it holds; without `whole`, more than any search tries."""
         return int(self.high) - int(self.low) + 1 if self.whole else sys.maxsize
 
     def at(self, number: float) -> Point:
@@ -84,10 +84,10 @@ def read(content: Mapping[str, Any], *, searched: bool = False) -> tuple[list[Ax
         else:
             axes.append([Point({key: label}, {key: value}) for label, value in _values(where, key, values, problems)])
     axes.append(_seeds(content.get("seeds"), problems))
-    kept = [axis for axis in axes if axis]
-    if not kept and not problems:
+    varying = [axis for axis in axes if axis]
+    if not varying and not problems:
         problems.append("nothing varies: give grid, zip, members or seeds.")
-    return kept, problems
+    return varying, problems
 
 
 def as_label(value: Any) -> Any:
@@ -107,46 +107,46 @@ def as_text(label: Any) -> str:
 
 
 def name_of(point: Point) -> str:
-    """Return what is told about a point in one text."""
+    """Return the labels of a point in one text."""
     return ", ".join(as_text(label) for label in point.labels.values())
 
 
-def _mapping(where: str, given: Any, problems: list[str]) -> Mapping[str, Any]:
-    if given is None or isinstance(given, Mapping):
-        return given or {}
-    problems.append(f"{where}: expected {{stage.parameter: values}}, got {given!r}.")
+def _mapping(where: str, content: Any, problems: list[str]) -> Mapping[str, Any]:
+    if content is None or isinstance(content, Mapping):
+        return content or {}
+    problems.append(f"{where}: expected {{stage.parameter: values}}, got {content!r}.")
     return {}
 
 
-def _values(where: str, key: str, given: Any, problems: list[str]) -> list[tuple[Any, Any]]:
-    """Return (label, value) for each value that `given` stands for."""
+def _values(where: str, key: str, content: Any, problems: list[str]) -> list[tuple[Any, Any]]:
+    """Return (label, value) for each value that `content` stands for."""
     before = len(problems)
-    found: list[tuple[Any, Any]] = []
-    if isinstance(given, Mapping) and given.keys() & (LOG | LINEAR):
-        found = [(value, value) for value in _range(where, key, given, problems)]
-    elif isinstance(given, Mapping):
-        found = [(str(label), value) for label, value in given.items()]
-    elif isinstance(given, list):
-        found = [(as_label(value), value) for value in given]
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(content, Mapping) and content.keys() & (LOG | LINEAR):
+        pairs = [(value, value) for value in _range(where, key, content, problems)]
+    elif isinstance(content, Mapping):
+        pairs = [(str(label), value) for label, value in content.items()]
+    elif isinstance(content, list):
+        pairs = [(as_label(value), value) for value in content]
     else:
-        problems.append(f"{where}: expected a list of values, names with values, or {RANGES}, got {given!r}.")
-    if not found and len(problems) == before:
+        problems.append(f"{where}: expected a list of values, names with values, or {RANGES}, got {content!r}.")
+    if not pairs and len(problems) == before:
         problems.append(f"{where}: there is no value.")
-    return found
+    return pairs
 
 
-def _range(where: str, key: str, given: Mapping[str, Any], problems: list[str]) -> list[float | int]:
-    ends = given.get("log", given.get("linear"))
-    number = given.get("per_decade", given.get("count"))
+def _range(where: str, key: str, content: Mapping[str, Any], problems: list[str]) -> list[float | int]:
+    ends = content.get("log", content.get("linear"))
+    number = content.get("per_decade", content.get("count"))
     numbers = isinstance(ends, list) and len(ends) == 2 and all(_is_number(end) for end in ends)
-    if set(given) not in (LOG, LINEAR) or not numbers or type(number) is not int:
-        problems.append(f"{where}: expected {RANGES}, got {dict(given)!r}.")
+    if set(content) not in (LOG, LINEAR) or not numbers or type(number) is not int:
+        problems.append(f"{where}: expected {RANGES}, got {dict(content)!r}.")
         return []
     low, high = ends
-    if low >= high or number < 1 or ("log" in given and low <= 0) or ("linear" in given and number < 2):
-        problems.append(f"{where}: a range goes from a lower to a higher number, log above 0; got {dict(given)!r}.")
+    if low >= high or number < 1 or ("log" in content and low <= 0) or ("linear" in content and number < 2):
+        problems.append(f"{where}: a range goes from a lower to a higher number, log above 0; got {dict(content)!r}.")
         return []
-    if "log" in given:
+    if "log" in content:
         steps = round(number * math.log10(high / low), 6)
         values = [low * 10 ** (step / number) for step in range(math.floor(steps) + 1)]
     else:
@@ -155,11 +155,11 @@ def _range(where: str, key: str, given: Mapping[str, Any], problems: list[str]) 
     return [int(value) if value.is_integer() and _is_whole(key) else value for value in rounded]
 
 
-def _open_range(where: str, key: str, given: Mapping[str, Any], problems: list[str]) -> list[Range]:
+def _open_range(where: str, key: str, content: Mapping[str, Any], problems: list[str]) -> list[Range]:
     """Return the range between two ends, a list of one; none where there is a problem."""
-    ((kind, ends),) = given.items()
+    ((kind, ends),) = content.items()
     if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_number, ends)) or ends[0] >= ends[1]:
-        problems.append(f"{where}: expected the ends of a range, as in {{{kind}: [low, high]}}, got {dict(given)!r}.")
+        problems.append(f"{where}: expected the ends of a range, as in {{{kind}: [low, high]}}, got {dict(content)!r}.")
         return []
     if kind == "log" and ends[0] <= 0:
         problems.append(f"{where}: the ends of a log range are above 0; got {ends!r}.")
@@ -180,20 +180,20 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_whole(key: str) -> bool:
-    """Whether the parameter takes whole numbers only."""
+    """Return whether the parameter takes whole numbers only."""
     stage, _, name = key.partition(".")
     parameter = notebooks.stages()[stage].settings.get(name) if stage in notebooks.stages() else None
     return parameter is not None and parameter.annotation is int
 
 
-def _zip(given: Any, problems: list[str]) -> list[Point]:
+def _zip(content: Any, problems: list[str]) -> list[Point]:
     columns = {
-        key: _values(f"zip.{key}", key, values, problems) for key, values in _mapping("zip", given, problems).items()
+        key: _values(f"zip.{key}", key, values, problems) for key, values in _mapping("zip", content, problems).items()
     }
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{key} has {count}" for key, count in lengths.items())
-        problems.append(f"zip: what stands side by side needs as many values each; {told}.")
+        counts = ", ".join(f"{key} has {count}" for key, count in lengths.items())
+        problems.append(f"zip: lists side by side need the same number of values; {counts}.")
         return []
     rows = zip(*columns.values(), strict=True)
     return [
@@ -205,12 +205,12 @@ def _zip(given: Any, problems: list[str]) -> list[Point]:
     ]
 
 
-def _members(given: Any, problems: list[str]) -> list[Point]:
+def _members(content: Any, problems: list[str]) -> list[Point]:
     axis = []
-    if given is not None and not isinstance(given, Mapping):
-        problems.append(f"members: expected {{name: {{stage: {{parameter: value}}}}}}, got {given!r}.")
+    if content is not None and not isinstance(content, Mapping):
+        problems.append(f"members: expected {{name: {{stage: {{parameter: value}}}}}}, got {content!r}.")
         return []
-    for name, sections in (given or {}).items():
+    for name, sections in (content or {}).items():
         changes = {}
         for stage, section in (sections or {}).items() if isinstance(sections, Mapping | None) else [("", sections)]:
             if not isinstance(section, Mapping | None):
@@ -223,16 +223,16 @@ def _members(given: Any, problems: list[str]) -> list[Point]:
     return axis
 
 
-def _seeds(given: Any, problems: list[str]) -> list[Point]:
+def _seeds(content: Any, problems: list[str]) -> list[Point]:
     """Return the axis of seeds: of the stages that train, of those before them, or of all of these."""
-    if given is None:
+    if content is None:
         return []
-    which = next(iter(given)) if isinstance(given, Mapping) and len(given) == 1 else None
-    values = given[which] if which in SEEDS else None
+    which = next(iter(content)) if isinstance(content, Mapping) and len(content) == 1 else None
+    values = content[which] if which in SEEDS else None
     if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
         problems.append(
             "seeds: say which and give whole numbers: {split: [1, 2, 3]} varies the parts, {training: [1, 2, 3]} the"
-            f" head, order and views, {{both: [1, 2, 3]}} all of it; got {given!r}."
+            f" head, order and views, {{both: [1, 2, 3]}} all of it; got {content!r}."
         )
         return []
     seeded = seeded_stages(which)
@@ -249,5 +249,5 @@ def seeded_stages(which: str) -> list[str]:
     trains = [index for index, stage in enumerate(line) if stage.trains]
     parts = [stage for stage in line[: min(trains, default=len(line))] if "seed" in stage.settings]
     training = [line[index] for index in trains if "seed" in line[index].settings]
-    found = {"split": parts, "training": training, "both": parts + training}[which]
-    return [stage.name for stage in found]
+    seeded = {"split": parts, "training": training, "both": parts + training}[which]
+    return [stage.name for stage in seeded]

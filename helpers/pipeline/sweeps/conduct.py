@@ -1,6 +1,6 @@
-"""A sweep on its way: every stage that is to do, each made once, several at a time, told as events.
+"""The run of a sweep: every stage that is to do, each made once, several at a time, as events.
 
-A stage begins when what it reads is made. When it fails, the members that need it are told so and the others go on.
+A stage begins when what it reads is made. When it fails, the members that need it fail and the others continue.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,18 +45,18 @@ class Complete:
 class Inline(Executor):
     """Does each task in this process while it is submitted."""
 
-    def submit(self, function: Callable, /, *arguments, **named) -> Future:
-        """Return the finished future of `function`; what is no failure of a stage ends the sweep."""
+    def submit(self, function: Callable, /, *arguments, **keywords) -> Future:
+        """Return the finished future of `function`; an error that is not a failure of a stage ends the sweep."""
         future: Future = Future()
         try:
-            future.set_result(function(*arguments, **named))
+            future.set_result(function(*arguments, **keywords))
         except (RuntimeError, ValueError) as error:
             future.set_exception(error)
         return future
 
 
 def check(planned: plans.Plan) -> None:
-    """Check of every member what no schema can, as `checks.check` does for a recipe.
+    """Check for every member what no schema can, as `checks.check` does for a recipe.
 
     Raises:
         ValueError: something is wrong with some members; the message names them.
@@ -70,8 +70,8 @@ def check(planned: plans.Plan) -> None:
         except (ValueError, FileNotFoundError) as error:
             problems.setdefault(str(error), []).append(member.name)
     if problems:
-        told = [f"{_some(members)}: {error}" for error, members in problems.items()]
-        raise ValueError("\n".join([f"{planned.sweep.name} cannot be run:", *(f"  - {line}" for line in told)]))
+        lines = [f"{_some(members)}: {error}" for error, members in problems.items()]
+        raise ValueError("\n".join([f"{planned.sweep.name} cannot be run:", *(f"  - {line}" for line in lines)]))
 
 
 def _some(members: list[str]) -> str:
@@ -92,8 +92,8 @@ def run(planned: plans.Plan, make: Make, pool: Executor, jobs: int = 1) -> Itera
     running: dict[Future, plans.Unit] = {}
     places: dict[Future, int] = {}
     count, done = len(planned.units), 0
-    told: set[str] = set()
-    yield from _complete(planned, waiting, running, failed, told)
+    completed: set[str] = set()
+    yield from _complete(planned, waiting, running, failed, completed)
     while waiting or running:
         for unit in _ready(waiting, running, failed)[: jobs - len(running)]:
             del waiting[unit.step.folder]
@@ -112,7 +112,7 @@ def run(planned: plans.Plan, make: Make, pool: Executor, jobs: int = 1) -> Itera
                 failed[unit.step.folder] = str(error)
                 _drop(waiting, failed)
                 yield Failed(place, unit.name, str(error), unit.members)
-        yield from _complete(planned, waiting, running, failed, told)
+        yield from _complete(planned, waiting, running, failed, completed)
 
 
 def _headline(unit: plans.Unit) -> str:
@@ -130,29 +130,29 @@ def _ready(waiting: dict[Path, plans.Unit], running: dict[Future, plans.Unit], f
 
 
 def _drop(waiting: dict[Path, plans.Unit], failed: dict[Path, str]) -> None:
-    """Take out of `waiting` what cannot be made any more, and note the cause."""
-    for folder, unit in list(waiting.items()):  # each stands after what it reads
+    """Remove from `waiting` what cannot be made any more, and note the cause."""
+    for folder, unit in list(waiting.items()):  # each comes after what it reads
         if lost := unit.needs & failed.keys():
             failed[folder] = failed[next(iter(lost))]
             del waiting[folder]
 
 
-def _complete(planned: plans.Plan, waiting: dict, running: dict, failed: dict, told: set) -> Iterator[Complete]:
-    """Finish the run of each member that has all its stages and was not told yet."""
+def _complete(planned: plans.Plan, waiting: dict, running: dict, failed: dict, completed: set) -> Iterator[Complete]:
+    """Finish the run of each member that has all its stages and was not yielded yet."""
     if planned.until:
         return
     open_ = waiting.keys() | {unit.step.folder for unit in running.values()} | failed.keys()
     for member in planned.sweep.members:
-        if member.name not in told and not any(step.folder in open_ for step in planned.chains[member.name]):
+        if member.name not in completed and not any(step.folder in open_ for step in planned.chains[member.name]):
             finish(member, planned.sweep.last)
-            told.add(member.name)
+            completed.add(member.name)
             yield Complete(member.name)
 
 
 def finish(member: files.Member, last: str) -> None:
     """Link the stages of a member, all of them made, into its run and write its recipe and manifest."""
-    done = chain.plan(member.recipe, last=last)
-    for _ in chain.run(member.recipe, done, watching=_unwatched, say=lambda text: None):
+    planned = chain.plan(member.recipe, last=last)
+    for _ in chain.run(member.recipe, planned, watching=_unwatched, say=lambda text: None):
         pass
 
 
@@ -164,7 +164,7 @@ CACHES = ".caches.json"  # in a sweep's folder, while it is not complete: the ca
 
 
 def note_caches(folder: Path) -> None:
-    """Remember which caches the store holds before a sweep begins; a sweep that goes on remembers already."""
+    """Remember which caches the store holds before a sweep begins; a sweep that resumes has remembered them already."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CACHES).is_file():
         disk.write_json(folder / CACHES, sorted(path.name for path in _caches()))

@@ -5,7 +5,7 @@ name: rates
 fine_tune: {unfreeze: block6, epochs: 10}
 grid: {fine_tune.learning_rate: {log: [1e-6, 1e-2], per_decade: 4}}
 to: fine_tune             # the last stage to make; test stays closed
-names: "rate-{learning_rate}"   # or letters, or {letters: B}; without it, names tell what varies
+names: "rate-{learning_rate}"   # or letters, or {letters: B}; without it, names show what varies
 search: {trials: 40}      # or halving: {from_epochs: 2}, or both; see `options`
 """
 
@@ -23,15 +23,15 @@ from helpers.core import notebooks, project, words
 from helpers.pipeline import recipes
 from helpers.pipeline.sweeps import axes, options
 
-MOST = 2000  # members; more is a slip of the pen
-STUDY = "study"  # the folder beside the members that holds what they tell together
+MOST = 2000  # members; more is a mistake
+STUDY = "study"  # the folder beside the members that holds the study of them
 KEPT_CACHE, EPOCHS = "keep_cache", "epochs"  # parameters that sweeps know
 LETTERS = string.ascii_uppercase
 
 
 @dataclass(frozen=True)
 class Member:
-    """One variant: its name within the sweep, what is told of it in tables, and the recipe of its run."""
+    """One variant: its name within the sweep, what tables show of it, and the recipe of its run."""
 
     name: str
     labels: dict[str, Any]
@@ -65,12 +65,12 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """The folder in which its members lie as runs."""
+        """Return the folder that holds its members as runs."""
         return project.runs_folder() / self.name
 
     @property
     def metric(self) -> str:
-        """What ranks the members; "" where the sweep leaves it to the study."""
+        """Return what ranks the members; "" where the sweep leaves it to the study."""
         option = self.search or self.halving
         return option.metric if option else ""
 
@@ -87,7 +87,7 @@ class Sweep:
             stage: {
                 key: value
                 for key, value in section.items()
-                if key != KEPT_CACHE or key in (self.base.get(stage) or {})  # else it is for the other members' sake
+                if key != KEPT_CACHE or key in (self.base.get(stage) or {})  # else it is there for the other members
             }
             for stage, section in member.recipe.stages.items()
         }
@@ -106,11 +106,11 @@ def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -
     """
     file, content, problems = recipes.read(path, overrides)
     content["name"] = name or content.get("name", file.stem)
-    known = {*notebooks.stages(), *recipes.ABOUT_THE_RUN, *recipes.OF_A_SWEEP}
+    keys = {*notebooks.stages(), *recipes.ABOUT_THE_RUN, *recipes.OF_A_SWEEP}
     problems += [
-        f"{key}: a sweep has no such key.{words.did_you_mean(str(key), known)}" for key in content.keys() - known
+        f"{key}: a sweep has no such key.{words.did_you_mean(str(key), keys)}" for key in content.keys() - keys
     ]
-    base = {key: value for key, value in content.items() if key in known - recipes.OF_A_SWEEP}
+    base = {key: value for key, value in content.items() if key in keys - recipes.OF_A_SWEEP}
     problems += recipes.check(base)
     if "/" in str(content["name"]):
         problems.append(f"name: {content['name']!r} names a member; a sweep's name has no slash.")
@@ -131,8 +131,8 @@ def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -
                 f"halving.metric: {halving.metric}, but search.metric: {search.metric}. Give both the same."
             )
     if problems:
-        told = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
-        raise notebooks.RecipeError(f"{project.display_path(file)} cannot be run:\n{told}")
+        listed = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
+        raise notebooks.RecipeError(f"{project.display_path(file)} cannot be run:\n{listed}")
     varies = [key for axis in lines for key in ([axis.key] if isinstance(axis, axes.Range) else axis[0].labels)]
     return Sweep(content["name"], members, last, varies, file, base, lines, search, halving)
 
@@ -140,8 +140,8 @@ def load(path: str | Path, overrides: list[str] | None = None, name: str = "") -
 def trained(recipe: recipes.Recipe, last: str = "") -> str:
     """Return the last stage up to `last` that trains, "" for none: what ranks the members is its history."""
     chain = recipe.chain()
-    kept = chain[: chain.index(last) + 1] if last in chain else chain
-    return next((name for name in reversed(kept) if notebooks.stages()[name].trains), "")
+    chain_to_last = chain[: chain.index(last) + 1] if last in chain else chain
+    return next((name for name in reversed(chain_to_last) if notebooks.stages()[name].trains), "")
 
 
 def _undecided(content: Mapping[str, Any]) -> list[str]:
@@ -185,12 +185,12 @@ def _points(axis: axes.Axis) -> list[axes.Point]:
 
 def _ends(base: dict[str, Any], lines: list[axes.Axis]) -> list[Member]:
     """Return a member of a search for each value of each axis, or each end of it."""
-    found = []
+    members = []
     for axis in lines:
         for point in _points(axis):
             content, _ = _changed(base, point.changes)
-            found.append(Member(f"a trial with {axes.name_of(point)}", point.labels, recipes.build(content, None)))
-    return found
+            members.append(Member(f"a trial with {axes.name_of(point)}", point.labels, recipes.build(content, None)))
+    return members
 
 
 def _unstoppable(members: list[Member], last: str, halving: options.Halving) -> list[str]:
@@ -205,11 +205,11 @@ def _unstoppable(members: list[Member], last: str, halving: options.Halving) -> 
     return problems
 
 
-def _last(given: Any, problems: list[str]) -> str:
-    if given is None:
+def _last(name: Any, problems: list[str]) -> str:
+    if name is None:
         return ""
     try:
-        return notebooks.find_stage(str(given)).name
+        return notebooks.find_stage(str(name)).name
     except notebooks.RecipeError as error:
         problems.append(f"to: {error}")
         return ""
@@ -220,7 +220,7 @@ def _members(base: dict[str, Any], lines: list[axes.Axis], names: Any, file: Pat
     if count > MOST:
         problems.append(f"{count:,} members are too many; {MOST:,} are the most.")
         return []
-    found, seen = [], {}
+    members, seen = [], {}
     for places in itertools.product(*(range(len(axis)) for axis in lines)):
         points = [axis[place] for axis, place in zip(lines, places, strict=True)]
         labels, changes = _together(points)
@@ -238,8 +238,8 @@ def _members(base: dict[str, Any], lines: list[axes.Axis], names: Any, file: Pat
                 ' Give a pattern, as in names: "rate-{learning_rate}".'
             )
         seen[name] = True
-        found.append(Member(name, labels, recipes.build(content | {"name": f"{base['name']}/{name}"}, file)))
-    return found
+        members.append(Member(name, labels, recipes.build(content | {"name": f"{base['name']}/{name}"}, file)))
+    return members
 
 
 def _together(points: Sequence[axes.Point]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -341,10 +341,10 @@ def _twins(members: list[Member], last: str) -> list[str]:
     first, problems = {}, []
     for member in members:
         chain = member.recipe.chain()
-        kept = chain[: chain.index(last) + 1] if last in chain else chain
+        chain_to_last = chain[: chain.index(last) + 1] if last in chain else chain
         if last and last not in chain:
             problems.append(f"to: {member.name} leaves {last} out.")
-        key = repr([(stage, member.recipe.resolved(stage)) for stage in kept])
+        key = repr([(stage, member.recipe.resolved(stage)) for stage in chain_to_last])
         if key in first:
             problems.append(
                 f"{first[key]} and {member.name} are the same run: what varies between them changes nothing."

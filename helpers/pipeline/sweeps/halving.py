@@ -1,9 +1,9 @@
-"""Successive halving: all members begin, and after a few epochs only the best go on, where they stood.
+"""Successive halving: all members begin, and after a few epochs only the best continue, from where they are.
 
-Members are compared after `from_epochs` epochs, then after `eta` times as many, and so on; each time one in `eta` goes
-on (Karnin, Koren and Somekh 2013; Jamieson and Talwalkar 2016). Who goes on follows from the epochs on record alone, so
-a sweep that was interrupted decides as it would have. What was stopped stays in the store: without `halving` in the
-file, the same command trains it on.
+Members are compared after `from_epochs` epochs, then after `eta` times as many, and so on; each time one in `eta`
+continues (Karnin, Koren and Somekh 2013; Jamieson and Talwalkar 2016). Only the epochs on record decide which members
+continue, so an interruption changes no decision. A stopped member stays in the store: without `halving` in the file,
+the same command trains it to the end.
 """
 
 import math
@@ -23,7 +23,7 @@ Score = Callable[[Path, int | None], float]
 
 @dataclass(frozen=True)
 class Stopped:
-    """A member does not go on: its name, the epochs that it was judged by, its rank among those compared."""
+    """A member is stopped: its name, the epochs that it was judged by, its rank among those compared."""
 
     member: str
     epochs: int
@@ -38,11 +38,11 @@ def rungs(sweep: files.Sweep) -> list[int]:
     """Return the epochs after which members are compared, all fewer than any member has."""
     stage = files.trained(sweep.members[0].recipe, sweep.last)
     fewest = min(member.recipe.resolved(stage)[files.EPOCHS] for member in sweep.members)
-    found, epochs = [], sweep.halving.from_epochs
+    comparisons, epochs = [], sweep.halving.from_epochs
     while epochs < fewest:
-        found.append(epochs)
+        comparisons.append(epochs)
         epochs *= sweep.halving.eta
-    return found
+    return comparisons
 
 
 def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score: Score) -> Iterator[Event]:
@@ -53,23 +53,23 @@ def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score
         make, pool, jobs: as for `conduct.run`.
         score: what ranks a member.
     """
-    going = sweep.members
+    members = sweep.members
     for epochs in rungs(sweep):
-        if len(going) < 2:
+        if len(members) < 2:
             break
-        planned, failed = until(sweep, going, epochs), set()
+        planned, failed = until(sweep, members, epochs), set()
         for event in conduct.run(planned, make, pool, jobs):
             failed |= set(event.members) if isinstance(event, conduct.Failed) else set()
             yield event
-        ranked = _ranked(sweep, planned, [member for member in going if member.name not in failed], epochs, score)
-        kept = max(1, len(going) // sweep.halving.eta)
+        ranked = _ranked(sweep, planned, [member for member in members if member.name not in failed], epochs, score)
+        kept = max(1, len(members) // sweep.halving.eta)
         for rank, member in enumerate(ranked[kept:], kept + 1):
             stop(member, planned, epochs)
             yield Stopped(member.name, epochs, rank, len(ranked))
-        chosen = {member.name for member in ranked[:kept]}
-        going = [member for member in going if member.name in chosen]
-    if going:
-        yield from conduct.run(plans.plan(replace(sweep, members=going)), make, pool, jobs)
+        best_names = {member.name for member in ranked[:kept]}
+        members = [member for member in members if member.name in best_names]
+    if members:
+        yield from conduct.run(plans.plan(replace(sweep, members=members)), make, pool, jobs)
 
 
 def until(sweep: files.Sweep, members: list[files.Member], epochs: int) -> plans.Plan:
@@ -86,18 +86,18 @@ def until(sweep: files.Sweep, members: list[files.Member], epochs: int) -> plans
 
 
 def _ranked(sweep: files.Sweep, planned: plans.Plan, members: list[files.Member], epochs: int, score: Score):
-    """Return the members, the best first; those without a number stand last."""
+    """Return the members, the best first; those without a number come last."""
     sign = 1 if sweep.halving.falls else -1
 
     def place(member: files.Member) -> float:
-        found = sign * score(pauses.history(planned.chains[member.name][-1]), epochs)
-        return math.inf if math.isnan(found) else found
+        value = sign * score(pauses.history(planned.chains[member.name][-1]), epochs)
+        return math.inf if math.isnan(value) else value
 
     return sorted(members, key=place)
 
 
 def stop(member: files.Member, planned: plans.Plan, epochs: int) -> None:
-    """Write the run of a member that does not go on: the stages before its training, and the epochs that count."""
+    """Write the run of a member that is stopped: the stages before its training, and the epochs that count."""
     *before, training = planned.chains[member.name]
     conduct.finish(member, before[-1].stage.name)
     lines = pauses.history(training).read_text(encoding="utf-8").splitlines(keepends=True)

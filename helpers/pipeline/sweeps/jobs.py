@@ -1,7 +1,7 @@
-"""Stages of a sweep made side by side: each by a process of its own on its share of the cores.
+"""Stages of a sweep made in parallel: each by a process of its own on its share of the cores.
 
-The process reads what to make from its standard input, which its parent keeps open: when that ends, by a kill too, it
-ends, and with it the kernel. Run as `python -m helpers.pipeline.sweeps.jobs`.
+The process reads what to make from its standard input, which its parent keeps open: when the parent ends, by a kill
+too, the process and its kernel end. Run as `python -m helpers.pipeline.sweeps.jobs`.
 """
 
 import json
@@ -25,7 +25,7 @@ class Jobs:
 
     def __init__(self, jobs: int):
         self.free: queue.Queue[set[int]] = queue.Queue()
-        for cores in deal_cores(jobs):
+        for cores in assign_cores(jobs):
             self.free.put(cores)
         self.running: list[subprocess.Popen] = []
 
@@ -61,14 +61,14 @@ class Jobs:
                 with suppress(OSError):
                     pipe.close()
         try:
-            said = json.loads(answer.splitlines()[-1])
+            result = json.loads(answer.splitlines()[-1])
         except (IndexError, ValueError):
             raise planning.StageError(
-                f"the process that made it ended with {child.returncode}: {log.strip()[-LAST_WORDS:] or 'no word'}"
+                f"the process that made it ended with {child.returncode}: {log.strip()[-LAST_WORDS:] or 'no message'}"
             ) from None
-        if "error" in said:
-            raise planning.StageError(said["error"])
-        return said["seconds"]
+        if "error" in result:
+            raise planning.StageError(result["error"])
+        return result["seconds"]
 
     def stop(self) -> None:
         """End every child, and with it the kernel that it started."""
@@ -76,8 +76,8 @@ class Jobs:
             child.kill()
 
 
-def deal_cores(jobs: int) -> list[set[int]]:
-    """Return the cores of each of `jobs` jobs: those of this process, dealt out, or shared where they lack."""
+def assign_cores(jobs: int) -> list[set[int]]:
+    """Return the cores of each of `jobs` jobs: those of this process, divided, or shared where there are too few."""
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if not available:
         return [set() for _ in range(jobs)]
@@ -105,7 +105,7 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.stdin.readline())
+    request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    print(json.dumps(_make(asked)), flush=True)
+    print(json.dumps(_make(request)), flush=True)
     os._exit(0)

@@ -1,7 +1,7 @@
-"""A training that is paused after some epochs, to go on later where it stood.
+"""A training that is paused after some epochs, to resume later.
 
-Its kernel is killed, as when a run is interrupted, and its unfinished stage is kept in the store. When it goes on it is
-the same stage with all its epochs, so a schedule sees its full length, and the result is that of an undisturbed one.
+Its kernel is killed, as when a run is interrupted, and its unfinished stage is kept in the store. When it resumes, it
+is the same stage with all its epochs, so a schedule sees its full length, and the result is that of an undisturbed one.
 """
 
 import logging
@@ -32,19 +32,19 @@ def epochs(step: planning.Step) -> int:
 def make(step: planning.Step, until: int, watch: execution.Watch, say: Callable[[str], None]) -> float:
     """Make a stage and return the seconds; pause it after `until` epochs, 0 for never.
 
-    It is looked at every second, so a few quick epochs more may have been trained by then.
+    It is checked every second, so it may train a few quick epochs more.
 
     Raises:
         planning.StageError: it failed before.
     """
     if not until:
         return execution.make(step, watch, say)
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would say that the paused kernel died
-    begun = time.monotonic()
-    run = partial(execution.execute, wanted=lambda: epochs(step) < until)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would report that the paused kernel died
+    start = time.monotonic()
+    run = partial(execution.execute, is_wanted=lambda: epochs(step) < until)
     try:
         return execution.make(step, watch, say, run)
     except planning.StageError:
         if epochs(step) < until:
             raise
-        return time.monotonic() - begun
+        return time.monotonic() - start

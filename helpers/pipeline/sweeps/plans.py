@@ -20,7 +20,7 @@ class Unit:
         needs: the folders of the stages that it reads and that are to be made too.
         recipe: of that member.
         members: names of all members that need it.
-        until: epochs after which it is paused, to go on later; 0 for never.
+        until: epochs after which it is paused, to resume later; 0 for never.
     """
 
     step: planning.Step
@@ -31,7 +31,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The stage and the member, or how many members share it."""
+        """Return the stage and the member, or how many members share it."""
         shared = f"for {len(self.members)} members" if len(self.members) > 1 else self.members[0]
         return f"{self.step.stage.name} {shared}"
 
@@ -54,17 +54,17 @@ class Plan:
 
     @property
     def stages(self) -> int:
-        """Stages that the members' runs are made of, each counted once."""
+        """Return how many stages the members' runs are made of, each counted once."""
         return len({step.folder for steps in self.chains.values() for step in steps})
 
     @property
     def alone(self) -> int:
-        """Stages that the members would be made of if they shared none."""
+        """Return how many stages the members would be made of if they shared none."""
         return sum(len(steps) for steps in self.chains.values())
 
 
 def plan(sweep: files.Sweep) -> Plan:
-    """Work out the stages of all members.
+    """Return the stages of all members.
 
     Raises:
         planning.StageError, ValueError: as `chain.plan`.
@@ -100,13 +100,13 @@ def estimate(steps: list[planning.Step]) -> Estimate:
 
     Trainings are taken in proportion to their epochs. Caches are not in the figure for the disk.
     """
-    known = _made(project.runs_folder() / housekeeping.STORE)
+    records = _made(project.runs_folder() / housekeeping.STORE)
     seconds = size = 0.0
     unknown = []
     for step in steps:
-        if similar := _most_similar(step.parameters, known.get(step.stage.name, [])):
-            seconds += median(one["seconds"] * _times(step.parameters, one["parameters"]) for one in similar)
-            size += median(one["size"] for one in similar)
+        if similar := _most_similar(step.parameters, records.get(step.stage.name, [])):
+            seconds += median(record["seconds"] * _times(step.parameters, record["parameters"]) for record in similar)
+            size += median(record["size"] for record in similar)
         elif step.stage.name not in unknown:
             unknown.append(step.stage.name)
     return Estimate(seconds, size, unknown)
@@ -114,18 +114,18 @@ def estimate(steps: list[planning.Step]) -> Estimate:
 
 def _made(store: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the records of the stages in the store, by the stage's name."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    records: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(store.glob(f"*/{stages.STAGE_FILE}")):
         record = disk.read_json(path)
         if record.get("status") == "done" and "ingredients" in record:
             parameters, size = record["ingredients"]["parameters"], sum(f[0] for f in record["files"].values())
-            one = {"parameters": parameters, "seconds": record["seconds"], "size": size}
-            found.setdefault(record["stage"], []).append(one)
-    return found
+            entry = {"parameters": parameters, "seconds": record["seconds"], "size": size}
+            records.setdefault(record["stage"], []).append(entry)
+    return records
 
 
 def _most_similar(parameters: dict[str, Any], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records with the fewest other parameters; epochs, which are counted, do not make another one."""
+    """Return the records with the fewest other parameters; epochs, which are counted, do not count as other ones."""
 
     def differences(record: dict[str, Any]) -> int:
         before = record["parameters"]

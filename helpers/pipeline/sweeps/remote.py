@@ -1,7 +1,7 @@
 """Stages of a sweep made on several hosts: the workers of a Dask scheduler, one stage each at a time.
 
-A stage whose worker is gone is given to another one, which goes on where it stood. When the sweep itself ends, workers
-finish the stage at hand, and the same command finds it made.
+A stage whose worker is gone is given to another one, which resumes it. When the sweep itself ends, workers finish their
+current stage, and the same command finds it made.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class Hosts:
 
         Raises:
             planning.StageError, ValueError, OSError: it failed.
-            HostError: one worker after the other died of it, or the scheduler is gone.
+            HostError: one worker after the other died while making it, or the scheduler is gone.
         """
         from distributed import CancelledError, KilledWorker
 
@@ -44,7 +44,7 @@ class Hosts:
         except KilledWorker as error:
             raise HostError(f"{unit.name}: {error}") from None
         except CancelledError:
-            raise HostError(f"The Dask scheduler is gone. {hosts.GOES_ON}") from None
+            raise HostError(f"The Dask scheduler is gone. {hosts.RESUMES}") from None
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def opened(address: str) -> Iterator[Hosts]:
 
     Raises:
         ImportError: Dask is not installed.
-        HostError: nobody answers there, or the workers differ.
+        HostError: no scheduler answers there, or the workers differ.
     """
     with connect(address) as client:
         yield Hosts(client)

@@ -1,9 +1,9 @@
 """A search: members drawn one after the other from what varies, by Optuna, where those before them did well.
 
-The sweep's folder keeps it in `search.db`. Each draw follows from the seed, its number and what is known by then, so a
-search that was interrupted goes on as if it had not been. What it had begun is made first. With `halving` in the file a
-member is paused and compared with those before it, and the hopeless do not go on (Li et al., "A System for Massively
-Parallel Hyperparameter Tuning", MLSys 2020, in the form that pauses nobody for others).
+The sweep's folder keeps it in `search.db`. Each draw follows from the seed, its number and what is known by then, so an
+interruption changes no draw. Members that were begun are made first. With `halving` in the file a member is paused and
+compared with those before it, and weak members are stopped (Li et al., "A System for Massively Parallel Hyperparameter
+Tuning", MLSys 2020, in the form in which no member waits for others).
 """
 
 import itertools
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 DATABASE, IMPORTANCE, BEST = "search.db", "importance.csv", "best.yaml"
-OF = "of"  # what a study notes: which sweep it is of
+OF = "of"  # the attribute of a study that names its sweep
 LEAST_FOR_IMPORTANCE = 10  # finished trials
 
 
 @dataclass(frozen=True)
-class Asked:
+class Drawn:
     """A member belongs to the search now, or did when it was interrupted."""
 
     member: files.Member
 
 
 @dataclass(frozen=True)
-class Told:
-    """A member has its number: which it is, of how many, its name, what it is told by, the number and the best yet."""
+class Scored:
+    """A member has its score: its place, such as "3/40", the member, the score and the best one yet."""
 
     place: str
     member: files.Member
@@ -47,7 +47,7 @@ class Told:
     best: float
 
 
-Event = conduct.Made | conduct.Failed | conduct.Complete | halving.Stopped | Asked | Told
+Event = conduct.Made | conduct.Failed | conduct.Complete | halving.Stopped | Drawn | Scored
 
 
 def examples(sweep: files.Sweep) -> files.Sweep:
@@ -58,18 +58,18 @@ def examples(sweep: files.Sweep) -> files.Sweep:
     Raises:
         ImportError, ValueError, RuntimeError: as `run`.
     """
-    known: list[files.Member] = []
+    drawn: list[files.Member] = []
     if (sweep.folder / DATABASE).is_file():
         with _opened(sweep) as study:
-            known = [_member(sweep, study, trial.number) for trial in _members(sweep, study)]
-    count, order = max(0, sweep.search.trials - len(known)), random.Random(sweep.search.seed)
+            drawn = [_member(sweep, study, trial.number) for trial in _members(sweep, study)]
+    count, order = max(0, sweep.search.trials - len(drawn)), random.Random(sweep.search.seed)
     columns = []
     for axis in sweep.lines:
         column = [_spread(axis, number, count) for number in range(count)]
         order.shuffle(column)
         columns.append(column)
     rows = zip(*columns, strict=True)
-    return replace(sweep, members=known + [sweep.member(_name(n), row) for n, row in enumerate(rows, len(known) + 1)])
+    return replace(sweep, members=drawn + [sweep.member(_name(n), row) for n, row in enumerate(rows, len(drawn) + 1)])
 
 
 def _spread(axis: axes.Axis, number: int, count: int) -> axes.Point:
@@ -97,38 +97,38 @@ def check() -> None:
 def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score: halving.Score) -> Iterator[Event]:
     """Draw and make members until there are as many as the search has trials, and yield each event.
 
-    A member whose training fails is counted for now; the same search tries it again when it runs the next time.
+    A member whose training fails counts for now; the same search tries it again when it runs the next time.
 
     Args:
         sweep: a checked sweep with `search`.
         make, pool: as for `conduct.run`.
         jobs: members drawn at a time, and units made at a time.
-        score: what the search goes by.
+        score: what ranks a member.
 
     Raises:
         ValueError: the folder holds another search.
-        RuntimeError: another process is at it, or a stage before the training failed.
+        RuntimeError: another process runs the search, or a stage before the training failed.
     """
     with _opened(sweep) as study:
         from optuna.trial import TrialState
 
         _settle(sweep, study)
-        begun: list[int] = []  # trials without a result
+        open_trials: list[int] = []  # trials without a result
         for trial in _members(sweep, study):
             if trial.state.is_finished():
                 member = _member(sweep, study, trial.number)
-                yield Asked(member)
+                yield Drawn(member)
                 is_whole = trial.state == TrialState.COMPLETE
                 yield conduct.Complete(member.name) if is_whole else _stopped(sweep, study, trial.number, member)
             else:
-                begun.append(trial.number)
-        trials, tried = sweep.search.trials, len(_members(sweep, study)) - len(begun)
-        while begun or len(_members(sweep, study)) < trials:
-            while len(begun) < jobs and len(_members(sweep, study)) < trials:
-                begun.append(_ask(sweep, study))
-            batch = {number: _member(sweep, study, number) for number in begun[:jobs]}
-            begun = begun[jobs:]
-            yield from map(Asked, batch.values())
+                open_trials.append(trial.number)
+        trials, tried = sweep.search.trials, len(_members(sweep, study)) - len(open_trials)
+        while open_trials or len(_members(sweep, study)) < trials:
+            while len(open_trials) < jobs and len(_members(sweep, study)) < trials:
+                open_trials.append(_ask(sweep, study))
+            batch = {number: _member(sweep, study, number) for number in open_trials[:jobs]}
+            open_trials = open_trials[jobs:]
+            yield from map(Drawn, batch.values())
             tried += len(batch)
             if sweep.halving:
                 yield from _halve(sweep, study, batch, make, pool, jobs, score)
@@ -140,7 +140,7 @@ def run(sweep: files.Sweep, make: conduct.Make, pool: Executor, jobs: int, score
                 if not math.isnan(value):
                     study.tell(number, value)
                     place = f"{tried - len(batch) + list(batch).index(number) + 1}/{trials}"
-                    yield Told(place, member, value, study.best_value)
+                    yield Scored(place, member, value, study.best_value)
         _write(sweep, study)
 
 
@@ -153,7 +153,7 @@ def _halve(
     jobs: int,
     score: halving.Score,
 ) -> Iterator[Event]:
-    """Train the members of a batch until each comparison, and take those out of it that fail or do not go on."""
+    """Train the members of a batch until each comparison, and remove those from it that fail or are stopped."""
     from optuna.trial import TrialState
 
     for epochs in halving.rungs(replace(sweep, members=list(batch.values()))):
@@ -177,12 +177,12 @@ def _halve(
 
 
 def _report(study: "Study", number: int, epochs: int, value: float) -> None:
-    """Note what a trial is worth after some epochs, unless it is known since an interruption."""
+    """Note what a trial is worth after some epochs, unless it is on record since an interruption."""
     from optuna.trial import Trial
 
-    known = study.get_trials(deepcopy=False)[number]
-    if epochs not in known.intermediate_values:
-        Trial(study, known._trial_id).report(value, epochs)  # Optuna gives back no trial that was asked for earlier
+    trial = study.get_trials(deepcopy=False)[number]
+    if epochs not in trial.intermediate_values:
+        Trial(study, trial._trial_id).report(value, epochs)  # Optuna returns no trial that was drawn earlier
 
 
 def _rank(sweep: files.Sweep, study: "Study", number: int, epochs: int) -> tuple[int, int]:
@@ -199,7 +199,7 @@ def _stopped(sweep: files.Sweep, study: "Study", number: int, member: files.Memb
 
 
 def _check_begun(member: files.Member, steps: list[planning.Step]) -> None:
-    """Raise a StageError if a stage before any training failed: it would be drawn in vain."""
+    """Raise a StageError if a stage before any training failed: no trial could be trained."""
     for step in itertools.takewhile(lambda step: not step.stage.trains, steps):
         if not (step.folder / stages.STAGE_FILE).is_file():
             raise planning.StageError(
@@ -218,7 +218,7 @@ def _members(sweep: files.Sweep, study: "Study") -> "list[FrozenTrial]":
 
 
 def _settle(sweep: files.Sweep, study: "Study") -> None:
-    """Tell each trial that is no member what is known of the one like it."""
+    """Give each trial that is not a member the result of the member like it."""
     from optuna.trial import TrialState
 
     members = _members(sweep, study)
@@ -226,16 +226,16 @@ def _settle(sweep: files.Sweep, study: "Study") -> None:
     for trial in study.get_trials():
         if not trial.state.is_finished() and trial.number not in numbers:
             whole = [other for other in members if other.state == TrialState.COMPLETE]
-            known = next((other.value for other in whole if other.params == trial.params), None)
-            study.tell(trial.number, known, state=TrialState.FAIL if known is None else TrialState.COMPLETE)
+            value = next((other.value for other in whole if other.params == trial.params), None)
+            study.tell(trial.number, value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
 
 
 def _ask(sweep: files.Sweep, study: "Study") -> int:
     """Draw a member that was not there before and return its trial's number; after a repeated draw, a random one."""
     sampler, before = sweep.search.sampler, len(_members(sweep, study))
     while True:
-        drawn = sum(len(trial.params) == len(sweep.lines) for trial in study.get_trials(deepcopy=False))
-        study.sampler = _sampler(sampler, sweep.search.seed, drawn)
+        count = sum(len(trial.params) == len(sweep.lines) for trial in study.get_trials(deepcopy=False))
+        study.sampler = _sampler(sampler, sweep.search.seed, count)
         trial = study.ask(_distributions(sweep))
         if len(_members(sweep, study)) > before:
             return trial.number
@@ -252,7 +252,7 @@ def _value(sweep: files.Sweep, member: files.Member, steps: list[planning.Step],
 
 
 def _write(sweep: files.Sweep, study: "Study") -> None:
-    """Write what the search has found: the share of the differences that each thing makes, and the best recipe."""
+    """Write the results of the search: the share of the differences that each thing makes, and the best recipe."""
     from optuna import importance
     from optuna.trial import TrialState
 
@@ -261,13 +261,13 @@ def _write(sweep: files.Sweep, study: "Study") -> None:
         return
     if len(finished) >= LEAST_FOR_IMPORTANCE and len({trial.value for trial in finished}) > 1:
         evaluator = importance.FanovaImportanceEvaluator(seed=sweep.search.seed)
-        found = importance.get_param_importances(study, evaluator=evaluator)
-        lines = [f'"{name}",{share:.4f}\n' for name, share in found.items()]
+        shares = importance.get_param_importances(study, evaluator=evaluator)
+        lines = [f'"{name}",{share:.4f}\n' for name, share in shares.items()]
         disk.write_text(sweep.folder / IMPORTANCE, "".join(["parameter,importance\n", *lines]))
     best = min(finished, key=lambda trial: trial.value if sweep.search.falls else -trial.value)
     member = _member(sweep, study, best.number)
-    said = f"{member.name}, the best of {len(finished)} by {sweep.search.metric}: {best.value:.4f}"
-    recipe = sweep.recipe_of(member, said)
+    description = f"{member.name}, the best of {len(finished)} by {sweep.search.metric}: {best.value:.4f}"
+    recipe = sweep.recipe_of(member, description)
     disk.write_text(sweep.folder / BEST, recipe.as_yaml())
 
 
@@ -287,17 +287,17 @@ def _opened(sweep: files.Sweep) -> Iterator["Study"]:
                 direction="minimize" if sweep.search.falls else "maximize",
                 load_if_exists=True,
             )
-            found = study.user_attrs.get(OF)
-            if found is None:
+            identity = study.user_attrs.get(OF)
+            if identity is None:
                 study.set_user_attr(OF, _identity(sweep))
-            elif found != _identity(sweep):
+            elif identity != _identity(sweep):
                 raise ValueError(
                     f"{project.display_path(path)} holds a search of another recipe, metric or other ranges. Take"
                     " another --name, or remove this file to begin again; stages that are made already are kept."
                 )
             yield study
     except Timeout:
-        raise RuntimeError(f"Another thaw sweep is at work on {project.display_path(path)}.") from None
+        raise RuntimeError(f"Another thaw sweep is working on {project.display_path(path)}.") from None
 
 
 def _identity(sweep: files.Sweep) -> str:
@@ -312,21 +312,21 @@ def _sampler(name: str, seed: int, number: int) -> Any:
     import numpy as np
     from optuna import samplers
 
-    own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    return samplers.RandomSampler(own) if name == "random" else samplers.TPESampler(seed=own)
+    own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return samplers.RandomSampler(own_seed) if name == "random" else samplers.TPESampler(seed=own_seed)
 
 
 def _distributions(sweep: files.Sweep) -> dict[str, Any]:
     from optuna import distributions
 
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for axis in sweep.lines:
         if isinstance(axis, axes.Range):
             kind = distributions.IntDistribution if axis.whole else distributions.FloatDistribution
-            found[axis.key] = kind(axis.low, axis.high, log=axis.log)
+            by_name[axis.key] = kind(axis.low, axis.high, log=axis.log)
         else:
-            found[_axis_name(axis)] = distributions.CategoricalDistribution([axes.name_of(point) for point in axis])
-    return found
+            by_name[_axis_name(axis)] = distributions.CategoricalDistribution([axes.name_of(point) for point in axis])
+    return by_name
 
 
 def _axis_name(axis: list[axes.Point]) -> str:
