@@ -5,8 +5,10 @@ import os
 import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-for threads in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(threads, "1")  # two workers share two cores, and small images leave nothing to share out
+# Two workers share two cores, and small images leave nothing to share out.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,8 +37,8 @@ def dear(names, slow) -> list:
     return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
 
 
-# The dearest modules, which begin first, so that both workers of `make test` end at about the same time. xdist keeps this
-# order only with --no-loadscope-reorder.
+# The dearest modules, which begin first, so that both workers of `make test` end at about the same time. xdist keeps
+# this order only with --no-loadscope-reorder.
 FIRST = [
     "pipeline",
     "backbones",

@@ -82,7 +82,8 @@ def run(tmp_path_factory, image_folder):
     disk.write_text(place / "explore" / "inventory.csv", "path\n")
     for stage in ("explore", "resize", "evaluate"):
         disk.write_json(place / stage / "class_names.json", CLASSES)
-        done = {"status": "done", "stage": stage, "headline": "", "parameters": {}, "fingerprint": stage}
+        by_hand = {"images": str(place / "resize"), "out": str(place / stage)}
+        done = {"status": "done", "stage": stage, "headline": "", "parameters": by_hand, "fingerprint": stage}
         disk.write_json(place / stage / stages.STAGE_FILE, done)
     return place
 

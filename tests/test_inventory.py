@@ -57,6 +57,13 @@ def test_the_facts_about_each_file(root):
     assert quarantine.empty and list(quarantine.columns) == ["path", "label", "reason", "detail"]
 
 
+def test_images_of_which_none_can_be_read(root):
+    for path in root.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"No sound image is left of cat, dog \(12 truncated\)"):
+        take(root)
+
+
 def test_the_facts_about_a_heic_file(root):
     pytest.importorskip("pillow_heif", reason="the extra heic is not installed: pip install -e '.[heic]'")
     exif = Image.Exif()

@@ -1,8 +1,8 @@
 """The five systems at their true architecture and image size: what is built, what trains, by which steps.
 
-The model of each recipe is built as 03 builds it. What should train is counted on a network of keras.applications that is
-built beside it. The slow tests take each recipe through the cells of 03 and 04, in this process, with random weights and
-a handful of images, for two optimiser steps in each phase.
+The model of each recipe is built as 03 builds it. What should train is counted on a network of keras.applications that
+is built beside it. The slow tests take each recipe through the cells of 03 and 04, in this process, with random weights
+and a handful of images, for two optimiser steps in each phase.
 """
 
 import re

@@ -30,8 +30,8 @@ def write(folder: Path, evaluated: Path, parities: Sequence[certificate.Parity],
     measured, about = disk.read_json(evaluated / "metrics.json"), disk.read_json(evaluated / "model.json")
     facts = _facts(folder, evaluated, measured, about, licence)
     certified = certificate.table(list(parities)).rename_axis("format").reset_index()
-    asked = f"{parities[0].images:,} images as files, in a process without Thaw, beside the Keras model"
-    proof = [f"Each format was asked about {asked}.", "", _markdown(certified), ""]
+    images = f"{parities[0].images:,} images as files, in a process without Thaw"
+    proof = [f"Each format predicted {images}, and is compared with the Keras model.", "", _markdown(certified), ""]
     proof += ["`python verify.py` repeats it on the golden images.", "", "## Recipe", ""]
     lines = [_header(name, measured, licence), f"# {name}", "", *facts, "", "## Proof", "", *proof]
     text = "\n".join([*lines, "```yaml", _recipe(evaluated), "```", ""])
