@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from helpers.core import disk, parallel, project, stages
-from helpers.pipeline import checks, execution, hosts, manifest, planning, recipes
+from helpers.pipeline import checks, execution, hosts, kernels, manifest, planning, recipes
 
 Watching = Callable[[str], AbstractContextManager[execution.Watch]]
 Say = Callable[[str], None]
@@ -112,13 +113,17 @@ def run(
 
 def make(steps: list[planning.Step], *, watching: Watching, say: Say, address: str = "") -> Iterator[Made]:
     """Make the steps that are to do, link to all of them, and yield each that was made. Arguments as for `run`."""
+    todo = [step.stage.notebook for step in steps if step.state == "to do"]
+    forks = None if address else kernels.forks_for(todo)
     for number, step in enumerate(steps, 1):
         if step.state != "to do":
             planning.link_stage(step)
             continue
         place = f"{number}/{len(steps)} {step.stage.name}"
         with watching(place) as watch:
-            runner = hosts.runner(address, step.stage.name, say) if address else None
+            runner = partial(execution.execute, forks=forks) if forks else None
+            if address:
+                runner = hosts.runner(address, step.stage.name, say)
             seconds = execution.make(step, watch, say, runner)
         yield Made(place, seconds, disk.read_json(step.folder / stages.STAGE_FILE)["headline"])
 

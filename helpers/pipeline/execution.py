@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from filelock import FileLock, Timeout
 
 from helpers.core import disk, machine, progress, project, stages
-from helpers.pipeline import fingerprints, planning, store
+from helpers.pipeline import fingerprints, kernels, planning, store
 from helpers.pipeline.planning import StageError, Step
 
 try:
@@ -141,12 +141,14 @@ def execute(
     *,
     variables: Mapping[str, str] | None = None,
     is_wanted: Callable[[], bool] = lambda: True,
+    forks: kernels.Forks | None = None,
 ) -> None:
     """Run the notebook by papermill into the partial folder; what its kernel prints goes to `stream`.
 
     Args:
         variables: of the kernel's environment, beside those of this process.
         is_wanted: called every second; the kernel is killed when it returns False.
+        forks: where the kernel is forked if they are ready; None for an ordinary process.
 
     Raises:
         StageError: as `make`.
@@ -176,7 +178,7 @@ def execute(
                 stderr_file=stream,
                 start_timeout=180,
                 shutdown_kernel=shutdown,
-                kernel_manager_class=_kernel_that_logs_to(stream, process_groups),
+                kernel_manager_class=kernels.manager(stream, process_groups, forks),
             )
         except PapermillExecutionError as error:
             # Its index counts from 0, but also the cell that papermill put in after the parameters cell.
@@ -219,23 +221,6 @@ def _killed_unless(is_wanted: Callable[[], bool]) -> Iterator[list[int]]:
     finally:
         finished.set()
         watcher.join()
-
-
-def _kernel_that_logs_to(stream: TextIO, process_groups: list[int]) -> type:
-    """Return a kernel manager whose kernel's own output, which is not a cell's, goes to `stream`.
-
-    The number of its process group is added to `process_groups`.
-    """
-    from jupyter_client.manager import AsyncKernelManager
-
-    class LoggedKernelManager(AsyncKernelManager):
-        async def _async_start_kernel(self, **settings: Any) -> None:
-            await super()._async_start_kernel(stdout=stream, stderr=stream, **settings)
-            process_groups.append(self.provisioner.pid)
-
-        start_kernel = _async_start_kernel
-
-    return LoggedKernelManager
 
 
 def _failure(step: Step, cause: str, trace: str = "") -> str:

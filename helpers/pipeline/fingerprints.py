@@ -49,6 +49,29 @@ def code_of_modules(names: Iterable[str]) -> dict[str, str]:
     return _hashes(names, decides=True)
 
 
+def libraries(notebook: Path) -> set[str]:
+    """Return the dotted names outside the project that a notebook and its helper modules import when they are loaded.
+
+    A name can be that of a function or class: of ``from keras import ops``, both "keras" and "keras.ops" are returned.
+    """
+    waiting, seen, names = _loaded(_source(notebook), ""), set(), set()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        if not name.startswith("helpers"):
+            names.add(name)
+        elif path := _file_of(name):
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            waiting |= _loaded(path.read_text(encoding="utf-8"), package) - seen
+    return names
+
+
+def _loaded(source: str, package: str) -> set[str]:
+    """Return the dotted names that `source` imports at once, so not within a function."""
+    statements = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return set(_names_imported(ast.unparse(ast.Module(statements, [])), package))
+
+
 def _hashes(names: Iterable[str], *, decides: bool) -> dict[str, str]:
     waiting, hashes, seen = set(names), {}, set()
     while waiting:
