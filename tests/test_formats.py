@@ -159,7 +159,7 @@ def test_a_range_is_given_by_hand_and_what_is_beyond_is_told(take):
     with pytest.raises(ValueError, match="white must be larger"):
         take(files, bits=[5, 5])
     with pytest.raises(ValueError, match="expected 8 to 32"):
-        deep.given(3)
+        deep.from_bits(3)
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])

@@ -273,12 +273,12 @@ def lift(lower: Bank, middle: keras.Model, folder: str | os.PathLike, *, label: 
     rows = Images(below, [f"{lower.folder.name}:{row}" for row in range(views * count)], np.zeros(views * count))
     form = {"label": label, "rounded": rounded}
     try:
-        found = make(middle, rows, folder, dtype=str(below.dtype), **form)
+        upper = make(middle, rows, folder, dtype=str(below.dtype), **form)
     except OverflowError:
-        found = make(middle, rows, folder, dtype="float32", **form)
-    lifted = found.activations.reshape(views, count, *found.activations.shape[2:])
-    seconds = lower.seconds + found.seconds if lower.seconds and found.seconds else 0.0
-    return Bank(lifted, lower.labels, found.folder, seconds)
+        upper = make(middle, rows, folder, dtype="float32", **form)
+    lifted = upper.activations.reshape(views, count, *upper.activations.shape[2:])
+    seconds = lower.seconds + upper.seconds if lower.seconds and upper.seconds else 0.0
+    return Bank(lifted, lower.labels, upper.folder, seconds)
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ class _Filling:
 
     def run(self, done: int, settings: dict[str, Any]) -> None:
         """Write the activations from image `done` on, and note every few seconds how far they have come."""
-        n, start, told = len(self.images.keys), done // GROUP * GROUP, time.monotonic()
+        n, start, last_mark = len(self.images.keys), done // GROUP * GROUP, time.monotonic()
         mixes = mixes_images(self.augment, self.views)
         activations = self._open("activations", self.prefix.output_shape[1:], self.dtype, done)
         labels = self._open("labels", self.images.labels.shape[1:], "float32", done) if mixes else None
@@ -309,11 +309,11 @@ class _Filling:
             if mixes:
                 labels[view, rows] = targets
             is_whole = view == self.views - 1
-            if is_whole and (rows.stop == n or time.monotonic() - told > SECONDS_BETWEEN_MARKS):
+            if is_whole and (rows.stop == n or time.monotonic() - last_mark > SECONDS_BETWEEN_MARKS):
                 for file in (activations, labels) if mixes else (activations,):
                     file.flush()
                 disk.write_json(self.home / "bank.json", {"done": rows.stop, "settings": settings})
-                told = time.monotonic()
+                last_mark = time.monotonic()
 
     def _open(self, name: str, shape: Sequence[int], dtype: str, done: int) -> np.memmap:
         if done:
@@ -345,8 +345,8 @@ def _predicted(parts: Iterator[tuple], predict: Callable[[np.ndarray], np.ndarra
     while together := list(itertools.islice(parts, size // len(first[2]))):
         outputs = predict(np.concatenate([batch for _, _, batch, _ in together]))
         ends = np.cumsum([len(batch) for _, _, batch, _ in together])
-        for (view, rows, _, labels), found in zip(together, np.split(outputs, ends[:-1]), strict=True):
-            yield view, rows, found, labels
+        for (view, rows, _, labels), group_outputs in zip(together, np.split(outputs, ends[:-1]), strict=True):
+            yield view, rows, group_outputs, labels
 
 
 def _settings(

@@ -147,13 +147,13 @@ def _find(graph: keras.Model) -> tuple[list[_Step], str]:
 def _early(graph: keras.Model) -> list:
     """Return the calls in an order in which what pools a map into a vector comes as soon as it can."""
     waiting, ordered = [*wiring.nodes_of(graph)], []
-    known = {id(tensor) for tensor in graph.inputs}
+    known_ids = {id(tensor) for tensor in graph.inputs}
     while waiting:
-        pools = (node for node in waiting if id(node.input_tensors[0]) in known and _pools(node))
+        pools = (node for node in waiting if id(node.input_tensors[0]) in known_ids and _pools(node))
         node = next(pools, waiting[0])
         waiting.remove(node)
         ordered.append(node)
-        known |= {id(tensor) for tensor in node.output_tensors}
+        known_ids |= {id(tensor) for tensor in node.output_tensors}
     return ordered
 
 

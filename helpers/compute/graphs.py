@@ -42,8 +42,8 @@ def _constants(node: Any) -> list:
     """Return what a bare operation, such as x + 1e-5, was called with beside tensors; a layer's settings say it all."""
     if isinstance(node.operation, keras.layers.Layer):
         return []
-    given = keras.tree.flatten([node.arguments.args, node.arguments.kwargs])
-    return [[_plain(value) for value in given if not isinstance(value, keras.KerasTensor)]]
+    arguments = keras.tree.flatten([node.arguments.args, node.arguments.kwargs])
+    return [[_plain(value) for value in arguments if not isinstance(value, keras.KerasTensor)]]
 
 
 def _plain(value: Any) -> Any:

@@ -205,7 +205,7 @@ def load(path: str | Path) -> keras.Model:
         ValueError: the file is no Keras model, or holds code (a Lambda layer).
     """
     model = keras.models.load_model(path, safe_mode=True)
-    kerashub.mend()  # Keras has imported KerasHub where the model has its layers
+    kerashub.correct()  # Keras has imported KerasHub where the model has its layers
     return in_precision(model, keras.config.dtype_policy().name)
 
 

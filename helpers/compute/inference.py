@@ -187,9 +187,9 @@ def _frozen(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
         constants = ([tf.constant(value) for value in values] for values in (trainable, rest))
         return model.stateless_call(*constants, images, training=False)[0]
 
-    given = model.outputs[0].dtype
-    kept = "float32" if given == "bfloat16" else given  # NumPy has no bfloat16
-    return lambda images: tf.cast(predict(tf.cast(images, dtype)), kept).numpy()
+    output_type = model.outputs[0].dtype
+    array_type = "float32" if output_type == "bfloat16" else output_type  # NumPy has no bfloat16
+    return lambda images: tf.cast(predict(tf.cast(images, dtype)), array_type).numpy()
 
 
 def _rounded(model: keras.Model) -> keras.Model:

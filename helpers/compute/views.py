@@ -52,10 +52,10 @@ class Images:
 
 def key(seed: int, *numbers: int | tf.Tensor) -> tf.Tensor:
     """Return the int32 key of shape (2,) that belongs to a seed (0 to 2**32 - 1) and numbers such as epoch and step."""
-    found = tf.constant(np.array([seed, 0], np.uint32).view(np.int32))
+    value = tf.constant(np.array([seed, 0], np.uint32).view(np.int32))
     for number in numbers:
-        found = tf.random.fold_in(found, number)
-    return found
+        value = tf.random.fold_in(value, number)
+    return value
 
 
 def in_views(

@@ -68,9 +68,9 @@ def ask(
         ChildError: it gave no answer.
     """
     command = [sys.executable, "-m", module, json.dumps(dict(request))]
-    given = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | dict(environment or {})
+    variables = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | dict(environment or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": None if shows else subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, cwd=project.ROOT, env=given) as process:
+    with subprocess.Popen(command, **pipes, cwd=project.ROOT, env=variables) as process:
         meanwhile()
         output, log = process.communicate()
     lines, log = output.strip().splitlines(), log or ""
@@ -89,16 +89,16 @@ def answer(function: Callable[..., Any]) -> None:
 
     A ValueError, OSError, ImportError or MemoryError becomes a ChildError with the same message where it was asked.
     """
-    code, said = 0, None
+    code, reply = 0, None
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            said = function(**json.loads(sys.argv[1]))
+            reply = function(**json.loads(sys.argv[1]))
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        code, said = REFUSED, str(error) or type(error).__name__
+        code, reply = REFUSED, str(error) or type(error).__name__
     except Exception:
         traceback.print_exc()
         code = 1
-    print(json.dumps(said))
+    print(json.dumps(reply))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # TensorFlow would take a second to take leave

@@ -56,12 +56,12 @@ def best_strength(
     from sklearn.metrics import log_loss
 
     losses = np.zeros(len(strengths))
-    for learned, asked in rounds:
-        asked = asked[np.isin(labels[asked], labels[learned])]
-        if not len(asked) or len(np.unique(labels[learned])) < 2:
+    for train_rows, test_rows in rounds:
+        test_rows = test_rows[np.isin(labels[test_rows], labels[train_rows])]
+        if not len(test_rows) or len(np.unique(labels[train_rows])) < 2:
             continue
         for index, strength in enumerate(strengths):
-            model = fit(classifier(strength, tolerance), features[learned], labels[learned])
-            probabilities = model.predict_proba(features[asked])
-            losses[index] += len(asked) * log_loss(labels[asked], probabilities, labels=model.classes_)
+            model = fit(classifier(strength, tolerance), features[train_rows], labels[train_rows])
+            probabilities = model.predict_proba(features[test_rows])
+            losses[index] += len(test_rows) * log_loss(labels[test_rows], probabilities, labels=model.classes_)
     return strengths[int(np.argmin(losses))]

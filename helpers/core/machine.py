@@ -53,10 +53,10 @@ def gpus() -> list[str]:
     if shutil.which(GPU_QUERY[0]) is None:
         return []
     try:
-        asked = subprocess.run(GPU_QUERY, capture_output=True, text=True, timeout=20, check=False)
+        query = subprocess.run(GPU_QUERY, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return asked.stdout.strip().splitlines() if asked.returncode == 0 else []
+    return query.stdout.strip().splitlines() if query.returncode == 0 else []
 
 
 def _cpu() -> str:
@@ -73,13 +73,13 @@ def _meminfo(entry: str) -> int:
 
 def _memory_limits() -> list[tuple[int, int]]:
     """Return (limit, bytes used that cannot be reclaimed) of each control group that limits this process's memory."""
-    found = []
+    limits = []
     for folder in _cgroups():
         limit, used = _read(folder / "memory.max").strip(), _read(folder / "memory.current").strip()
         if limit.isdecimal() and used.isdecimal():
             stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
-            found.append((int(limit), int(used) - int(stat.get("inactive_file", 0))))
-    return found
+            limits.append((int(limit), int(used) - int(stat.get("inactive_file", 0))))
+    return limits
 
 
 def _cgroups() -> list[Path]:

@@ -152,14 +152,14 @@ class Stage:
 def stages() -> dict[str, Stage]:
     """Return the stages in the notebooks' order, each read from its notebook's parameters cell."""
     paths = [path for path in NOTEBOOKS.glob("*_*.ipynb") if re.match(r"\d\d[a-z]?_", path.name)]
-    found = [_read_stage(path) for path in sorted(paths)]
-    return {stage.name: stage for stage in found if not stage.is_study}
+    all_stages = [_read_stage(path) for path in sorted(paths)]
+    return {stage.name: stage for stage in all_stages if not stage.is_study}
 
 
 def studies() -> dict[str, Stage]:
     """Return the notebooks that belong to no chain: those without a number and those that say `# study`."""
-    found = [_read_stage(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
-    return {study.name: study for study in found if study.is_study}
+    all_stages = [_read_stage(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    return {study.name: study for study in all_stages if study.is_study}
 
 
 def find_notebook(text: str) -> Stage:
@@ -168,8 +168,8 @@ def find_notebook(text: str) -> Stage:
     Raises:
         RecipeError: there is neither.
     """
-    named = (study for study in studies().values() if text in study.called)
-    return next(named, None) or find_stage(text)
+    matching_studies = (study for study in studies().values() if text in study.called)
+    return next(matching_studies, None) or find_stage(text)
 
 
 def find_stage(text: str) -> Stage:
@@ -195,7 +195,7 @@ def read_parameters(source: str) -> dict[str, Parameter]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    found = {}
+    parameters = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.module == "typing":
             continue
@@ -213,8 +213,8 @@ def read_parameters(source: str) -> dict[str, Parameter]:
         parts = INTERVAL.match(comment) or CHOICES.match(comment)
         meaning, allowed = (parts["text"], comment[len(parts["text"]) :].strip()) if parts else (comment, "")
         name = node.target.id
-        found[name] = Parameter(name, annotation, type_text, default, meaning, allowed)
-    return found
+        parameters[name] = Parameter(name, annotation, type_text, default, meaning, allowed)
+    return parameters
 
 
 def in_force(stage: str, namespace: Mapping[str, Any]):
@@ -232,11 +232,11 @@ def in_force(stage: str, namespace: Mapping[str, Any]):
     """
     import pandas as pd
 
-    made = find_notebook(stage)
-    parameters = made.parameters
+    stage_notebook = find_notebook(stage)
+    parameters = stage_notebook.parameters
     values = {name: namespace[name] for name in parameters}
-    if wrong := problems(made, values, everything=True):
-        raise RecipeError(f"notebooks/{made.notebook.name}: " + "; ".join(wrong))
+    if wrong := problems(stage_notebook, values, everything=True):
+        raise RecipeError(f"notebooks/{stage_notebook.notebook.name}: " + "; ".join(wrong))
     pd.set_option("display.max_colwidth", None)  # the meanings are sentences
     rows = {name: [values[name], p.default, p.meaning] for name, p in parameters.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default", "meaning"]).astype(object)
@@ -245,14 +245,14 @@ def in_force(stage: str, namespace: Mapping[str, Any]):
 def problems(stage: Stage, values: Mapping[str, Any], everything: bool = False) -> list[str]:
     """Return what is wrong with `values` as parameters of `stage`; `everything` allows the folders too."""
     allowed = stage.parameters if everything else stage.settings
-    found = []
+    messages = []
     for name in values:
         if name in stage.parameters and name not in allowed:
-            found.append(f"{stage.name}.{name}: this folder is given by the pipeline, not by a recipe.")
+            messages.append(f"{stage.name}.{name}: this folder is given by the pipeline, not by a recipe.")
         elif name not in allowed and name in RETIRED:
-            found.append(f"{stage.name}.{name}: this parameter is gone: {RETIRED[name]}.")
+            messages.append(f"{stage.name}.{name}: this parameter is gone: {RETIRED[name]}.")
         elif name not in allowed:
-            found.append(f"{stage.name}.{name}: there is no such parameter.{words.did_you_mean(str(name), allowed)}")
+            messages.append(f"{stage.name}.{name}: there is no such parameter.{words.did_you_mean(str(name), allowed)}")
     try:
         stage.model(**{name: value for name, value in values.items() if name in allowed})
     except pydantic.ValidationError as error:
@@ -260,8 +260,8 @@ def problems(stage: Stage, values: Mapping[str, Any], everything: bool = False) 
         for name in wrong:
             p = stage.parameters[name]
             expected = f"{p.type_text} in {p.allowed}" if p.allowed else p.type_text
-            found.append(f"{stage.name}.{name}: expected {expected}, got {values[name]!r}. It is: {p.meaning}.")
-    return found
+            messages.append(f"{stage.name}.{name}: expected {expected}, got {values[name]!r}. It is: {p.meaning}.")
+    return messages
 
 
 def _read_stage(notebook: Path) -> Stage:

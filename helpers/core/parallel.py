@@ -75,17 +75,17 @@ def spread(
     with connect(address) as client:
         from distributed import CancelledError
 
-        seen = [str(path) for path in reads if os.path.exists(path)]
-        submit = partial(client.submit, _piece, function=function, reads=seen, retries=RETRIES, pure=False)
+        shared_paths = [str(path) for path in reads if os.path.exists(path)]
+        submit = partial(client.submit, _piece, function=function, reads=shared_paths, retries=RETRIES, pure=False)
         tasks = (submit(piece) for piece in pieces)
         ahead = deque(itertools.islice(tasks, AHEAD * max(1, len(client.nthreads()))))
         while ahead:
             try:
-                found = ahead.popleft().result()
+                result = ahead.popleft().result()
                 ahead.extend(itertools.islice(tasks, 1))
             except CancelledError:
                 raise HostError(f"The scheduler {address} is gone. The same command resumes when it is back.") from None
-            yield found
+            yield result
 
 
 def _piece(piece: Any, *, function: Callable[[Any], Any], reads: list[str]) -> Any:
@@ -113,11 +113,11 @@ def for_each(
     address = os.environ.get(project.HOSTS_VARIABLE)
     if reads and address:
         pieces = [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
-        each = spread(partial(_all_of, function), pieces, address=address, reads=reads)
-        found = itertools.chain.from_iterable(each)
+        lists = spread(partial(_all_of, function), pieces, address=address, reads=reads)
+        results = itertools.chain.from_iterable(lists)
     else:
-        found = in_threads(function, items, workers)
-    yield from progress.track(found, total=len(items), label=label)
+        results = in_threads(function, items, workers)
+    yield from progress.track(results, total=len(items), label=label)
 
 
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> Iterator[Any]:

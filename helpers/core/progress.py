@@ -38,10 +38,10 @@ def track(items: Iterable[T], *, total: int, unit: str = "image", label: str = "
                 yield item
                 bar.update(min(step, total - bar.n))
         return
-    told = start = time.monotonic()
+    last_report = start = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
         done = min(number * step, total)
-        if done == total or time.monotonic() - told > 0.5:
-            told = time.monotonic()
-            report(done, total, unit=unit, label=label, rate=done / max(told - start, 1e-6))
+        if done == total or time.monotonic() - last_report > 0.5:
+            last_report = time.monotonic()
+            report(done, total, unit=unit, label=label, rate=done / max(last_report - start, 1e-6))

@@ -35,9 +35,9 @@ def require(folder: str | os.PathLike, *files: str, made_by: str) -> Path:
     path = project.resolve(folder)
     missing = [name for name in files if not (path / name).exists()] if path.is_dir() else []
     if missing or not path.is_dir():
-        what = f"has no {', '.join(missing)}" if missing else "does not exist"
+        problem = f"has no {', '.join(missing)}" if missing else "does not exist"
         raise FileNotFoundError(
-            f"The folder {project.display_path(path)} {what}. Run notebooks/{made_by}.ipynb first, or name the"
+            f"The folder {project.display_path(path)} {problem}. Run notebooks/{made_by}.ipynb first, or name the"
             " folder it wrote."
         )
     if status(path) == "open":
@@ -64,10 +64,10 @@ def of_run(text: str, stage: str, *files: str, parameter: str) -> Path:
     for place in (project.resolve(text), project.resolve(text) / stage, shelf / text / stage):
         if all((place / name).is_file() for name in files) and status(place) == "done":
             return place.resolve()
-    known = ", ".join(sorted(path.parent.name for path in shelf.glob(f"*/{stage}") if path.is_dir())) or "none yet"
+    run_names = ", ".join(sorted(path.parent.name for path in shelf.glob(f"*/{stage}") if path.is_dir())) or "none yet"
     raise FileNotFoundError(
         f"{parameter}: {text!r} is neither a run with a finished {stage} nor such a stage's folder. Runs with one:"
-        f" {known}."
+        f" {run_names}."
     )
 
 
@@ -126,9 +126,9 @@ def finish(out: Path, *, files: Iterable[str], headline: str, next_notebook: str
         )
     opened = disk.read_json(out / STAGE_FILE)
     seconds = max(round(time.time() - opened["opened"], 1), 0.0)  # the clock may have been set back
-    done = {"status": "done", "made": "by hand", "headline": headline, "seconds": seconds}
+    record = {"status": "done", "made": "by hand", "headline": headline, "seconds": seconds}
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    disk.write_json(out / STAGE_FILE, opened | done | {"created": created, "versions": versions()})
+    disk.write_json(out / STAGE_FILE, opened | record | {"created": created, "versions": versions()})
     print(headline)
     print(f"Written to {project.display_path(out)}: " + ", ".join(f"{name} ({_size(out / name)})" for name in files))
     if next_notebook:
@@ -137,13 +137,13 @@ def finish(out: Path, *, files: Iterable[str], headline: str, next_notebook: str
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a result."""
-    found = {"python": sys.version.split()[0]}
+    by_package = {"python": sys.version.split()[0]}
     for package in VERSIONED:
         try:
-            found[package] = metadata.version(package)
+            by_package[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return by_package
 
 
 def _signature(parameters: dict[str, Any] | None) -> str:

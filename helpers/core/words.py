@@ -5,15 +5,15 @@ import itertools
 from collections.abc import Iterable
 
 
-def did_you_mean(text: str, known: Iterable[str]) -> str:
+def did_you_mean(text: str, names: Iterable[str]) -> str:
     """Return " Did you mean x?", or " There are: ..." with all of `known` where nothing is near."""
-    known = list(known)
-    return near(text, known) or f" There are: {', '.join(known)}."
+    names = list(names)
+    return near(text, names) or f" There are: {', '.join(names)}."
 
 
-def near(text: str, known: Iterable[str]) -> str:
+def near(text: str, names: Iterable[str]) -> str:
     """Return " Did you mean x or y?", or "" where nothing is near."""
-    close = difflib.get_close_matches(text, list(known), n=3, cutoff=0.6)
+    close = difflib.get_close_matches(text, list(names), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -27,7 +27,7 @@ CORNERS = ["left", "top", "right", "bottom"]
 COLUMNS = ["path", *CORNERS, "class", "score"]
 DETECTOR = ("layout", "input_size", "mean", "scale", "score")  # parameters that a detector is made with
 SMALLEST = 16  # pixels: a box with a shorter side shows nothing to learn from
-HANDED_ON = ("quarantine.csv", "fixes.csv", "ignored.json", "class_names.json")  # files of 00_explore
+COPIED = ("quarantine.csv", "fixes.csv", "ignored.json", "class_names.json")  # files of 00_explore
 
 
 def check(parameters: Mapping[str, Any]) -> None:
@@ -59,39 +59,39 @@ def read_boxes(file: Path, paths: Sequence[str]) -> pd.DataFrame:
         ValueError: a column is missing, a value is not a number, a box has no size, or no row fits an image.
     """
     table = disk.read_table(file, encoding="utf-8-sig", skipinitialspace=True)
-    given = CORNERS if set(CORNERS) <= set(table) else ["x", "y", "width", "height"]
-    if missing := [name for name in ("path", *given) if name not in table]:
+    box_columns = CORNERS if set(CORNERS) <= set(table) else ["x", "y", "width", "height"]
+    if missing := [name for name in ("path", *box_columns) if name not in table]:
         raise ValueError(
             f"boxes: {file.name} has no column {', '.join(missing)}. It has: {', '.join(table)}. Expected path and"
             " left, top, right, bottom, or path and x, y, width, height, in pixels; and class and score if you like."
         )
-    table = table[(table[given] != "").any(axis=1)].reset_index(drop=True)
-    found = pd.DataFrame({"path": _known(table["path"], paths)})
-    found[CORNERS] = table[given].apply(pd.to_numeric, errors="coerce").to_numpy()
-    if given != CORNERS:
-        found[["right", "bottom"]] += found[["left", "top"]].to_numpy()
-    found["class"] = table.get("class", "")
-    found["score"] = pd.to_numeric(table["score"], errors="coerce") if "score" in table else 1.0
-    sized = (found["right"] > found["left"]) & (found["bottom"] > found["top"]) & found["score"].notna()
+    table = table[(table[box_columns] != "").any(axis=1)].reset_index(drop=True)
+    boxes = pd.DataFrame({"path": _inventory_paths(table["path"], paths)})
+    boxes[CORNERS] = table[box_columns].apply(pd.to_numeric, errors="coerce").to_numpy()
+    if box_columns != CORNERS:
+        boxes[["right", "bottom"]] += boxes[["left", "top"]].to_numpy()
+    boxes["class"] = table.get("class", "")
+    boxes["score"] = pd.to_numeric(table["score"], errors="coerce") if "score" in table else 1.0
+    sized = (boxes["right"] > boxes["left"]) & (boxes["bottom"] > boxes["top"]) & boxes["score"].notna()
     if not sized.all():
         row = int(np.argmin(sized))
-        shown = ", ".join(f"{name} {table[name][row]!r}" for name in [*given, "score"] if name in table)
+        shown = ", ".join(f"{name} {table[name][row]!r}" for name in [*box_columns, "score"] if name in table)
         raise ValueError(
             f"boxes: {(~sized).sum()} rows of {file.name} are no boxes, such as {table['path'][row]}: {shown}."
         )
-    if len(found) and not found["path"].isin(paths).any():
+    if len(boxes) and not boxes["path"].isin(paths).any():
         raise ValueError(
             f"boxes: no path in {file.name}, such as {table['path'][0]!r}, is one of the {len(paths):,} images, such as"
             f" {paths[0]!r}. Write paths relative to the source, or file names where each is used once."
         )
-    return found[COLUMNS]
+    return boxes[COLUMNS]
 
 
-def _known(given: pd.Series, paths: Sequence[str]) -> pd.Series:
+def _inventory_paths(box_paths: pd.Series, paths: Sequence[str]) -> pd.Series:
     """Return the paths as the inventory has them, where only the name of the file is given and it is the only one."""
     names = pd.Series(list(paths), index=[PurePosixPath(path).name for path in paths])
     alone = names[~names.index.duplicated(keep=False)]
-    return given.where(given.isin(paths), given.map(alone)).fillna(given)
+    return box_paths.where(box_paths.isin(paths), box_paths.map(alone)).fillna(box_paths)
 
 
 def find(
@@ -120,13 +120,13 @@ def find(
     if parameters["boxes"]:
         read_boxes(project.resolve(parameters["boxes"]), paths).to_csv(file, index=False)
         return read_boxes(file, paths)
-    done = _done(file)
-    done.to_csv(file, index=False)
-    left = sorted(set(paths) - set(done["path"]))
+    earlier_boxes = _done(file)
+    earlier_boxes.to_csv(file, index=False)
+    remaining_paths = sorted(set(paths) - set(earlier_boxes["path"]))
     look = partial(_look, detect=_detector(parameters), input_size=parameters["input_size"])
-    each = parallel.for_each(look, [root / path for path in left], workers=workers, label="detect")
+    results = parallel.for_each(look, [root / path for path in remaining_paths], workers=workers, label="detect")
     with file.open("a", encoding="utf-8") as stream:
-        for path, (boxes, _) in zip(left, each, strict=True):
+        for path, (boxes, _) in zip(remaining_paths, results, strict=True):
             rows = [[path, *box] for box in boxes] or [[path]]  # a path alone: looked at, nothing found
             pd.DataFrame(rows).to_csv(stream, header=False, index=False, float_format="%.2f")
             stream.flush()
@@ -157,7 +157,7 @@ def _look(path: Path, *, detect: detectors.Detect, input_size: int) -> tuple[lis
 
 
 def largest(
-    found: pd.DataFrame,
+    boxes: pd.DataFrame,
     table: pd.DataFrame,
     *,
     classes: Sequence[int | str] = (),
@@ -180,14 +180,14 @@ def largest(
     Raises:
         ValueError: `classes` are asked for and no box has a class.
     """
-    if classes and not found["class"].ne("").any():
+    if classes and not boxes["class"].ne("").any():
         raise ValueError(f"classes: {list(classes)} are asked for, but no box says its class.")
-    boxes = {path: [Detection(*row) for row in rows[COLUMNS[1:]].to_numpy()] for path, rows in found.groupby("path")}
+    by_image = {path: [Detection(*row) for row in rows[COLUMNS[1:]].to_numpy()] for path, rows in boxes.groupby("path")}
     turned = table["orientation"] >= 5
     sizes = zip(table["width"].mask(turned, table["height"]), table["height"].mask(turned, table["width"]), strict=True)
     rows = []
     for path, size in zip(table["path"], sizes, strict=True):
-        box, why = choose(boxes.get(path, []), size, classes=classes, score=score, margin=margin)
+        box, why = choose(by_image.get(path, []), size, classes=classes, score=score, margin=margin)
         row = {"path": path, "box": "", "class": "", "score": np.nan, "share": 1.0, "why": why}
         if box:
             row |= {"box": " ".join(str(side) for side in box[:4]), "class": box.kind, "score": box.score}
@@ -200,14 +200,14 @@ def choose(
     boxes: Sequence[Detection], size: tuple[int, int], *, classes: Sequence[int | str], score: float, margin: float
 ) -> tuple[Detection | None, str]:
     """Return the box to cut an image of `size` (width, height) to, in whole pixels, or None; and "cut" or why not."""
-    wanted = {str(name) for name in classes}
-    of_class = [box for box in boxes if not wanted or box.kind in wanted]
+    names = {str(name) for name in classes}
+    of_class = [box for box in boxes if not names or box.kind in names]
     enough = [box for box in of_class if box.score >= score]
-    seen = [(_clip(box, size), box) for box in enough]
-    large = [(part, box) for part, box in seen if min(part.right - part.left, part.bottom - part.top) >= SMALLEST]
+    clipped = [(_clip(box, size), box) for box in enough]
+    large = [(part, box) for part, box in clipped if min(part.right - part.left, part.bottom - part.top) >= SMALLEST]
     steps = ((boxes, "no box"), (of_class, "no box of these classes"), (enough, "too little score"))
-    for left, why in (*steps, (large, "too small or outside")):
-        if not left:
+    for candidates, why in (*steps, (large, "too small or outside")):
+        if not candidates:
             return None, why
     _, box = max(large, key=lambda pair: _area(pair[0]))
     return _clip(box, size, margin), "cut"  # the margin is of the box as it was found
@@ -229,8 +229,8 @@ def looks(chosen: pd.DataFrame, table: pd.DataFrame, root: Path, *, workers: int
     """Return the perceptual hash of each image as it will be cut; of a whole one, that of the inventory."""
     cut = chosen[chosen["box"] != ""]
     tasks = [(root / path, box) for path, box in zip(cut["path"], cut["box"], strict=True)]
-    found = list(parallel.for_each(_hash, tasks, workers=workers, label="looks"))
-    return table["phash"].where(chosen["box"] == "", pd.Series(found, index=cut.index).reindex(table.index))
+    hashes = list(parallel.for_each(_hash, tasks, workers=workers, label="looks"))
+    return table["phash"].where(chosen["box"] == "", pd.Series(hashes, index=cut.index).reindex(table.index))
 
 
 def _hash(task: tuple[Path, str]) -> str:
@@ -246,14 +246,14 @@ def examples(chosen: pd.DataFrame, root: Path, *, count: int = 9, side: int = 32
     Before, the box is drawn in red.
     """
     cut = chosen[chosen["box"] != ""].sort_values("path", key=lambda paths: pd.util.hash_array(paths.to_numpy(object)))
-    shown = []
+    pairs = []
     for path, text in cut[["path", "box"]].head(count).to_numpy():
         box = images.read_box(text)
         pixels = images.decode(images.open_image(images.read_bytes(root / path), max_pixels=None)).copy()
         after = images.resize(pixels[box[1] : box[3], box[0] : box[2]], side, "pad")
         cv2.rectangle(pixels, box[:2], (box[2] - 1, box[3] - 1), (255, 0, 0), max(2, max(pixels.shape) // 100))
-        shown += [images.resize(pixels, side, "pad"), after]
-    return shown
+        pairs += [images.resize(pixels, side, "pad"), after]
+    return pairs
 
 
 def write(out: Path, source: Path, table: pd.DataFrame, chosen: pd.DataFrame) -> list[str]:
@@ -267,21 +267,21 @@ def write(out: Path, source: Path, table: pd.DataFrame, chosen: pd.DataFrame) ->
     """
     table.to_csv(out / "inventory.csv", index=False)
     chosen.to_csv(out / "crops.csv", index=False)
-    for name in HANDED_ON:
+    for name in COPIED:
         shutil.copyfile(source / name, out / name)
     if (source / deep.FILE).is_file():
         shutil.copyfile(source / deep.FILE, out / deep.FILE)
     (out / "source").unlink(missing_ok=True)
     (out / "source").symlink_to((source / "source").resolve())
-    return ["inventory.csv", "crops.csv", *HANDED_ON]
+    return ["inventory.csv", "crops.csv", *COPIED]
 
 
 def headline(chosen: pd.DataFrame) -> str:
     """Say how many images are cut and why the others are not."""
     counts = chosen["why"].value_counts()
-    whole = [f"{count:,} {why}" for why, count in counts.drop("cut", errors="ignore").items()]
-    said = f"{counts.get('cut', 0):,} of {len(chosen):,} images cut to a box"
-    return said + (f", the others whole: {', '.join(whole)}" if whole else "")
+    reasons = [f"{count:,} {why}" for why, count in counts.drop("cut", errors="ignore").items()]
+    text = f"{counts.get('cut', 0):,} of {len(chosen):,} images cut to a box"
+    return text + (f", the others whole: {', '.join(reasons)}" if reasons else "")
 
 
 def cutter(parameters: Mapping[str, Any]) -> Callable[[Path], images.Box | None]:

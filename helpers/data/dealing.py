@@ -12,7 +12,7 @@ def hashes(values: pd.Series, seed: int) -> pd.Series:
     return values.map(lambda value: hashlib.sha256(f"{seed}:{value}".encode()).hexdigest())
 
 
-def deal(
+def assign_groups(
     table: pd.DataFrame,
     shares: Sequence[float],
     names: Sequence[str],
@@ -29,34 +29,36 @@ def deal(
     first = [rows for rows, single in zip(in_line, is_single, strict=True) if not single]
     first.sort(key=lambda rows: settled[rows].max() < 0)
     parts = np.full(len(table), -1)
-    wanted = np.tile(np.asarray(shares, float), (len(classes), 1))
-    _hand_out(first, codes, wanted, settled, parts)
+    target_shares = np.tile(np.asarray(shares, float), (len(classes), 1))
+    _hand_out(first, codes, target_shares, settled, parts)
 
-    dealt = parts >= 0
-    lacking = wanted * np.bincount(codes)[:, None]
-    np.subtract.at(lacking, (codes[dealt], parts[dealt]), 1)
-    lacking = np.where(wanted > 0, np.maximum(lacking, 1e-9), 0)
+    is_assigned = parts >= 0
+    lacking = target_shares * np.bincount(codes)[:, None]
+    np.subtract.at(lacking, (codes[is_assigned], parts[is_assigned]), 1)
+    lacking = np.where(target_shares > 0, np.maximum(lacking, 1e-9), 0)
     singles = [rows for rows, single in zip(in_line, is_single, strict=True) if single]
     _hand_out(singles, codes, lacking / lacking.sum(axis=1, keepdims=True), settled, parts)
     return pd.Series(np.asarray(names, dtype=object)[parts], index=table.index, name="part")
 
 
-def fill(table: pd.DataFrame, parts: pd.Series, asked: Sequence[str], seed: int, kept: pd.Series | None) -> pd.Series:
+def fill(
+    table: pd.DataFrame, parts: pd.Series, requested_parts: Sequence[str], seed: int, kept: pd.Series | None
+) -> pd.Series:
     """Give each part that was asked for a group of every class that has enough groups, where it got none."""
     groups = table.groupby("group").agg(label=("label", "first"), labels=("label", "nunique"), size=("label", "size"))
     groups["part"] = parts.groupby(table["group"]).first()
     groups["free"] = groups["labels"] == 1
     if kept is not None:
         groups["free"] &= (kept == "").groupby(table["group"]).all()
-    has = pd.crosstab(table["label"], parts).reindex(columns=list(asked), fill_value=0)
-    enough = table.groupby("label")["group"].nunique() >= len(asked)
+    has = pd.crosstab(table["label"], parts).reindex(columns=list(requested_parts), fill_value=0)
+    enough = table.groupby("label")["group"].nunique() >= len(requested_parts)
     key = hashes(table["sha256"], seed).groupby(table["group"]).min()
     moved: dict[str, str] = {}
     for label in has.index[(has == 0).any(axis=1) & enough.reindex(has.index)]:
         own = groups[groups["free"] & (groups["label"] == label)].assign(key=key).sort_values(["size", "key"])
         where = own["part"].copy()
-        for part in [part for part in asked if has.loc[label, part] == 0]:
-            most = where.value_counts().reindex(list(asked), fill_value=0)
+        for part in [part for part in requested_parts if has.loc[label, part] == 0]:
+            most = where.value_counts().reindex(list(requested_parts), fill_value=0)
             spare = where.index[where == most.idxmax()]
             if most.max() < 2 or not len(spare):
                 break

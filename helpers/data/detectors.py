@@ -136,16 +136,16 @@ def read_output(
         ValueError: no output has the form of `layout`; the message says which came and which was expected.
     """
     form, fits = LAYOUTS[layout]
-    found = next((output for output in outputs if fits(output.shape)), None)
-    if found is None:
+    boxes = next((output for output in outputs if fits(output.shape)), None)
+    if boxes is None:
         shapes = ", ".join(str(output.shape) for output in outputs)
         raise ValueError(f"detector: layout {layout} is {form}, the output is {shapes}. Choose the layout that fits.")
     if layout == "ssd":
-        rows = found.reshape(-1, 7)
+        rows = boxes.reshape(-1, 7)
         return rows[:, 3:] * input_size, rows[:, 1].astype(int), rows[:, 2]
     if layout == "yolov10":
-        return found[0, :, :4], found[0, :, 5].astype(int), found[0, :, 4]
-    rows = found[0].T if layout == "yolov8" else found[0]
+        return boxes[0, :, :4], boxes[0, :, 5].astype(int), boxes[0, :, 4]
+    rows = boxes[0].T if layout == "yolov8" else boxes[0]
     centre, half = rows[:, :2], rows[:, 2:4] / 2
     scores = rows[:, 4:] if layout == "yolov8" else rows[:, 4:5] * rows[:, 5:]
     return np.concatenate([centre - half, centre + half], axis=1), scores.argmax(axis=1), scores.max(axis=1)
@@ -166,13 +166,15 @@ def _hub_detector(preset: str, score: float) -> Detect:
     def detect(pixels: np.ndarray) -> list[Detection]:
         square, scale, offset = _square(pixels, (width, height))
         with lock:
-            found = model.predict(square[None].astype("float32"), verbose=0)
+            predictions = model.predict(square[None].astype("float32"), verbose=0)
         corners = bounding_boxes.convert_format(
-            found["boxes"], source=model.bounding_box_format, target="xyxy", height=height, width=width
+            predictions["boxes"], source=model.bounding_box_format, target="xyxy", height=height, width=width
         )
-        count = int(found["num_detections"][0])
+        count = int(predictions["num_detections"][0])
         corners = (np.asarray(corners)[0, :count] - [*offset, *offset]) / [*scale, *scale]
-        rows = zip(corners.tolist(), found["labels"][0].tolist(), found["confidence"][0].tolist(), strict=False)
+        rows = zip(
+            corners.tolist(), predictions["labels"][0].tolist(), predictions["confidence"][0].tolist(), strict=False
+        )
         return [Detection(*four, str(int(kind)), one) for four, kind, one in rows if one >= score]
 
     return detect

@@ -27,16 +27,16 @@ def group(
         burst_pattern: a regular expression; images whose file names give the same text for its first group (or for
             all of it) are a burst. Empty: looks at no names.
     """
-    given = table["group"]
-    keys = [table["sha256"], given, _bursts_by_name(table["path"], burst_pattern)]
+    user_groups = table["group"]
+    keys = [table["sha256"], user_groups, _bursts_by_name(table["path"], burst_pattern)]
     keys.append(_bursts_by_time(table["taken"], burst_seconds))
     pairs = [_to_first(key) for key in keys]
     if distance >= 0:
         pairs.append(near_duplicates(table["phash"], distance))
     component = _components(len(table), np.concatenate(pairs))
     # Named by the user's own value where there is one: such a name stays when images are added.
-    names = given.where(given != "", table["sha256"].str[:16])
-    own = names.where(given != "").groupby(component).transform("min")
+    names = user_groups.where(user_groups != "", table["sha256"].str[:16])
+    own = names.where(user_groups != "").groupby(component).transform("min")
     return table.assign(group=own.fillna(names.groupby(component).transform("min")))
 
 
@@ -71,8 +71,13 @@ def largest_groups(table: pd.DataFrame, root: Path, *, count: int = 6, shown: in
         table.groupby("group")["path"],
         np.full((inventory.SHOWN_SIZE, inventory.SHOWN_SIZE, 3), 255, np.uint8),
     )
-    pictures = {name: inventory.pictures(root, members.get_group(name).head(shown)) for name in sizes.index[sizes > 1]}
-    return {f"{name[:8]}: {sizes[name]}": found + [white] * (shown - len(found)) for name, found in pictures.items()}
+    thumbnails = {
+        name: inventory.thumbnails(root, members.get_group(name).head(shown)) for name in sizes.index[sizes > 1]
+    }
+    return {
+        f"{name[:8]}: {sizes[name]}": group_images + [white] * (shown - len(group_images))
+        for name, group_images in thumbnails.items()
+    }
 
 
 def disagreements(table: pd.DataFrame) -> pd.DataFrame:
@@ -97,10 +102,10 @@ def _bursts_by_name(paths: pd.Series, pattern: str) -> pd.Series:
     if not pattern:
         return pd.Series("", index=paths.index)
     try:
-        found = [re.search(pattern, PurePosixPath(path).name) for path in paths]
+        matches = [re.search(pattern, PurePosixPath(path).name) for path in paths]
     except re.error as error:
         raise ValueError(f"burst_pattern: {pattern!r} is not a regular expression: {error}.") from None
-    texts = [match[1 if match.re.groups else 0] or "" if match else "" for match in found]
+    texts = [match[1 if match.re.groups else 0] or "" if match else "" for match in matches]
     return pd.Series(texts, index=paths.index)
 
 

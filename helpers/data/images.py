@@ -205,7 +205,7 @@ def read_box(text: str) -> Box | None:
 
 def read_pixels(image: Image.Image, at_least: tuple[int, int] | None = None, mode: str = "RGB") -> None:
     """Read the pixels of an opened image, the first half of `decode`; its metadata are still whole afterwards."""
-    with _damage_told(image):
+    with _damage_as_image_error(image):
         if at_least:
             image.draft(mode if image.mode in ("L", "RGB", "YCbCr") else None, at_least)
         image.load()
@@ -213,7 +213,7 @@ def read_pixels(image: Image.Image, at_least: tuple[int, int] | None = None, mod
 
 def upright(image: Image.Image, mode: str = "RGB", levels: Levels | None = None) -> np.ndarray:
     """Return the pixels of a read image, upright, without transparency, in 8 bits: the second half of `decode`."""
-    with _damage_told(image):
+    with _damage_as_image_error(image):
         if deep.is_deep(image, image.encoded):
             plain = _from_deep(image, levels)
         else:
@@ -232,7 +232,7 @@ def extremes(image: Image.Image) -> tuple[float, float, Levels | None] | None:
     """
     if not deep.is_deep(image, image.encoded):
         return None
-    with _damage_told(image):
+    with _damage_as_image_error(image):
         values = _colours(_numbers(image))[0]
         return float(values.min()), float(values.max()), deep.declared(image, image.encoded)
 
@@ -274,7 +274,7 @@ def write(path: Path, pixels: np.ndarray, quality: int = 95) -> None:
 
 
 @contextlib.contextmanager
-def _damage_told(image: Image.Image) -> Iterator[None]:
+def _damage_as_image_error(image: Image.Image) -> Iterator[None]:
     """Tell as ImageError whatever a damaged file does to Pillow's decoders: they fail with any exception."""
     try:
         yield

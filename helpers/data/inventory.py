@@ -74,11 +74,11 @@ def take(
     Raises:
         ValueError: a class has no sound image left; the message names it and the reasons.
     """
-    by_hand = deep.given(bits)
+    by_hand = deep.from_bits(bits)
     check = partial(examine, min_size=min_size, max_aspect=max_aspect, max_pixels=max_pixels, levels=by_hand)
     paths = [os.path.join(source.root, path) for path in source.table["path"]]
-    seen = [source.root, *paths[:1]]
-    facts = list(parallel.for_each(check, paths, workers=workers, label="inventory", reads=seen))
+    shared_paths = [source.root, *paths[:1]]
+    facts = list(parallel.for_each(check, paths, workers=workers, label="inventory", reads=shared_paths))
     table = pd.concat([source.table, pd.DataFrame(facts, index=source.table.index)], axis=1)
     if "reason" not in table:
         table = table.assign(reason=None, detail=None)
@@ -139,15 +139,15 @@ def levels(table: pd.DataFrame, bits: int | Sequence[float] | None = None) -> tu
     """
     if "highest" not in table or table["highest"].isna().all():
         return None, "no image has more than 8 bits a channel"
-    found = table[table["highest"].notna()]
-    said = [deep.Levels(*map(float, text.split())) if text else None for text in found["says"]]
-    chosen, why = deep.levels_of(list(found["lowest"]), list(found["highest"]), said)
-    if by_hand := deep.given(bits):
+    deep_images = table[table["highest"].notna()]
+    declared_levels = [deep.Levels(*map(float, text.split())) if text else None for text in deep_images["says"]]
+    chosen, why = deep.levels_of(list(deep_images["lowest"]), list(deep_images["highest"]), declared_levels)
+    if by_hand := deep.from_bits(bits):
         chosen, why = by_hand, "bits says so"
-    beyond = int(((found["lowest"] < chosen.black) | (found["highest"] > chosen.white)).sum())
-    lost = f"; {beyond:,} of them have values beyond, which are cut off" if beyond else ""
+    beyond = int(((deep_images["lowest"] < chosen.black) | (deep_images["highest"] > chosen.white)).sum())
+    cut_off = f"; {beyond:,} of them have values beyond, which are cut off" if beyond else ""
     ends = f"{chosen.black:g} is black, {chosen.white:g} white"
-    return chosen, f"{len(found):,} images of more than 8 bits: {ends} ({why}){lost}"
+    return chosen, f"{len(deep_images):,} images of more than 8 bits: {ends} ({why}){cut_off}"
 
 
 def examples(
@@ -156,7 +156,7 @@ def examples(
     """Return a few images of each of the first classes, always the same ones: those with the lowest hashes."""
     chosen = table.sort_values("sha256").groupby("label").head(per_class).groupby("label")["path"]
     names = words.natural_order(table["label"])[:classes]
-    return {name: pictures(root, chosen.get_group(name), levels) for name in names}
+    return {name: thumbnails(root, chosen.get_group(name), levels) for name in names}
 
 
 def write(
@@ -208,34 +208,34 @@ def _check_not_emptied(before: pd.Series, after: pd.Series, quarantine: pd.DataF
     emptied = words.natural_order(set(before) - set(after))
     if emptied:
         reasons = quarantine[quarantine["label"].isin(emptied)]["reason"].value_counts()
-        said = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        raise ValueError(f"No sound image is left of {', '.join(emptied)} ({said}). Fix the files or drop the class.")
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise ValueError(f"No sound image is left of {', '.join(emptied)} ({counts}). Fix the files or drop the class.")
 
 
-def pictures(root: Path, paths: pd.Series, levels: deep.Levels | None = None) -> list[np.ndarray]:
+def thumbnails(root: Path, paths: pd.Series, levels: deep.Levels | None = None) -> list[np.ndarray]:
     return [images.load(root / path, SHOWN_SIZE, "pad", levels=levels, max_pixels=None) for path in paths]
 
 
 def _file_hashes(paths: list[str], cache_file: Path | None) -> list[str]:
     try:
-        known = disk.read_json(cache_file) if cache_file else {}
+        cache = disk.read_json(cache_file) if cache_file else {}
     except (OSError, ValueError):
-        known = {}
+        cache = {}
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda path: _file_hash(path, known.get(path)), paths))
-    fresh = {path: entry for path, entry in zip(paths, found, strict=True) if entry[0] is not None}
-    if cache_file and any(known.get(path) != entry for path, entry in fresh.items()):
-        disk.write_json(cache_file, known | fresh)
-    return [entry[1] for entry in found]
+        entries = list(pool.map(lambda path: _file_hash(path, cache.get(path)), paths))
+    fresh = {path: entry for path, entry in zip(paths, entries, strict=True) if entry[0] is not None}
+    if cache_file and any(cache.get(path) != entry for path, entry in fresh.items()):
+        disk.write_json(cache_file, cache | fresh)
+    return [entry[1] for entry in entries]
 
 
-def _file_hash(path: str, known: list | None) -> list:
+def _file_hash(path: str, cached_entry: list | None) -> list:
     """Return [[size, modified, changed], sha256] of a file, read only when it is not as known."""
     try:
         stat = os.stat(path)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        if known and known[0] == stamp:
-            return known
+        if cached_entry and cached_entry[0] == stamp:
+            return cached_entry
         with open(path, "rb") as stream:
             return [stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
     except OSError as error:

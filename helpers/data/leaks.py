@@ -76,10 +76,10 @@ def honest_gap(table: pd.DataFrame, root: Path, ratio: Sequence[float], *, seed:
     for number in range(seed, seed + PROBE_SEEDS):
         for name, grouped in (("honest", table), ("naive", alone)):
             parts = splits.by_ratio(grouped, ratio, seed=number).to_numpy()
-            learned = parts == "train"
-            probe = linear.fit(linear.classifier(0.01), features[learned], table["label"][learned])
-            said = probe.predict(features[parts == "test"])
-            score = balanced_accuracy_score(table["label"][parts == "test"], said)
+            is_train = parts == "train"
+            probe = linear.fit(linear.classifier(0.01), features[is_train], table["label"][is_train])
+            predictions = probe.predict(features[parts == "test"])
+            score = balanced_accuracy_score(table["label"][parts == "test"], predictions)
             rows.append({"split": name, "seed": number, "balanced_accuracy": score})
     return pd.DataFrame(rows)
 
@@ -96,10 +96,13 @@ def _describe(path: Path) -> np.ndarray:
 
 
 def _check_links(folder: Path, used: pd.DataFrame) -> None:
-    found = {f"{part}/{link.parent.name}/{link.name}" for part in splits.PARTS for link in (folder / part).glob("*/*")}
-    lost = sorted(set(used["file"]) ^ found)
-    if lost:
-        raise ValueError(f"{len(lost)} links do not agree with split.csv, such as {lost[0]!r}. Run 01_split again.")
+    links = {f"{part}/{link.parent.name}/{link.name}" for part in splits.PARTS for link in (folder / part).glob("*/*")}
+    different_links = sorted(set(used["file"]) ^ links)
+    if different_links:
+        raise ValueError(
+            f"{len(different_links)} links do not agree with split.csv, such as {different_links[0]!r}."
+            " Run 01_split again."
+        )
 
 
 def _refuse(leaked: pd.DataFrame, why: str) -> None:

@@ -35,11 +35,11 @@ def write_split(out: Path, table: pd.DataFrame, root: Path) -> pd.DataFrame:
     used = split[split["part"].isin(PARTS)]
     for (part, folder), rows in used.groupby(["part", used["label"].map(class_folder)]):
         # split-folders names a link after the file it is given, so it is given links with the names wanted.
-        named = [staging / part / folder / PurePosixPath(file).name for file in rows["file"]]
-        named[0].parent.mkdir(parents=True)
-        for link, path in zip(named, rows["path"], strict=True):
+        links = [staging / part / folder / PurePosixPath(file).name for file in rows["file"]]
+        links[0].parent.mkdir(parents=True)
+        for link, path in zip(links, rows["path"], strict=True):
             link.symlink_to(root / path)
-        splitfolders.split.copy_files([(named, part)], named[0].parent, out, None, "symlink")
+        splitfolders.split.copy_files([(links, part)], links[0].parent, out, None, "symlink")
     shutil.rmtree(staging, ignore_errors=True)
     split = split[SPLIT_COLUMNS + resizing.box_column(split)].reset_index(drop=True)
     split.to_csv(out / "split.csv", index=False)

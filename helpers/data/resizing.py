@@ -52,25 +52,25 @@ def write_images(
         (out / folder).mkdir(parents=True, exist_ok=True)
     levels = disk.read_json(source / deep.FILE) if (source / deep.FILE).is_file() else None
     range_of_deep = deep.Levels(levels["black"], levels["white"]) if levels else None
-    how = {"image_size": image_size, "fit": fit, "quality": quality, "levels": range_of_deep}
-    convert = partial(_convert, source=source, out=out, **how)
+    options = {"image_size": image_size, "fit": fit, "quality": quality, "levels": range_of_deep}
+    convert = partial(_convert, source=source, out=out, **options)
     boxes = table["box"] if "box" in table else [""] * len(table)
     files = list(zip(table["link"], table["file"], boxes, strict=True))
-    seen = [source, out, *(source / link for link in table["link"].head(1))]  # the last is a link to the raw images
-    each = parallel.for_each(convert, files, workers=workers, label="resize", reads=seen)
-    problems = pd.DataFrame(each, index=table.index)
+    shared_paths = [source, out, *(source / link for link in table["link"].head(1))]  # the last links to a raw image
+    results = parallel.for_each(convert, files, workers=workers, label="resize", reads=shared_paths)
+    problems = pd.DataFrame(results, index=table.index)
     table[["reason", "detail"]] = problems
     bad = table["reason"] != ""
     quarantine = table.loc[bad, QUARANTINE_COLUMNS].reset_index(drop=True)
     table = table.loc[~bad, IMAGE_COLUMNS + box_column(table)].reset_index(drop=True)
     table.to_csv(out / "images.csv", index=False)
     quarantine.to_csv(out / "quarantine.csv", index=False)
-    about = {"image_size": image_size, "fit": fit, "format": format}
+    settings = {"image_size": image_size, "fit": fit, "format": format}
     crop = {"crop": disk.read_json(source / "crop.json")} if (source / "crop.json").is_file() else {}
     depth = {"levels": [levels["black"], levels["white"]]} if levels else {}
     renamed = [name for name, new in (names or {}).items() if name != new]
     of_new = {names[name]: [old for old in names if names[old] == names[name]] for name in renamed}
-    disk.write_json(out / "resize.json", about | crop | depth | ({"merge": of_new} if of_new else {}))
+    disk.write_json(out / "resize.json", settings | crop | depth | ({"merge": of_new} if of_new else {}))
     return table, quarantine
 
 
@@ -88,15 +88,19 @@ def classes(names: Sequence[str], merge: Mapping[str, Sequence[str]], keep: Sequ
     """
     merged = [name for own in merge.values() for name in own]
     new_of = {name: new for new, own in merge.items() for name in own}
-    found = {name: new_of.get(name, name) for name in names}
-    for what, listed, known in (("merge", merged, names), ("keep", keep, list(dict.fromkeys(found.values())))):
-        if unknown := [name for name in listed if name not in known]:
-            raise ValueError(f"{what}: there is no class {unknown[0]!r}.{words.did_you_mean(str(unknown[0]), known)}")
+    new_names = {name: new_of.get(name, name) for name in names}
+    for parameter, values, known_names in (
+        ("merge", merged, names),
+        ("keep", keep, list(dict.fromkeys(new_names.values()))),
+    ):
+        if unknown := [name for name in values if name not in known_names]:
+            hint = words.did_you_mean(str(unknown[0]), known_names)
+            raise ValueError(f"{parameter}: there is no class {unknown[0]!r}.{hint}")
     if twice := [name for name in merged if merged.count(name) > 1]:
         raise ValueError(f"merge: {twice[0]!r} stands twice; a class can become part of one other.")
     if taken := [new for new, own in merge.items() if new in names and new not in own]:
         raise ValueError(f"merge: {taken[0]!r} is a class already. Give the merged classes another name.")
-    kept = {name: new for name, new in found.items() if not keep or new in keep}
+    kept = {name: new for name, new in new_names.items() if not keep or new in keep}
     if len(set(kept.values())) < 2:
         raise ValueError(f"{len(set(kept.values()))} class would be left of {len(names)}; a classifier needs two.")
     return kept
@@ -124,7 +128,7 @@ def _convert(
     return "", ""
 
 
-def hand_on(source: Path, out: Path, *names: str) -> None:
+def copy_json(source: Path, out: Path, *names: str) -> None:
     """Copy the JSON files of an earlier stage that a later one needs; one that is not there is passed over."""
     for name in names:
         if (source / name).is_file():

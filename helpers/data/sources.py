@@ -116,8 +116,8 @@ def _read_table(root: Path, parameters: Mapping[str, Any]) -> Source:
 
 
 def _read_folders(root: Path, class_folders: folders.Levels = "auto") -> Source:
-    found = folders.read(root, class_folders)
-    return Source(root, found.table, found.rejected, found.ignored, notes=found.notes)
+    contents = folders.read(root, class_folders)
+    return Source(root, contents.table, contents.rejected, contents.ignored, notes=contents.notes)
 
 
 def _finish(source: Source) -> None:
@@ -135,7 +135,7 @@ def _finish(source: Source) -> None:
     table = _reject(source, table, several, "two labels", "the labels file lists it more than once, differently")
     source.table = table.sort_values("path", kind="stable").reset_index(drop=True)
     if source.table.empty:
-        raise ValueError(f"{source.root} holds no labelled image. {_seen(source)}")
+        raise ValueError(f"{source.root} holds no labelled image. {_contents(source)}")
     check_classes(source.table["label"])
 
 
@@ -173,14 +173,14 @@ def _known_parts(values: pd.Series) -> list[str]:
     return [folders.PARTS[value.lower()] if value else "" for value in values]
 
 
-def _seen(source: Source) -> str:
-    seen = [f"{count:,} {what}" for what, count in source.ignored.most_common(3)]
-    seen += [f"{row['path']}: {row['detail']}" for row in source.rejected[:3]]
-    return f"Found instead: {'; '.join(seen)}." if seen else "It is empty. Expected: a folder per class, with images."
+def _contents(source: Source) -> str:
+    lines = [f"{count:,} {what}" for what, count in source.ignored.most_common(3)]
+    lines += [f"{row['path']}: {row['detail']}" for row in source.rejected[:3]]
+    return f"Found instead: {'; '.join(lines)}." if lines else "It is empty. Expected: a folder per class, with images."
 
 
 def _reject(source: Source, table: pd.DataFrame, bad: pd.Series, reason: str, detail: str) -> pd.DataFrame:
     """Note the rows that are `bad` in `source.rejected` and return the others."""
-    told = table.loc[bad, ["path", "label"]].assign(reason=reason, detail=detail)
-    source.rejected.extend(told.to_dict("records"))
+    rows = table.loc[bad, ["path", "label"]].assign(reason=reason, detail=detail)
+    source.rejected.extend(rows.to_dict("records"))
     return table[~bad]

@@ -72,14 +72,14 @@ def assign(
         raise ValueError(f"previous: an earlier split is kept by the method ratio only, not by {method}.")
     few = rare_classes(table, method, counts)
     if few and rare == "error":
-        raise ValueError(_told(few, table, counts if method == "fixed" else ()))
+        raise ValueError(_too_few(few, table, counts if method == "fixed" else ()))
     # A group that holds an image of such a class goes with it: it must not lie in two parts.
     apart = table["label"].isin(few)
     apart = apart if rare == "drop" else table["group"].isin(table.loc[apart, "group"])
     if (rare == "drop" and table.loc[~apart, "label"].nunique() < 2) or apart.all():
-        raise ValueError(f"Nothing is left to tell apart and to test: {_told(few, table, ())}")
-    dealt = _dealt(table[~apart], method, ratio, stratify, counts, folds, fold, previous, seed)
-    parts = dealt.reindex(table.index).fillna(UNUSED if rare == "drop" else "train").rename("part")
+        raise ValueError(f"Nothing is left to tell apart and to test: {_too_few(few, table, ())}")
+    assigned = _assigned(table[~apart], method, ratio, stratify, counts, folds, fold, previous, seed)
+    parts = assigned.reindex(table.index).fillna(UNUSED if rare == "drop" else "train").rename("part")
     untaught = _untaught(table, parts)
     if untaught and rare != "drop":
         raise ValueError(UNTAUGHT.format(listed(untaught)))
@@ -89,7 +89,7 @@ def assign(
     return parts
 
 
-def _dealt(
+def _assigned(
     table: pd.DataFrame,
     method: Method,
     ratio: Sequence[float],
@@ -137,15 +137,20 @@ def rehearse(table: pd.DataFrame, settings: Mapping[str, Any]) -> None:
     table = table.assign(group=table["group"].where(table["group"] != "", table["path"]))
     few = rare_classes(table, method, settings["counts"])
     if few and rare == "error":
-        raise ValueError(_told(few, table, settings["counts"] if method == "fixed" else ()))
-    left = table[~table["label"].isin(few)]
+        raise ValueError(_too_few(few, table, settings["counts"] if method == "fixed" else ()))
+    remaining_rows = table[~table["label"].isin(few)]
     if method == "predefined" and rare != "drop" and (untaught := _untaught(table, table["split"])):
         raise ValueError(UNTAUGHT.format(listed(untaught)))
-    asked = [part for part, share in zip(PARTS, ratio, strict=False) if share > 0]
-    if method == "ratio" and len(left) and left.groupby("label")["group"].nunique().max() < len(asked):
+    requested_parts = [part for part, share in zip(PARTS, ratio, strict=False) if share > 0]
+    if (
+        method == "ratio"
+        and len(remaining_rows)
+        and remaining_rows.groupby("label")["group"].nunique().max() < len(requested_parts)
+    ):
         raise ValueError(
-            f"No class has the {len(asked)} images or groups that {', '.join(asked)} need, so a part would be empty."
-            " Add images, or ask for no test part: split.ratio=[0.5, 0.5, 0] and evaluate.part=val."
+            f"No class has the {len(requested_parts)} images or groups that {', '.join(requested_parts)} need, so a"
+            " part would be empty. Add images, or ask for no test part: split.ratio=[0.5, 0.5, 0] and"
+            " evaluate.part=val."
         )
 
 
@@ -166,17 +171,21 @@ def check_parts(split: pd.DataFrame, method: Method, ratio: Sequence[float], cou
         ValueError: a part that was asked for is empty.
     """
     shares = {"fixed": counts, "kfold": (1, 1, 1)}.get(method, ratio)
-    asked = [part for part, share in zip(PARTS, shares, strict=False) if share > 0 or part == "train"]
+    requested_parts = [part for part, share in zip(PARTS, shares, strict=False) if share > 0 or part == "train"]
     has = {part: {*split.loc[split["part"] == part, "label"]} for part in PARTS}
-    if empty := [part for part in asked if not has[part]]:
+    if empty := [part for part in requested_parts if not has[part]]:
         raise ValueError(
             f"{', '.join(empty)} got no image. Ask for a larger share, add images, or ask for no such part, with a"
             " share of 0 in split.ratio."
         )
-    known = set().union(*has.values())
-    lacking = {part: words.natural_order(known - has[part]) for part in PARTS if has[part] and known - has[part]}
-    said = [f"{part} lacks {len(names)} of {len(known)} classes: {listed(names)}" for part, names in lacking.items()]
-    return "; ".join(said)
+    all_classes = set().union(*has.values())
+    lacking = {
+        part: words.natural_order(all_classes - has[part]) for part in PARTS if has[part] and all_classes - has[part]
+    }
+    sentences = [
+        f"{part} lacks {len(names)} of {len(all_classes)} classes: {listed(names)}" for part, names in lacking.items()
+    ]
+    return "; ".join(sentences)
 
 
 def dropped(split: pd.DataFrame) -> list[str]:
@@ -203,7 +212,7 @@ def by_ratio(
         kept: parts that are settled, "" where they are not; a group with a settled image follows it.
     """
     check_ratio(ratio)
-    parts = dealing.deal(table, ratio, PARTS, stratify=stratify, seed=seed, kept=kept)
+    parts = dealing.assign_groups(table, ratio, PARTS, stratify=stratify, seed=seed, kept=kept)
     return dealing.fill(table, parts, [part for part, share in zip(PARTS, ratio, strict=True) if share > 0], seed, kept)
 
 
@@ -229,18 +238,20 @@ def by_counts(table: pd.DataFrame, counts: Sequence[int], *, seed: int = 0) -> p
     """
     if len(counts) != len(PARTS) or min(counts) < 0 or not any(counts[1:]):
         raise ValueError(f"counts: {list(counts)} must be three numbers (train, val, test); train 0 takes all others.")
-    wanted = {label: dict(zip(PARTS, counts, strict=True)) for label in table["label"].unique()}
+    open_places = {label: dict(zip(PARTS, counts, strict=True)) for label in table["label"].unique()}
     rest = UNUSED if counts[0] else "train"
     labels, parts = table["label"].to_numpy(), np.full(len(table), rest, dtype=object)
     for rows in dealing.in_order(table, (), seed):
         names, sizes = np.unique(labels[rows], return_counts=True)
         for part in reversed(PARTS):
-            if all(wanted[name][part] >= size for name, size in zip(names, sizes, strict=True)):
+            if all(open_places[name][part] >= size for name, size in zip(names, sizes, strict=True)):
                 parts[rows] = part
                 for name, size in zip(names, sizes, strict=True):
-                    wanted[name][part] -= size
+                    open_places[name][part] -= size
                 break
-    short = [f"{name}: {part} lacks {n}" for name, left in wanted.items() for part, n in left.items() if n > 0]
+    short = [
+        f"{name}: {part} lacks {n}" for name, by_part in open_places.items() for part, n in by_part.items() if n > 0
+    ]
     if short:
         raise ValueError(f"counts: {list(counts)} are more than some classes hold ({'; '.join(sorted(short)[:5])}).")
     return pd.Series(parts, index=table.index, name="part")
@@ -251,32 +262,32 @@ def by_fold(table: pd.DataFrame, folds: int, fold: int, *, stratify: Sequence[st
     if not (folds >= 3 and 1 <= fold <= folds):
         raise ValueError(f"folds, fold: {folds}, {fold}; there must be 3 folds or more, and fold one of them.")
     names = [str(number) for number in range(folds)]
-    dealt = dealing.deal(table, [1 / folds] * folds, names, stratify=stratify, seed=seed)
+    fold_of_row = dealing.assign_groups(table, [1 / folds] * folds, names, stratify=stratify, seed=seed)
     parts = dict.fromkeys(names, "train") | {names[fold % folds]: "val", names[fold - 1]: "test"}
-    return dealt.map(parts)
+    return fold_of_row.map(parts)
 
 
 def counts(split: pd.DataFrame, columns: Sequence[str] = ("label",)) -> pd.DataFrame:
     """Return how many images each class (or each combination of `columns`) has in each part, with totals."""
-    found = pd.crosstab([split[column] for column in columns], split["part"])
+    table = pd.crosstab([split[column] for column in columns], split["part"])
     if "label" in columns:
         place = {label: number for number, label in enumerate(words.natural_order(split["label"]))}
-        found = found.iloc[np.argsort([place[label] for label in found.index.get_level_values("label")], kind="stable")]
-    found = found[[part for part in (*PARTS, UNUSED) if part in found]]
-    found = found.assign(all=found.sum(axis=1))
-    name = "all" if "all" not in found.index.get_level_values(0) else "all classes"  # a class may be called "all"
-    found.loc[name if len(columns) == 1 else (name, *[""] * (len(columns) - 1)), :] = found.sum()
-    return found.astype(int)
+        table = table.iloc[np.argsort([place[label] for label in table.index.get_level_values("label")], kind="stable")]
+    table = table[[part for part in (*PARTS, UNUSED) if part in table]]
+    table = table.assign(all=table.sum(axis=1))
+    name = "all" if "all" not in table.index.get_level_values(0) else "all classes"  # a class may be called "all"
+    table.loc[name if len(columns) == 1 else (name, *[""] * (len(columns) - 1)), :] = table.sum()
+    return table.astype(int)
 
 
 def compare(table: pd.DataFrame, previous: pd.DataFrame) -> pd.DataFrame:
     """Return how many images of each earlier part (or "new") are in each part now; content tells which is which."""
     earlier = previous.drop_duplicates("sha256").set_index("sha256")["part"]
     now, before = table["part"], table["sha256"].map(earlier).fillna("new")
-    found = pd.crosstab(before.rename("before"), now.rename("now"))
+    moves = pd.crosstab(before.rename("before"), now.rename("now"))
     order = (*PARTS, UNUSED, "new")
-    return found.reindex(
-        index=[part for part in order if part in found.index], columns=[p for p in order if p in found]
+    return moves.reindex(
+        index=[part for part in order if part in moves.index], columns=[p for p in order if p in moves]
     )
 
 
@@ -288,13 +299,13 @@ def check_ratio(ratio: Sequence[float]) -> None:
         raise ValueError(f"ratio: {list(ratio)} must leave something to train on and something to hold out.")
 
 
-def _told(few: list[str], table: pd.DataFrame, counts: Sequence[int]) -> str:
+def _too_few(few: list[str], table: pd.DataFrame, counts: Sequence[int]) -> str:
     images, groups = table["label"].value_counts(), table.groupby("label")["group"].nunique()
-    wanted = f"for counts: {list(counts)}" if len(counts) else "to be both learned and tested"
+    purpose = f"for counts: {list(counts)}" if len(counts) else "to be both learned and tested"
     many = [f"{groups[name]} groups" if groups[name] > 1 else "one group" for name in few]
-    said = [f"{name} ({images[name]} in {where})" for name, where in zip(few, many, strict=True)]
+    classes = [f"{name} ({images[name]} in {where})" for name, where in zip(few, many, strict=True)]
     return (
-        f"{len(few)} of {len(groups)} classes have too few images {wanted}: {listed(said)}. Add"
+        f"{len(few)} of {len(groups)} classes have too few images {purpose}: {listed(classes)}. Add"
         " images, remove the classes, or set split.rare to drop (they are left out) or train_only (they are learned,"
         " never tested)."
     )

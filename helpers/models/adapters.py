@@ -49,14 +49,14 @@ def takers(backbone: keras.Model, adapter: Mapping[str, Any]) -> list[keras.laye
     lowrank = rank(adapter)
     thawed = [layer for layer in unfreezing.layers_of(backbone) if layer.trainable]
     parts = {id(part): part for layer in thawed for part in unfreezing.parts_of(layer) if isinstance(part, KINDS)}
-    found = [part for part in parts.values() if _size(part, lowrank) < math.prod(part.kernel.shape)]
-    if lowrank and not found:
+    layers = [part for part in parts.values() if _size(part, lowrank) < math.prod(part.kernel.shape)]
+    if lowrank and not layers:
         raise ValueError(
             f"adapter: no layer of the thawed part takes {dict(adapter)}. It takes dense layers and convolutions (not"
             " depthwise ones) whose kernel has more weights than the adapter. Thaw more (unfreeze), give a smaller"
             " rank, or leave the adapter out."
         )
-    return found if lowrank else []
+    return layers if lowrank else []
 
 
 def add(model: keras.Model, adapter: Mapping[str, Any], *, seed: int = 0) -> pd.DataFrame:

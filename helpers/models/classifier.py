@@ -99,16 +99,16 @@ def check_dense(dense: Sequence[int | dict]) -> list[dict]:
 
 
 def _dense_spec(entry: int | dict) -> dict:
-    given = dict(entry) if isinstance(entry, dict) else {"units": entry}
-    unknown = given.keys() - {"units", *DENSE_DEFAULTS}
+    settings = dict(entry) if isinstance(entry, dict) else {"units": entry}
+    unknown = settings.keys() - {"units", *DENSE_DEFAULTS}
     if unknown:
         raise ValueError(f"A dense layer has no {sorted(unknown)}; it takes units, {', '.join(DENSE_DEFAULTS)}.")
-    unfreezing.whole(given.get("units"), 1, 10**6, "units of a dense layer")
-    spec = DENSE_DEFAULTS | given
+    unfreezing.whole(settings.get("units"), 1, 10**6, "units of a dense layer")
+    spec = DENSE_DEFAULTS | settings
     try:
         keras.activations.get(spec["activation"])
     except (TypeError, ValueError):
-        raise ValueError(f"A dense layer's activation is one of Keras, such as relu; got {given!r}.") from None
+        raise ValueError(f"A dense layer's activation is one of Keras, such as relu; got {settings!r}.") from None
     _check_head(spec, "a dense layer")
     _share_dropped(spec["dropout"])
     return spec

@@ -29,12 +29,12 @@ def mean(models: Sequence[keras.Model], shares: Sequence[float], of: Of = "proba
     if len(shares) != len(models) or not np.isclose(sum(shares), 1) or min(shares) < 0:
         raise ValueError(f"shares are {list(shares)}; expected one for each of {len(models)} models, 1 in all.")
     image = keras.Input(models[0].input_shape[1:], name="image")
-    said = [part_of(model, number)(image, training=False) for number, model in enumerate(models, 1)]
+    outputs = [part_of(model, number)(image, training=False) for number, model in enumerate(models, 1)]
     if of == "logits":
-        said = [keras.ops.log(keras.ops.maximum(keras.ops.cast(one, "float32"), SMALLEST)) for one in said]
+        outputs = [keras.ops.log(keras.ops.maximum(keras.ops.cast(one, "float32"), SMALLEST)) for one in outputs]
     scaled = [
         keras.layers.Rescaling(float(share), name=f"share_{number}", **EXACT)(one)
-        for number, (one, share) in enumerate(zip(said, shares, strict=True), 1)
+        for number, (one, share) in enumerate(zip(outputs, shares, strict=True), 1)
     ]
     total = keras.layers.Add(name="mean", **EXACT)(scaled) if len(scaled) > 1 else scaled[0]
     if of == "logits":

@@ -46,20 +46,22 @@ def names(backbone: keras.Model) -> list[str]:
     return [*_ends(backbone)]
 
 
-def check(levels: Any, known: Mapping[str, Any] | Sequence[str]) -> list[str]:
+def check(levels: Any, known_names: Mapping[str, Any] | Sequence[str]) -> list[str]:
     """Return the names given, each once.
 
     Raises:
         ValueError: it is no list of known names.
     """
-    given = [levels] if isinstance(levels, str) else levels
-    if not isinstance(given, Sequence) or not given:
+    level_names = [levels] if isinstance(levels, str) else levels
+    if not isinstance(level_names, Sequence) or not level_names:
         raise ValueError(f"levels is top, all, auto, or a list of names; got {levels!r}.")
-    for name in given:
-        if name not in known:
-            hint = words.near(str(name), [*known])
-            raise ValueError(f"The backbone has no level {name!r}.{hint} Its levels: {', '.join(known)}; or all, auto.")
-    return [*dict.fromkeys(given)]
+    for name in level_names:
+        if name not in known_names:
+            hint = words.near(str(name), [*known_names])
+            raise ValueError(
+                f"The backbone has no level {name!r}.{hint} Its levels: {', '.join(known_names)}; or all, auto."
+            )
+    return [*dict.fromkeys(level_names)]
 
 
 def prefix_tokens(backbone: keras.Model) -> int:

@@ -176,8 +176,8 @@ def _index_of_name(layers: list, name: str) -> int:
         if name and begins.match(label):
             return index
     blocks = block_names(layers)
-    known = dict.fromkeys([*blocks, *(layer.name for layer in layers)])
-    hint = words.near(name, known)
+    known_names = dict.fromkeys([*blocks, *(layer.name for layer in layers)])
+    hint = words.near(name, known_names)
     shown = f"Its last {SHOWN_BLOCKS} blocks" if len(blocks) > SHOWN_BLOCKS else "Its blocks"
     raise ValueError(
         f"The backbone has no block or layer {name!r}.{hint} {shown}: {', '.join(blocks[-SHOWN_BLOCKS:])}."

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def mend() -> None:
+def correct() -> None:
     """Correct these layers of KerasHub where it is loaded; to be called before a model with them is built or saved."""
     if "keras_hub" not in sys.modules:
         return
@@ -21,17 +21,17 @@ def mend() -> None:
         for kind in vars(module).values():
             is_layer = getattr(kind, "__module__", "") == module.__name__ and "get_config" in vars(kind)
             if is_layer and not hasattr(kind.get_config, "whole"):
-                kind.get_config = _of_those_taken(kind, kind.get_config)
+                kind.get_config = _with_accepted_settings(kind, kind.get_config)
     SigLIPVisionEmbedding.compute_output_shape = _shape  # it says one token too many
 
 
-def _of_those_taken(kind: type, whole: Callable[[Any], dict]) -> Callable[[Any], dict]:
-    own = [*inspect.signature(kind.__init__).parameters]
-    taken = {*own, "name", "trainable", "dtype"}
+def _with_accepted_settings(kind: type, whole: Callable[[Any], dict]) -> Callable[[Any], dict]:
+    parameters = [*inspect.signature(kind.__init__).parameters]
+    accepted_names = {*parameters, "name", "trainable", "dtype"}
 
     def get_config(layer: Any) -> dict:
-        missing = {name: getattr(layer, name) for name in own[1:] if name in vars(layer)}  # ViT's use_patch_bias
-        return missing | {name: value for name, value in whole(layer).items() if name in taken}
+        missing = {name: getattr(layer, name) for name in parameters[1:] if name in vars(layer)}  # ViT's use_patch_bias
+        return missing | {name: value for name, value in whole(layer).items() if name in accepted_names}
 
     get_config.whole = whole
     return get_config

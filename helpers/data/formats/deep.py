@@ -63,7 +63,7 @@ class Levels:
         return int(np.count_nonzero((values < self.black) | (values > self.white)))
 
 
-def given(bits: int | Sequence[float] | None) -> Levels | None:
+def from_bits(bits: int | Sequence[float] | None) -> Levels | None:
     """Return the levels that a user names: bits such as 12, or black and white; None for 0, None or nothing.
 
     Raises:
@@ -158,23 +158,25 @@ def own(image: Image.Image, data: bytes, values: np.ndarray) -> Levels | None:
 
     None where black and white could be anything: 32 bits, fractions or negative numbers.
     """
-    said = declared(image, data)
-    if said and said.black <= values.min() and values.max() <= said.white:
-        return said
+    declared_levels = declared(image, data)
+    if declared_levels and declared_levels.black <= values.min() and values.max() <= declared_levels.white:
+        return declared_levels
     wide = image.mode == "F" or (image.format == "TIFF" and max(image.tag_v2.get(BITS, (16,))) > 16)
     return None if wide or values.min() < 0 or values.max() > FULL else full(values.max())
 
 
-def levels_of(lowest: Sequence[float], highest: Sequence[float], said: Sequence[Levels | None]) -> tuple[Levels, str]:
+def levels_of(
+    lowest: Sequence[float], highest: Sequence[float], declared_levels: Sequence[Levels | None]
+) -> tuple[Levels, str]:
     """Return black and white for a set of deep images, and where they come from, in words.
 
     Args:
         lowest, highest: the smallest and the largest value of each image.
         said: what each file declares.
     """
-    fits = [one for one, low, high in zip(said, lowest, highest, strict=True)
+    fits = [one for one, low, high in zip(declared_levels, lowest, highest, strict=True)
             if one and one.black <= low and high <= one.white]  # fmt: skip
-    if len(fits) == len(said):
+    if len(fits) == len(declared_levels):
         levels = Levels(min(one.black for one in fits), max(one.white for one in fits))
         several = "; they differ, so the widest range is used" if len(set(fits)) > 1 else ""
         return levels, f"the files say so{several}"
@@ -229,8 +231,8 @@ def _first(tags, names: Sequence[int]) -> float | None:
 def _largest_of_ppm(data: bytes) -> int:
     """Return the value that the header of a PGM or PPM calls white; 255 where there is none."""
     header = re.sub(rb"#[^\n\r]*", b"", data[:4096])
-    found = re.match(rb"P[2356]\s+\d+\s+\d+\s+(\d+)\s", header)
-    return int(found[1]) if found else 255
+    match = re.match(rb"P[2356]\s+\d+\s+\d+\s+(\d+)\s", header)
+    return int(match[1]) if match else 255
 
 
 def _bits_of_jpeg2000(data: bytes) -> int:

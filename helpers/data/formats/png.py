@@ -18,9 +18,9 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         at += length + 12
 
 
-def content(data: bytes, wanted: bytes) -> bytes | None:
+def content(data: bytes, chunk_kind: bytes) -> bytes | None:
     """Return the content of the first chunk of a kind; None where there is none."""
-    return next((data[start : start + length] for kind, start, length in chunks(data) if kind == wanted), None)
+    return next((data[start : start + length] for kind, start, length in chunks(data) if kind == chunk_kind), None)
 
 
 def depth(data: bytes) -> int:

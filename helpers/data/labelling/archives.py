@@ -69,7 +69,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 def _unpack(archive: Path, staging: Path) -> None:
     limit = max(LEAST, RATIO * archive.stat().st_size)
-    left = min(limit, shutil.disk_usage(staging).free - LEAST // 10)
+    bytes_left = min(limit, shutil.disk_usage(staging).free - LEAST // 10)
     is_zip = archive.name.lower().endswith(".zip")
     with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
         members = opened.infolist() if is_zip else opened.getmembers()
@@ -82,8 +82,8 @@ def _unpack(archive: Path, staging: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with stream, target.open("wb") as file:
                     while block := stream.read(BLOCK):
-                        left -= len(block)
-                        if left < 0:
+                        bytes_left -= len(block)
+                        if bytes_left < 0:
                             raise ValueError(
                                 f"{archive.name} holds more than {limit:,} bytes, which is {RATIO} times its size,"
                                 " or more than the disk has free. Nothing is kept. If you trust it, unpack it"

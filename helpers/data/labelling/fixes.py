@@ -59,32 +59,34 @@ def apply(table: pd.DataFrame, root: Path, file: Path) -> tuple[pd.DataFrame, pd
     fixes, classes = read(file), set(table["label"])
     unknown = fixes.loc[~fixes["label"].isin(classes | {""}), "label"].drop_duplicates()
     _refuse(file, unknown, f"are not among the classes ({', '.join(sorted(classes)[:10])})", what="labels")
-    known = fixes[fixes["path"].isin(table["path"])].set_index("path")
-    if len(fixes) and known.empty:
+    fixes_here = fixes[fixes["path"].isin(table["path"])].set_index("path")
+    if len(fixes) and fixes_here.empty:
         raise ValueError(
             f"fixes: the source has none of the {len(fixes)} images in {file.name}, such as {fixes['path'][0]!r}."
             " Was it written for another source?"
         )
-    found = pd.Series([_hash(root / path) for path in known.index], known.index, dtype=str)
-    other = (found != "") & (found != known["sha256"].str.strip().str.lower())
+    hashes = pd.Series([_hash(root / path) for path in fixes_here.index], fixes_here.index, dtype=str)
+    other = (hashes != "") & (hashes != fixes_here["sha256"].str.strip().str.lower())
     _refuse(
-        file, known.index[other], "are not the ones that were reviewed: their content is another. Review them again"
+        file,
+        fixes_here.index[other],
+        "are not the ones that were reviewed: their content is another. Review them again",
     )
-    known = known[found != ""]
-    to = table["path"].map(known["label"])
-    sha256 = table["path"].map(known["sha256"])
+    fixes_here = fixes_here[hashes != ""]
+    to = table["path"].map(fixes_here["label"])
+    sha256 = table["path"].map(fixes_here["sha256"])
     changes = pd.DataFrame({"path": table["path"], "from": table["label"], "to": to, "sha256": sha256})
     changes = changes[to.notna() & (to != table["label"])].reset_index(drop=True)
     patched = table.assign(label=to.fillna(table["label"]))
-    return patched[patched["label"] != ""].reset_index(drop=True), changes, len(fixes) - len(known)
+    return patched[patched["label"] != ""].reset_index(drop=True), changes, len(fixes) - len(fixes_here)
 
 
 def sentence(changes: pd.DataFrame) -> str:
     """Say what was changed, such as "12 labels corrected, 3 images removed by fixes.csv."; "" when nothing was."""
     removed = int((changes["to"] == "").sum())
     counts = {"label": (len(changes) - removed, "corrected"), "image": (removed, "removed")}
-    said = [f"{n:,} {what}{'s' if n > 1 else ''} {done}" for what, (n, done) in counts.items() if n]
-    return f"{', '.join(said)} by fixes.csv." if said else ""
+    parts = [f"{n:,} {what}{'s' if n > 1 else ''} {done}" for what, (n, done) in counts.items() if n]
+    return f"{', '.join(parts)} by fixes.csv." if parts else ""
 
 
 def _hash(path: Path) -> str:

@@ -27,7 +27,7 @@ UNLABELLED = {"pred", "predict", "prediction", "inference", "unlabelled", "unlab
 
 
 @dataclass
-class Found:
+class Contents:
     """What the folders say.
 
     Attributes:
@@ -50,7 +50,7 @@ class _Image:
     part: str = ""
 
 
-def read(root: Path, class_folders: Levels = "auto") -> Found:
+def read(root: Path, class_folders: Levels = "auto") -> Contents:
     """Find the images below `root`, their classes and their parts.
 
     Args:
@@ -61,18 +61,18 @@ def read(root: Path, class_folders: Levels = "auto") -> Found:
     Raises:
         ValueError: the folders can be read in two ways; the message names both and how to choose.
     """
-    found = Found(pd.DataFrame(columns=["path", "label", "split"]))
-    images = [_Image(path, PurePosixPath(path).parts[:-1]) for path in walk(root, found.ignored)]
+    contents = Contents(pd.DataFrame(columns=["path", "label", "split"]))
+    images = [_Image(path, PurePosixPath(path).parts[:-1]) for path in walk(root, contents.ignored)]
     tops = {image.folders[0] for image in images if image.folders}
     empty = words.natural_order(
         {e.name for e in os.scandir(root) if listing.is_folder(e) and not listing.is_clutter(e.name)} - tops
     )
     for name in empty:
-        found.ignored[f"folders without an image: {shown(name)}"] += 1
-    images = _unwrap(images, found)
-    images = _take_parts(images, root, found)
-    _take_classes(images, class_folders, found)
-    return found
+        contents.ignored[f"folders without an image: {shown(name)}"] += 1
+    images = _unwrap(images, contents)
+    images = _take_parts(images, root, contents)
+    _take_classes(images, class_folders, contents)
+    return contents
 
 
 def walk(root: Path, ignored: Counter) -> Iterator[str]:
@@ -110,7 +110,7 @@ def shown(text: str) -> str:
 # Folders around everything, and folders of parts
 
 
-def _unwrap(images: list[_Image], found: Found) -> list[_Image]:
+def _unwrap(images: list[_Image], contents: Contents) -> list[_Image]:
     """Look into a folder that holds everything, as archives have one: it cannot be a class."""
     around = []
     while len(tops := {image.folders[0] for image in images if image.folders}) == 1:
@@ -119,7 +119,7 @@ def _unwrap(images: list[_Image], found: Found) -> list[_Image]:
         around += tops
         images = [_Image(image.path, image.folders[1:]) for image in images]
     if around:
-        found.notes.append(f"All images lie in {shown('/'.join(around))}/: the folders in it are read.")
+        contents.notes.append(f"All images lie in {shown('/'.join(around))}/: the folders in it are read.")
     return images
 
 
@@ -131,8 +131,8 @@ def part_of(name: str) -> tuple[str, str]:
     pieces = [piece.lower() for piece in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
     joined = [re.fullmatch(r"x?(train|val|valid|test)(?:set|data|images)?", piece) for piece in pieces]
     pieces = [match[1] if match else piece for match, piece in zip(joined, pieces, strict=True)]
-    named = [PARTS[piece] for piece in pieces if piece in PARTS]
-    return named[0] if len(named) == 1 else "", "".join(piece for piece in pieces if piece not in PARTS)
+    parts = [PARTS[piece] for piece in pieces if piece in PARTS]
+    return parts[0] if len(parts) == 1 else "", "".join(piece for piece in pieces if piece not in PARTS)
 
 
 def _parts(names: set[str]) -> dict[str, str]:
@@ -142,7 +142,7 @@ def _parts(names: set[str]) -> dict[str, str]:
         part, rest = part_of(name)
         if part:
             by_rest["" if rest in NEUTRAL else rest][name] = part
-    sets = [found for found in by_rest.values() if "train" in found.values() and len({*found.values()}) > 1]
+    sets = [folders for folders in by_rest.values() if "train" in folders.values() and len({*folders.values()}) > 1]
     if len(sets) > 1:
         raise ValueError(
             f"These folders look like {len(sets)} ready-made splits: {'; '.join(map(_listed, sets))}. Name the"
@@ -155,7 +155,7 @@ def _parts(names: set[str]) -> dict[str, str]:
     return {}
 
 
-def _take_parts(images: list[_Image], root: Path, found: Found) -> list[_Image]:
+def _take_parts(images: list[_Image], root: Path, contents: Contents) -> list[_Image]:
     """Give the images their parts and take the folders of the parts off, where the folders are a ready-made split."""
     by_top: dict[str, list[_Image]] = defaultdict(list)
     for image in images:
@@ -165,33 +165,35 @@ def _take_parts(images: list[_Image], root: Path, found: Found) -> list[_Image]:
     deep = {top for top, folders in inner.items() if any(folders)}
     parts = _parts({*by_top}) or _train_alone(by_top, deep, root)
     if not parts:
-        return _parts_in_classes(images, found)
-    named = _listed(parts)
+        return _parts_in_classes(images, contents)
+    part_names = _listed(parts)
     if not any(parts[top] == "train" for top in deep & {*parts}) and "train" in parts.values():
         raise ValueError(
-            f"{named} in {shown(str(root))} look like parts of a split, but train holds no folder for each class, so"
-            " nothing says the class of an image. Give a table of labels (explore.labels), or make folders for the"
+            f"{part_names} in {shown(str(root))} look like parts of a split, but train holds no folder for each class, "
+            "so nothing names the class of an image. Give a table of labels (explore.labels), or make folders for the"
             " classes. If they are the classes, rename them."
         )
     if "train" not in parts.values():
         raise ValueError(
-            f"{named} in {shown(str(root))} look like parts of a split, but there is no train. Add a folder train, or"
-            " rename them if they are the classes."
+            f"{part_names} in {shown(str(root))} look like parts of a split, but there is no train. Add a folder train,"
+            " or rename them if they are the classes."
         )
-    taken = []
+    images_in_parts = []
     for top, own in by_top.items():
         if top in parts and top in deep:
-            taken += [_Image(image.path, folders, parts[top]) for image, folders in zip(own, inner[top], strict=True)]
+            images_in_parts += [
+                _Image(image.path, folders, parts[top]) for image, folders in zip(own, inner[top], strict=True)
+            ]
         elif top in parts:
-            found.ignored["images outside any class folder"] += len(own)
-            found.notes.append(
+            contents.ignored["images outside any class folder"] += len(own)
+            contents.notes.append(
                 f"{shown(top)}/ holds {len(own):,} images without folders of classes: they have no labels and are left"
                 " out. `thaw predict` takes them."
             )
         else:
-            _leave_out(top, own, named, root, found)
-    found.ignored["images outside any class folder"] += sum(not image.folders for image in images)
-    return taken
+            _leave_out(top, own, part_names, root, contents)
+    contents.ignored["images outside any class folder"] += sum(not image.folders for image in images)
+    return images_in_parts
 
 
 def _inside(top: str, images: list[_Image]) -> list[tuple[str, ...]]:
@@ -219,7 +221,7 @@ def _train_alone(by_top: dict[str, list[_Image]], deep: set[str], root: Path) ->
     )
 
 
-def _leave_out(top: str, own: list[_Image], named: str, root: Path, found: Found) -> None:
+def _leave_out(top: str, own: list[_Image], part_names: str, root: Path, contents: Contents) -> None:
     """Pass over a folder beside the parts that has no labels or is a set of its own; refuse any other."""
     inner = {image.folders[1] for image in own if image.folders[1:]}
     if {name.lower() for name in inner} <= NEUTRAL:
@@ -230,21 +232,21 @@ def _leave_out(top: str, own: list[_Image], named: str, root: Path, found: Found
         why = "images: by its name they have no labels"
     else:
         raise ValueError(
-            f"{named} in {shown(str(root))} look like parts of a split, not classes, but {shown(top)} with"
+            f"{part_names} in {shown(str(root))} look like parts of a split, not classes, but {shown(top)} with"
             f" {len(own):,} images in folders lies beside them. For a ready-made split, move that folder elsewhere. If"
             " all of them are classes, rename those that are named like parts."
         )
-    found.ignored[f"images in {shown(top)}, beside the parts"] += len(own)
-    found.notes.append(f"{shown(top)}/, beside the parts, holds {len(own):,} {why}. It is left out.")
+    contents.ignored[f"images in {shown(top)}, beside the parts"] += len(own)
+    contents.notes.append(f"{shown(top)}/, beside the parts, holds {len(own):,} {why}. It is left out.")
 
 
-def _parts_in_classes(images: list[_Image], found: Found) -> list[_Image]:
+def _parts_in_classes(images: list[_Image], contents: Contents) -> list[_Image]:
     """Take parts that lie within the folders of the classes: cat/train, cat/test, dog/train, dog/test."""
     second = {image.folders[1] for image in images if image.folders[1:]}
     parts = _parts(second)
     if not parts or {*parts} != second or not all(len(image.folders) == 2 for image in images if image.folders):
         return images
-    found.notes.append(f"{_listed(parts)} lie in the folder of each class.")
+    contents.notes.append(f"{_listed(parts)} lie in the folder of each class.")
     loose = [image for image in images if not image.folders]
     inner = [_Image(image.path, image.folders[:1], parts[image.folders[1]]) for image in images if image.folders]
     return inner + loose
@@ -253,23 +255,23 @@ def _parts_in_classes(images: list[_Image], found: Found) -> list[_Image]:
 # Folders of classes
 
 
-def _take_classes(images: list[_Image], class_folders: Levels, found: Found) -> None:
+def _take_classes(images: list[_Image], class_folders: Levels, contents: Contents) -> None:
     for image in images:
         image.folders = _naming(image.folders)
-    levels = class_folders if class_folders != "auto" else _only_reading([image.folders for image in images], found)
+    levels = class_folders if class_folders != "auto" else _only_reading([image.folders for image in images], contents)
     rows = []
     for image in sorted(images, key=lambda image: image.path):
         if not image.folders:
-            found.ignored["images outside any class folder"] += 1
+            contents.ignored["images outside any class folder"] += 1
             continue
         label = _label(image.folders, levels)
         if _is_utf8(image.path):
             rows.append({"path": image.path, "label": label, "split": image.part})
         else:  # with pyarrow installed, a table cannot hold such a name
             reason = {"reason": "unusable name", "detail": "the name is not valid UTF-8; rename it"}
-            found.rejected.append({"path": shown(image.path), "label": shown(label)} | reason)
-    found.ignored += Counter()  # drops what was counted as none
-    found.table = pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str)
+            contents.rejected.append({"path": shown(image.path), "label": shown(label)} | reason)
+    contents.ignored += Counter()  # drops what was counted as none
+    contents.table = pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str)
 
 
 def _naming(folders: tuple[str, ...]) -> tuple[str, ...]:
@@ -284,7 +286,7 @@ def _label(folders: tuple[str, ...], levels: Levels) -> str:
     return {"upper": folders[0], "lower": folders[-1], "path": "/".join(folders)}[levels]
 
 
-def _only_reading(folders: list[tuple[str, ...]], found: Found) -> Levels:
+def _only_reading(folders: list[tuple[str, ...]], contents: Contents) -> Levels:
     """Return "upper" where no image says otherwise.
 
     Raises:
@@ -296,18 +298,18 @@ def _only_reading(folders: list[tuple[str, ...]], found: Found) -> Levels:
             below[own[0]].add(own[1:])
     if all(() in inner for inner in below.values()):
         if count := sum(len(own) > 1 for own in folders):
-            found.notes.append(f"{count:,} images in sub-folders belong to the class of the folder above.")
+            contents.notes.append(f"{count:,} images in sub-folders belong to the class of the folder above.")
         return "upper"
     readings = {level: {_label(own, level) for own in folders if own} for level in ("upper", "lower", "path")}
-    said = [
+    options = [
         f"{level} ({len(names):,} classes: {_listed(names, 6)})"
         for level, names in readings.items()
         if level != "path" or len(names) != len(readings["lower"])
     ]
     raise ValueError(
-        f"The folders are {max(map(len, folders))} levels deep, and they can be read as {' or as '.join(said)}. Choose:"
-        " thaw new NAME FOLDER --classes upper, lower or path, or explore.class_folders in a recipe. `path` takes both"
-        " names, such as animal/cat."
+        f"The folders are {max(map(len, folders))} levels deep, and they can be read as {' or as '.join(options)}."
+        " Choose: thaw new NAME FOLDER --classes upper, lower or path, or explore.class_folders in a recipe. `path`"
+        " takes both names, such as animal/cat."
     )
 
 

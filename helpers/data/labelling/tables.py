@@ -146,12 +146,12 @@ def find_columns(file: Path, label: str = "", group: str = "") -> Columns:
     split = _named(rest, SPLITS, lambda column: {*table[column].str.strip().str.lower()} <= {*folders.PARTS})
     group = group or _named(rest, GROUPS, lambda column: column != label and table[column].nunique() > 1)
     label = label or _find_label(file, table, [column for column in rest if column not in (split, group)])
-    found = {"path": path, "label": label, "split": split, "group": group}
+    columns_by_role = {"path": path, "label": label, "split": split, "group": group}
     parameters = {"labels": project.display_path(file)}
-    parameters |= {f"{role}_column": column for role, column in found.items() if column and column != role}
+    parameters |= {f"{role}_column": column for role, column in columns_by_role.items() if column and column != role}
     parameters |= {"suffix": suffix} if suffix else {}
-    said = ", ".join(f"{role} {column!r}" for role, column in found.items() if column)
-    notes = [f"Columns of {file.name}: {said}{f'; {suffix} is added to the names' if suffix else ''}."]
+    roles = ", ".join(f"{role} {column!r}" for role, column in columns_by_role.items() if column)
+    notes = [f"Columns of {file.name}: {roles}{f'; {suffix} is added to the names' if suffix else ''}."]
     if share < 1:
         notes.append(f"Of {len(sample)} rows looked at, {1 - share:.0%} name no file that is there: 00 will list them.")
     return Columns(source, parameters, notes)
@@ -163,11 +163,11 @@ def _find_images(file: Path, sample: pd.DataFrame) -> tuple[str, Path, str, floa
         Path(e.path) for e in os.scandir(file.parent) if listing.is_folder(e) and not listing.is_clutter(e.name)
     )
     inner += [child for path in inner for child in sorted(path.iterdir()) if child.is_dir()][:100]
-    listed = cache(lambda folder: {name.casefold() for name in os.listdir(folder)} if folder.is_dir() else set())
+    names_in = cache(lambda folder: {name.casefold() for name in os.listdir(folder)} if folder.is_dir() else set())
 
     def is_there(root: Path, name: str) -> bool:  # in whatever case it is written
         path = root / name.strip().replace("\\", "/")
-        return bool(name.strip()) and path.name.casefold() in listed(path.parent)
+        return bool(name.strip()) and path.name.casefold() in names_in(path.parent)
 
     best: tuple[float, str, Path, str] = (0.0, "", file.parent, "")
     for column in sample:
@@ -213,5 +213,5 @@ def _find_label(file: Path, table: pd.DataFrame, columns: list[str]) -> str:
 
 def _named(columns: list[str], names: tuple[str, ...], is_fit) -> str:
     """Return the first of `names` that is a column, in any case and with blanks for _, and fits; "" for none."""
-    known = {column.lower().replace(" ", "_").replace("-", "_"): column for column in reversed(columns)}
-    return next((known[name] for name in names if name in known and is_fit(known[name])), "")
+    by_name = {column.lower().replace(" ", "_").replace("-", "_"): column for column in reversed(columns)}
+    return next((by_name[name] for name in names if name in by_name and is_fit(by_name[name])), "")

@@ -138,8 +138,8 @@ def weights_file(name: str) -> Path:
         FileNotFoundError: the package is not installed; the message names it.
     """
     package = _package(name)
-    found = importlib.util.find_spec(package)
-    files = sorted(Path(found.submodule_search_locations[0], "models").glob("*.pth")) if found else []
+    package_spec = importlib.util.find_spec(package)
+    files = sorted(Path(package_spec.submodule_search_locations[0], "models").glob("*.pth")) if package_spec else []
     if not files:
         pip_name = package.replace("_", "-")
         raise FileNotFoundError(

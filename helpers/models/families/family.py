@@ -151,9 +151,11 @@ def _load_every_weight(model, path: Path) -> None:
 
 
 def _copy_weights(source, target) -> None:
-    given, wanted = ([tuple(w.shape) for w in model.weights] for model in (source, target))
-    if given != wanted:
-        raise ValueError(f"it has {len(given)} weight arrays, expected {len(wanted)}, or their shapes differ")
+    source_shapes, target_shapes = ([tuple(w.shape) for w in model.weights] for model in (source, target))
+    if source_shapes != target_shapes:
+        raise ValueError(
+            f"it has {len(source_shapes)} weight arrays, expected {len(target_shapes)}, or their shapes differ"
+        )
     target.set_weights(source.get_weights())
     for layer in target.layers:
         if hasattr(layer, "finalize_state"):

@@ -94,15 +94,15 @@ def presets() -> list[Preset]:
         ImportError: KerasHub is not installed.
     """
     models = _keras_hub("The list of presets").models
-    found = []
+    all_presets = []
     for gives, kinds in GIVES.items():
         for kind in (getattr(models, f"{kind}Backbone", None) for kind in kinds):
-            found += [_facts(name, about, gives) for name, about in getattr(kind, "presets", {}).items()]
-    return sorted(found, key=lambda preset: preset.name)
+            all_presets += [_facts(name, entry, gives) for name, entry in getattr(kind, "presets", {}).items()]
+    return sorted(all_presets, key=lambda preset: preset.name)
 
 
-def _facts(name: str, about: dict[str, Any], gives: str) -> Preset:
-    facts = about.get("metadata", {})
+def _facts(name: str, entry: dict[str, Any], gives: str) -> Preset:
+    facts = entry.get("metadata", {})
     stated = re.search(r"(\d{3})x\1|image size (\d{3})", facts.get("description", ""))
     size = next(filter(None, stated.groups())) if stated else None
     return Preset(f"hub:{name}", int(facts.get("params") or 0), size and int(size), gives)
@@ -113,7 +113,7 @@ def _keras_hub(what: str) -> Any:
         import keras_hub
     except ImportError as error:
         raise ImportError(f'{what} needs KerasHub: pip install -e ".[hub]".') from error
-    mended.mend()
+    mended.correct()
     return keras_hub
 
 
@@ -133,9 +133,9 @@ def _preset(name: str, preset: str, shape: tuple[int, int, int], imagenet: bool)
             f"{name} cannot be built for images of {shape[0]}x{shape[1]} px: {reason} Most transformers take only the"
             " size of their pre-training, a multiple of their patches: set resize.image_size to it."
         ) from error
-    known = [kind for kinds in GIVES.values() for kind in kinds]
-    if (kind := type(hub).__name__.removesuffix("Backbone")) not in known:
-        raise ValueError(f"{name} is a {kind}, which cannot be a backbone here. Take one of {', '.join(known)}.")
+    known_kinds = [kind for kinds in GIVES.values() for kind in kinds]
+    if (kind := type(hub).__name__.removesuffix("Backbone")) not in known_kinds:
+        raise ValueError(f"{name} is a {kind}, which cannot be a backbone here. Take one of {', '.join(known_kinds)}.")
     hub = _in_force(getattr(hub, "vision_encoder", hub))
     own = tuple(hub.inputs[0].shape[1:])
     if len(hub.inputs) != 1 or own[:2] not in (shape[:2], (None, None)):

@@ -107,17 +107,19 @@ def give(model: Any, spec: Spec, tensors: dict[str, np.ndarray]) -> None:
         ValueError: a tensor is missing, is left over, or has another shape. The model is unchanged.
     """
     # Files of DenseNets from before 2018 say norm.1 for norm1
-    known = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name): tensors[name] for name in tensors}
+    named_tensors = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name): tensors[name] for name in tensors}
     new, used = {}, set()
     for layer in (layer for layer in model.layers if layer.weights and not layer.name.startswith(family.PREPROCESS)):
         name = torch_name(spec, layer.name)
-        found = [key for key in known if key.startswith(f"{name}.") and not key.endswith("num_batches_tracked")]
+        own_names = [
+            key for key in named_tensors if key.startswith(f"{name}.") and not key.endswith("num_batches_tracked")
+        ]
         shapes = [tuple(weight.shape) for weight in layer.weights]
-        arrays = torch_weights.arrays_of(known, name) if f"{name}.weight" in known else []
+        arrays = torch_weights.arrays_of(named_tensors, name) if f"{name}.weight" in named_tensors else []
         if [array.shape for array in arrays] != shapes:
             raise ValueError(f"{name} holds {[array.shape for array in arrays]} in it, expected {shapes}")
-        new[layer], used = arrays, used.union(found)
-    rest = [name for name in known if name not in used and not name.startswith(UNUSED)]
+        new[layer], used = arrays, used.union(own_names)
+    rest = [name for name in named_tensors if name not in used and not name.startswith(UNUSED)]
     if rest := [name for name in rest if not name.endswith("num_batches_tracked")]:
         raise ValueError(f"{len(rest)} arrays in it belong to no layer, {rest[0]} the first")
     for layer, arrays in new.items():
@@ -142,8 +144,8 @@ def torch_name(spec: Spec, name: str) -> str:
 def _fetch(spec: Spec) -> Path:
     import keras
 
-    if found := _on_this_machine(spec):
-        return found
+    if path := _on_this_machine(spec):
+        return path
     try:
         path = Path(keras.utils.get_file(spec.file, HOST + spec.file, cache_subdir="models"))
     except Exception as error:  # a failed download is a bare Exception
