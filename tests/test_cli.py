@@ -201,7 +201,7 @@ def test_no_space(thaw, recipe, runs_folder, monkeypatch):
 
     monkeypatch.setattr(checks, "check", lambda *_: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    assert "Only 0 MB are free where" in mistake(thaw, runs_folder, "run", recipe)
+    assert "Only 0 MB are free on the disk of" in mistake(thaw, runs_folder, "run", recipe)
 
 
 def test_a_disk_that_is_full_between_two_stages_is_told_with_what_could_go(thaw, recipe, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_disk_that_is_full_between_two_stages_is_told_with_what_could_go(thaw,
 
     monkeypatch.setattr(planning, "plan", full)
     code, shown = thaw("show", recipe)
-    assert code == 1 and "manifest.json.tmp" in shown and "is full. `thaw clean` says what could go" in shown
+    assert code == 1 and "manifest.json.tmp" in shown and "is full. `thaw clean` lists what can be deleted" in shown
 
 
 def test_a_programming_error_keeps_its_traceback(thaw, recipe, monkeypatch):

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def report(done: int, total: int, *, unit: str, label: str, **metrics: float) -> None:
-    """Tell a watching `thaw run` how far this stage is. Does nothing when nobody watches."""
+    """Report to a watching `thaw run` how far this stage is. Do nothing when no `thaw run` watches."""
     target = os.environ.get(PROGRESS_VARIABLE)
     if target:
         line = {"time": time.time(), "done": done, "total": total, "unit": unit, "label": label, "metrics": metrics}
@@ -24,10 +24,10 @@ def track(items: Iterable[T], *, total: int, unit: str = "image", label: str = "
     """Yield `items` with progress: a bar when a person runs the notebook, lines for `thaw run` when it is headless.
 
     Args:
-        items: what to go through.
-        total: number of units in all.
+        items: what is processed.
+        total: number of all units.
         unit: what is counted.
-        label: what is being done.
+        label: the name of the work.
         step: units in each item; the last item may hold fewer.
     """
     if not os.environ.get(PROGRESS_VARIABLE):

@@ -1,4 +1,4 @@
-"""What 05 may be asked to promise of its answers; checked before a run begins."""
+"""What a recipe may ask 05 to promise about its answers; checked before a run starts."""
 
 from collections.abc import Mapping
 from typing import Any
