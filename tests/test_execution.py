@@ -133,9 +133,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(toy, monkeypatch, where, code):
 
     with monkeypatch.context() as patch:
         patch.setattr(*where, full)
-        with pytest.raises(
-            planning.StageError, match=r"explore stopped: the disk of .* is full\. `thaw clean`"
-        ):
+        with pytest.raises(planning.StageError, match=r"explore stopped: the disk of .* is full\. `thaw clean`"):
             toy.run()
     toy.run()
     assert toy.word() == "photos:abc"
