@@ -1,4 +1,4 @@
-"""Dealing groups of images to parts by shares, whatever their order; the rule stands at the head of `splits`."""
+"""Assign groups of images to parts by shares, independent of their order; the docstring of `splits` gives the rule."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import pandas as pd
 
 
 def hashes(values: pd.Series, seed: int) -> pd.Series:
-    """Return a hash of the seed and each value: an order that depends on nothing else."""
+    """Return a hash of the seed and each value: their order depends on nothing else."""
     return values.map(lambda value: hashlib.sha256(f"{seed}:{value}".encode()).hexdigest())
 
 
@@ -21,7 +21,7 @@ def assign_groups(
     seed: int,
     kept: pd.Series | None = None,
 ) -> pd.Series:
-    """Deal groups to the parts `names` by `shares`: settled ones, then those of several images, then single ones."""
+    """Assign groups to the parts `names` by `shares`: settled ones, then those of several images, then single ones."""
     codes, classes = pd.factorize(table["label"], sort=True)  # sums of floats depend on the order of the classes
     settled = np.full(len(table), -1) if kept is None else pd.Index(names).get_indexer(kept)
     in_line = in_order(table, stratify, seed)
@@ -44,7 +44,7 @@ def assign_groups(
 def fill(
     table: pd.DataFrame, parts: pd.Series, requested_parts: Sequence[str], seed: int, kept: pd.Series | None
 ) -> pd.Series:
-    """Give each part that was asked for a group of every class that has enough groups, where it got none."""
+    """Move a group of every class to each requested part without one, where the class has enough groups."""
     groups = table.groupby("group").agg(label=("label", "first"), labels=("label", "nunique"), size=("label", "size"))
     groups["part"] = parts.groupby(table["group"]).first()
     groups["free"] = groups["labels"] == 1
@@ -69,16 +69,16 @@ def fill(
 def _hand_out(
     groups: list[np.ndarray], codes: np.ndarray, shares: np.ndarray, settled: np.ndarray, parts: np.ndarray
 ) -> None:
-    """Write into `parts` (images,) the part of each group in turn: the one that its classes are owed the most.
+    """Write into `parts` (images,) the part of each group in turn: the one that most lacks its classes.
 
     Args:
         groups: row positions of each group.
         codes: the class of each row.
         shares: array of shape (classes, parts).
-        settled: the part of each row that is already known, or -1.
+        settled: the part of each row that is already fixed, or -1.
     """
     owed = np.zeros_like(shares)
-    owed_by_all = np.zeros(shares.shape[1])  # breaks ties, so that small classes do not all favour the same part
+    owed_by_all = np.zeros(shares.shape[1])  # breaks ties, so that small classes do not all go to the same part
     for rows in groups:
         classes, sizes = np.unique(codes[rows], return_counts=True)
         due = sizes[:, None] * shares[classes]

@@ -18,14 +18,14 @@ def group(
     """Return the inventory with images that must stay together under one `group`.
 
     Images belong together when they are the same file, look alike, share a value of the user's group column or are of
-    one burst; and when both belong to a third one.
+    one burst; or when both belong to a third image.
 
     Args:
         table: the inventory.
-        distance: bits of 256 in which the perceptual hashes of look-alikes may differ; -1 compares no looks.
-        burst_seconds: images whose EXIF times follow each other within this are a burst; 0 looks at no times.
+        distance: bits of 256 in which the perceptual hashes of look-alikes may differ; -1 does not compare them.
+        burst_seconds: images whose EXIF times follow each other within this are a burst; 0 ignores times.
         burst_pattern: a regular expression; images whose file names give the same text for its first group (or for
-            all of it) are a burst. Empty: looks at no names.
+            all of it) are a burst. Empty: ignores names.
     """
     user_groups = table["group"]
     keys = [table["sha256"], user_groups, _bursts_by_name(table["path"], burst_pattern)]
@@ -34,7 +34,7 @@ def group(
     if distance >= 0:
         pairs.append(near_duplicates(table["phash"], distance))
     component = _components(len(table), np.concatenate(pairs))
-    # Named by the user's own value where there is one: such a name stays when images are added.
+    # The user's own value, if there is one, is the name: it stays when images are added.
     names = user_groups.where(user_groups != "", table["sha256"].str[:16])
     own = names.where(user_groups != "").groupby(component).transform("min")
     return table.assign(group=own.fillna(names.groupby(component).transform("min")))
@@ -43,8 +43,8 @@ def group(
 def near_duplicates(hashes: pd.Series, distance: int) -> np.ndarray:
     """Return the pairs of images whose perceptual hashes differ in at most `distance` bits.
 
-    Every pair is compared, which takes about two seconds for 20,000 images and a minute for 100,000; block by block,
-    so that memory stays small.
+    Every pair is compared, which takes about two seconds for 20,000 images and a minute for 100,000. This runs block
+    by block, so that memory stays small.
 
     Returns:
         Integer array of shape (pairs, 2): the positions of both images, the smaller first.
@@ -65,7 +65,7 @@ def near_duplicates(hashes: pd.Series, distance: int) -> np.ndarray:
 
 
 def largest_groups(table: pd.DataFrame, root: Path, *, count: int = 6, shown: int = 6) -> dict[str, list[np.ndarray]]:
-    """Return `shown` images of each of the `count` largest groups of several; white ones fill up smaller groups."""
+    """Return `shown` images of each of the `count` largest groups of several; white images fill up smaller groups."""
     sizes = table["group"].value_counts().sort_index().sort_values(ascending=False, kind="stable").head(count)
     members, white = (
         table.groupby("group")["path"],
@@ -87,14 +87,14 @@ def disagreements(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def other_labels(table: pd.DataFrame) -> list[str]:
-    """Say for each image of several labels where the same file lies under another one."""
+    """Return for each image with several labels a sentence: where the same file has another label."""
     files: dict[str, dict[str, str]] = {}
     for row in table.itertuples():
         files.setdefault(row.sha256, {}).setdefault(row.label, row.path)
     others = [
         next(path for label, path in files[row.sha256].items() if label != row.label) for row in table.itertuples()
     ]
-    return [f"the same file lies under another label: {path}" for path in others]
+    return [f"the same file has another label: {path}" for path in others]
 
 
 def _bursts_by_name(paths: pd.Series, pattern: str) -> pd.Series:
@@ -110,7 +110,7 @@ def _bursts_by_name(paths: pd.Series, pattern: str) -> pd.Series:
 
 
 def _bursts_by_time(taken: pd.Series, seconds: float) -> pd.Series:
-    """Return for each EXIF time the number of its burst as text, or "" when it is not known."""
+    """Return for each EXIF time the number of its burst as text, or "" when it is unknown."""
     times = pd.to_datetime(taken, format="%Y:%m:%d %H:%M:%S", errors="coerce").dropna().sort_values(kind="stable")
     if not seconds or times.empty:
         return pd.Series("", index=taken.index)
@@ -132,7 +132,7 @@ def _components(count: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def summary(table: pd.DataFrame) -> dict[str, Any]:
-    """Return how many groups hold how many images: the figures of the report's section on leakage."""
+    """Return the numbers of groups and of their images, for the report's section on leakage."""
     sizes = table["group"].value_counts()
     mixed = table.groupby("group")["label"].nunique() > 1
     return {

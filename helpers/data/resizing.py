@@ -1,4 +1,4 @@
-"""Folders of images that one stage hands to the next: the links of a split, and the images of one size."""
+"""Resized images of a split, and the files that one stage copies from an earlier one."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -30,18 +30,18 @@ def write_images(
     """Resize every image of a split; write images.csv, quarantine.csv and resize.json beside them.
 
     Args:
-        out: the stage's folder. Images that are already there are kept: `stages.open` leaves them only when a
-            run with the same parameters and inputs was interrupted.
+        out: the stage's folder. Existing images are kept: `stages.open` leaves them only after an interrupted
+            run with the same parameters and inputs.
         source: the folder of 01_split.
         image_size, fit, quality: as in `images.load` and `images.write`.
         format: "png" or "jpg".
         workers: threads; 0 means one for each core.
-        names: what each class is called from here on, as `classes` returns it; one without an entry is left out. None:
-            all stay as they are. Only labels change, not the folders of the files.
+        names: class -> new name, as `classes` returns it; a class without an entry is left out. None: all names stay.
+            Only labels change, not the folders of the files.
 
     Returns:
-        What was written to images.csv (path below the source, label, part, file below `out`, sha256 of the raw file)
-        and to quarantine.csv.
+        The content of images.csv (path below the source, label, part, file below `out`, sha256 of the raw file)
+        and of quarantine.csv.
     """
     split = links.read_split(source)
     split = split[split["part"].isin(PARTS)].rename(columns={"file": "link"})
@@ -75,16 +75,16 @@ def write_images(
 
 
 def classes(names: Sequence[str], merge: Mapping[str, Sequence[str]], keep: Sequence[str] = ()) -> dict[str, str]:
-    """Return what each class is called from here on, in the order of the classes; one that is left out has no entry.
+    """Return class -> new name, in the order of the classes; a class that is left out has no entry.
 
     Args:
         names: the classes of the split, in the model's order.
-        merge: new name -> the classes that become one.
-        keep: the classes to keep, merged ones by their new name; none: all.
+        merge: new name -> the classes that it joins.
+        keep: the classes to keep, merged ones by their new name; empty: all.
 
     Raises:
         ValueError: a class does not exist or is merged twice, a new name is that of another class, or fewer than two
-            classes are left.
+            classes remain.
     """
     merged = [name for own in merge.values() for name in own]
     new_of = {name: new for new, own in merge.items() for name in own}
@@ -97,12 +97,12 @@ def classes(names: Sequence[str], merge: Mapping[str, Sequence[str]], keep: Sequ
             hint = words.did_you_mean(str(unknown[0]), known_names)
             raise ValueError(f"{parameter}: there is no class {unknown[0]!r}.{hint}")
     if twice := [name for name in merged if merged.count(name) > 1]:
-        raise ValueError(f"merge: {twice[0]!r} stands twice; a class can become part of one other.")
+        raise ValueError(f"merge: {twice[0]!r} is listed twice; a class can be merged only once.")
     if taken := [new for new, own in merge.items() if new in names and new not in own]:
-        raise ValueError(f"merge: {taken[0]!r} is a class already. Give the merged classes another name.")
+        raise ValueError(f"merge: {taken[0]!r} is a class already. Choose another name for the merged classes.")
     kept = {name: new for name, new in new_names.items() if not keep or new in keep}
     if len(set(kept.values())) < 2:
-        raise ValueError(f"{len(set(kept.values()))} class would be left of {len(names)}; a classifier needs two.")
+        raise ValueError(f"{len(set(kept.values()))} class of {len(names)} would remain; a classifier needs two.")
     return kept
 
 
@@ -116,9 +116,9 @@ def _convert(
     quality: int,
     levels: deep.Levels | None,
 ) -> tuple[str, str]:
-    """Resize a file (or its box) of `source` into one of `out`; return why it cannot be done, or two empty strings."""
+    """Resize a file (or its box) of `source` into one of `out`; return why not, or two empty strings."""
     target, box = out / files[1], images.read_box(files[2])
-    if target.is_file():  # by an interrupted run, and a file appears only whole
+    if target.is_file():  # of an interrupted run; a file is always complete
         return "", ""
     try:
         pixels = images.load(source / files[0], image_size, fit, box=box, levels=levels, max_pixels=None)
@@ -129,14 +129,14 @@ def _convert(
 
 
 def copy_json(source: Path, out: Path, *names: str) -> None:
-    """Copy the JSON files of an earlier stage that a later one needs; one that is not there is passed over."""
+    """Copy the JSON files of an earlier stage that a later one needs; missing files are skipped."""
     for name in names:
         if (source / name).is_file():
             disk.write_json(out / name, disk.read_json(source / name))
 
 
 def box_column(table: pd.DataFrame) -> list[str]:
-    """Return the name of the column that says which part of an image to keep, where 00b_crop has made one."""
+    """Return the name of the column with the part of an image to keep, where 00b_crop has written it."""
     return ["box"] if "box" in table else []
 
 
