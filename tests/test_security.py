@@ -140,7 +140,7 @@ def test_nested_doubling_is_not_written_out(tmp_path):
     for _ in range(100):
         deep = [deep, deep]
     data = pickle.dumps(deep, protocol=2) + weights_file()
-    with pytest.raises(ValueError, match="does not begin as such a file does"):
+    with pytest.raises(ValueError, match="first bytes are not those of such a file"):
         read(data, tmp_path)
 
 

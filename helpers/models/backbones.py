@@ -1,7 +1,7 @@
 """Backbones by name: networks that take RGB 0-255 and return a feature map, or tokens.
 
-The names are those of the families in `FAMILIES`. A family's own preprocessing is part of the graph and made of stock
-Keras only, so a saved backbone opens anywhere with Keras. The names are read without Keras; what builds imports it.
+The names are those of the families in `FAMILIES`. A family's own preprocessing is part of the graph and uses only
+standard Keras, so a saved backbone opens anywhere with Keras. Reading the names needs no Keras; building imports it.
 """
 
 import collections
@@ -18,18 +18,18 @@ FAMILIES = (applications.FAMILY, efficientnet_lite.FAMILY, torchvision.FAMILY, k
 
 
 def names() -> list[str]:
-    """Return all names but the presets of KerasHub, which are ``hub:<preset>``."""
+    """Return all names except the presets of KerasHub, which are ``hub:<preset>``."""
     return sorted(name for one in FAMILIES for name in one.specs)
 
 
 def spec(name: str) -> family.Spec:
-    """Look a backbone up; needs no Keras.
+    """Return the spec of a backbone; needs no Keras.
 
     Args:
         name: one of `names()` or ``hub:<preset>``.
 
     Raises:
-        ValueError: the name is unknown; close names are offered.
+        ValueError: the name is unknown; the message lists similar names.
     """
     return _find(name)[1]
 
@@ -77,7 +77,7 @@ def imagenet_classifier(name: str = "efficientnet_lite0", image_size: int | None
 
     Args:
         name: "efficientnet_lite0", "efficientnet_lite1" or "efficientnet_lite2".
-        image_size: pixels; the size of its training if None.
+        image_size: pixels; None: the size of its training.
 
     Returns:
         keras.Model: RGB 0-255 (batch, image_size, image_size, 3) -> logits (batch, 1000), the ILSVRC-2012 classes
@@ -90,7 +90,7 @@ def imagenet_classifier(name: str = "efficientnet_lite0", image_size: int | None
 
     own_family, own_spec = _find(name)
     if type(own_family).classify is family.Family.classify:
-        own_family.classify(None, own_spec)  # says so before anything is built
+        own_family.classify(None, own_spec)  # raises before anything is built
     backbone = build(name, image_size or own_spec.size)
     return keras.Model(backbone.input, own_family.classify(backbone, own_spec), name=name)
 
@@ -123,7 +123,7 @@ def weights_here() -> list[str]:
 
 
 def automatic_stem(layer) -> str:
-    """Return the name Keras gives a layer that was given none, without its number: Conv2D -> "conv2d"."""
+    """Return the name that Keras gives a layer without a name, without its number: Conv2D -> "conv2d"."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(layer).__name__).lower()
 
 
@@ -141,7 +141,7 @@ def _check_size(own_spec: family.Spec, image_size) -> tuple[int, int]:
         isinstance(side, (int, np.integer)) and not isinstance(side, bool) for side in sides
     )
     if not whole:
-        raise ValueError(f"image_size is one whole number of pixels or (height, width); got {image_size!r}.")
+        raise ValueError(f"image_size must be one whole number of pixels or (height, width); got {image_size!r}.")
     if min(sides) < own_spec.min_size:
         raise ValueError(
             f"{own_spec.name} needs images of at least {own_spec.min_size} px; got image_size {image_size}."
@@ -153,10 +153,10 @@ def _check_path(own_family: family.Family, weights: str) -> Path:
     path = project.resolve(weights)
     if not path.name.endswith(own_family.endings):
         raise ValueError(
-            f'weights is "imagenet", "none" or a file ending in {", ".join(own_family.endings)}; got {weights!r}.'
+            f'weights must be "imagenet", "none" or a file ending in {", ".join(own_family.endings)}; got {weights!r}.'
         )
     if not path.is_file():
-        raise FileNotFoundError(f'No weights file {path}. Give an existing file, "imagenet" or "none".')
+        raise FileNotFoundError(f'No weights file {path}. Set an existing file, "imagenet" or "none".')
     return path
 
 

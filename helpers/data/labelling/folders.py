@@ -1,7 +1,7 @@
 """Labels by folders: a folder for each class, alone or within folders of parts such as train, val and test.
 
-Folders of parts are told by their names, in the spellings that data sets use: train, Training, x_train, train_images,
-train2017. Where the folders can be read in two ways, nothing is guessed: the error names both readings.
+Folders of parts are recognised by their names, in the spellings of data sets: train, Training, x_train, train_images,
+train2017. Where the folders can be read in two ways, an error names both.
 """
 
 import os
@@ -21,20 +21,20 @@ from helpers.data.images import SUFFIXES
 Levels = Literal["auto", "upper", "lower", "path"]
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 PARTS |= {"test": "test", "testing": "test"}
-# Words that name a folder of images, but no class.
+# Words that name a folder of images, but not a class.
 NEUTRAL = {"", *"image images img imgs data dataset set split photos pictures jpg".split()}
 UNLABELLED = {"pred", "predict", "prediction", "inference", "unlabelled", "unlabeled", "unknown", "new", "submission"}
 
 
 @dataclass
 class Contents:
-    """What the folders say.
+    """What the folders hold.
 
     Attributes:
-        table: one row per image: path (posix, relative to the root), label and split ("" when not known).
+        table: one row per image: path (posix, relative to the root), label and split ("" when unknown).
         rejected: rows of quarantine.csv: path, label, reason, detail.
-        ignored: what was passed over -> how often.
-        notes: sentences about how the folders were understood, where that is not plain.
+        ignored: what was skipped -> how often.
+        notes: sentences about how the folders were read, where that is not obvious.
     """
 
     table: pd.DataFrame
@@ -56,7 +56,7 @@ def read(root: Path, class_folders: Levels = "auto") -> Contents:
     Args:
         root: the folder.
         class_folders: which of several levels of folders names the class: the upper one, the lower one, or their
-            "path"; "auto" takes the only sensible reading.
+            "path"; "auto" takes the only possible one.
 
     Raises:
         ValueError: the folders can be read in two ways; the message names both and how to choose.
@@ -76,7 +76,7 @@ def read(root: Path, class_folders: Levels = "auto") -> Contents:
 
 
 def walk(root: Path, ignored: Counter) -> Iterator[str]:
-    """Yield the posix path of each file below `root` that is named like an image, sorted; count what is passed over."""
+    """Yield the posix path of each file below `root` that is named like an image, sorted; count what is skipped."""
     yield from sorted(_walk(root, "", ignored, (os.path.realpath(root),)))
 
 
@@ -103,15 +103,15 @@ def _walk(root: Path, prefix: str, ignored: Counter, above: tuple[str, ...]) -> 
 
 
 def shown(text: str) -> str:
-    """Return a name so that it can be written down: bytes that are no UTF-8 as \\x.."""
+    """Return a name that can be printed: bytes that are not UTF-8 as \\x.."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
-# Folders around everything, and folders of parts
+# Outer folders, and folders of parts
 
 
 def _unwrap(images: list[_Image], contents: Contents) -> list[_Image]:
-    """Look into a folder that holds everything, as archives have one: it cannot be a class."""
+    """Skip an outer folder that holds everything, as in archives: it cannot be a class."""
     around = []
     while len(tops := {image.folders[0] for image in images if image.folders}) == 1:
         if not all(image.folders[1:] for image in images if image.folders) or "train" in _parts(tops).values():
@@ -119,12 +119,12 @@ def _unwrap(images: list[_Image], contents: Contents) -> list[_Image]:
         around += tops
         images = [_Image(image.path, image.folders[1:]) for image in images]
     if around:
-        contents.notes.append(f"All images lie in {shown('/'.join(around))}/: the folders in it are read.")
+        contents.notes.append(f"All images are in {shown('/'.join(around))}/: the folders in it are read.")
     return images
 
 
 def part_of(name: str) -> tuple[str, str]:
-    """Return the part that a folder's name says, or "", and the rest of the name.
+    """Return the part in a folder's name, or "", and the rest of the name.
 
     `train_images` is ("train", "images"), `x_train` is ("train", "x"), `station` is ("", "station").
     """
@@ -136,7 +136,7 @@ def part_of(name: str) -> tuple[str, str]:
 
 
 def _parts(names: set[str]) -> dict[str, str]:
-    """Return the folders that are parts of one split: those whose names differ in nothing but the part."""
+    """Return the folders that are parts of one split: their names differ only in the part."""
     by_rest: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
         part, rest = part_of(name)
@@ -156,7 +156,7 @@ def _parts(names: set[str]) -> dict[str, str]:
 
 
 def _take_parts(images: list[_Image], root: Path, contents: Contents) -> list[_Image]:
-    """Give the images their parts and take the folders of the parts off, where the folders are a ready-made split."""
+    """Set the parts of the images and skip the folders of the parts, where the folders are a ready-made split."""
     by_top: dict[str, list[_Image]] = defaultdict(list)
     for image in images:
         if image.folders:
@@ -170,7 +170,7 @@ def _take_parts(images: list[_Image], root: Path, contents: Contents) -> list[_I
     if not any(parts[top] == "train" for top in deep & {*parts}) and "train" in parts.values():
         raise ValueError(
             f"{part_names} in {shown(str(root))} look like parts of a split, but train holds no folder for each class, "
-            "so nothing names the class of an image. Give a table of labels (explore.labels), or make folders for the"
+            "so nothing names the class of an image. Set a table of labels (explore.labels), or make folders for the"
             " classes. If they are the classes, rename them."
         )
     if "train" not in parts.values():
@@ -188,7 +188,7 @@ def _take_parts(images: list[_Image], root: Path, contents: Contents) -> list[_I
             contents.ignored["images outside any class folder"] += len(own)
             contents.notes.append(
                 f"{shown(top)}/ holds {len(own):,} images without folders of classes: they have no labels and are left"
-                " out. `thaw predict` takes them."
+                " out. `thaw predict` classifies them."
             )
         else:
             _leave_out(top, own, part_names, root, contents)
@@ -197,7 +197,7 @@ def _take_parts(images: list[_Image], root: Path, contents: Contents) -> list[_I
 
 
 def _inside(top: str, images: list[_Image]) -> list[tuple[str, ...]]:
-    """Return the folders below the part `top` that can name a class: not those of x_train/x_train or train/images."""
+    """Return the folders below the part `top` that can name a class: not x_train/x_train or train/images."""
     inner = [image.folders[1:] for image in images]
     while len(first := {folders[:1] for folders in inner}) == 1 and (name := "".join(*first).lower()):
         if name != top.lower() and name not in NEUTRAL:
@@ -207,7 +207,7 @@ def _inside(top: str, images: list[_Image]) -> list[tuple[str, ...]]:
 
 
 def _train_alone(by_top: dict[str, list[_Image]], deep: set[str], root: Path) -> dict[str, str]:
-    """Return train as the only part where the folders beside it hold images without labels."""
+    """Return train as the only part where the other folders hold images without labels."""
     train = [top for top in by_top if part_of(top)[0] == "train" and top in deep]
     others = {*by_top} - {*train}
     if len(train) != 1 or not others or others & deep:
@@ -222,18 +222,18 @@ def _train_alone(by_top: dict[str, list[_Image]], deep: set[str], root: Path) ->
 
 
 def _leave_out(top: str, own: list[_Image], part_names: str, root: Path, contents: Contents) -> None:
-    """Pass over a folder beside the parts that has no labels or is a set of its own; refuse any other."""
+    """Skip a folder beside the parts that has no labels or is a separate set; raise an error for any other."""
     inner = {image.folders[1] for image in own if image.folders[1:]}
     if {name.lower() for name in inner} <= NEUTRAL:
         why = "images without folders of classes: they have no labels"
     elif _parts(inner) or _parts({image.folders[2] for image in own if image.folders[2:]}):
-        why = "images in parts of its own: it is a set of its own, perhaps a copy"
+        why = "images in parts of its own: it is a separate set, perhaps a copy"
     elif {*re.findall("[a-z]+", top.lower())} & UNLABELLED:
-        why = "images: by its name they have no labels"
+        why = "images: its name says that they have no labels"
     else:
         raise ValueError(
             f"{part_names} in {shown(str(root))} look like parts of a split, not classes, but {shown(top)} with"
-            f" {len(own):,} images in folders lies beside them. For a ready-made split, move that folder elsewhere. If"
+            f" {len(own):,} images in folders is beside them. For a ready-made split, move that folder elsewhere. If"
             " all of them are classes, rename those that are named like parts."
         )
     contents.ignored[f"images in {shown(top)}, beside the parts"] += len(own)
@@ -241,12 +241,12 @@ def _leave_out(top: str, own: list[_Image], part_names: str, root: Path, content
 
 
 def _parts_in_classes(images: list[_Image], contents: Contents) -> list[_Image]:
-    """Take parts that lie within the folders of the classes: cat/train, cat/test, dog/train, dog/test."""
+    """Set parts that are within the folders of the classes: cat/train, cat/test, dog/train, dog/test."""
     second = {image.folders[1] for image in images if image.folders[1:]}
     parts = _parts(second)
     if not parts or {*parts} != second or not all(len(image.folders) == 2 for image in images if image.folders):
         return images
-    contents.notes.append(f"{_listed(parts)} lie in the folder of each class.")
+    contents.notes.append(f"{_listed(parts)} are in the folder of each class.")
     loose = [image for image in images if not image.folders]
     inner = [_Image(image.path, image.folders[:1], parts[image.folders[1]]) for image in images if image.folders]
     return inner + loose
@@ -270,7 +270,7 @@ def _take_classes(images: list[_Image], class_folders: Levels, contents: Content
         else:  # with pyarrow installed, a table cannot hold such a name
             reason = {"reason": "unusable name", "detail": "the name is not valid UTF-8; rename it"}
             contents.rejected.append({"path": shown(image.path), "label": shown(label)} | reason)
-    contents.ignored += Counter()  # drops what was counted as none
+    contents.ignored += Counter()  # drops zero counts
     contents.table = pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str)
 
 
@@ -287,7 +287,7 @@ def _label(folders: tuple[str, ...], levels: Levels) -> str:
 
 
 def _only_reading(folders: list[tuple[str, ...]], contents: Contents) -> Levels:
-    """Return "upper" where no image says otherwise.
+    """Return "upper" unless the folders contradict it.
 
     Raises:
         ValueError: the upper and the lower folders make different classes.

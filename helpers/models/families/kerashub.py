@@ -2,7 +2,7 @@
 
 Convolutional backbones end in a feature map, (batch, height, width, channels), vision transformers in tokens, (batch,
 tokens, channels). A transformer's encoder is one layer in KerasHub; here each of its blocks is a layer, ``block1`` to
-``block12``, so that some of them can train while what the others give is kept.
+``block12``, so that some of them can train while the outputs of the others are cached.
 """
 
 import inspect
@@ -17,19 +17,19 @@ SMALLEST = 32  # pixels
 GIVES = {
     "map": ("CSPNet", "DenseNet", "EfficientNet", "MobileNet", "ResNet", "VGG", "Xception"),
     "tokens": ("DeiT", "DINOV2", "DINOV3", "SigLIP", "ViT"),
-}  # kinds of backbones. KerasHub 0.32 saves Swin and MiT in a form that it cannot load, HGNetV2 gives several maps
+}  # kinds of backbones. KerasHub 0.32 cannot load its own saved Swin and MiT; HGNetV2 gives several maps
 
 
 class KerasHub(family.Family):
     """Every preset of the installed KerasHub whose backbone returns a feature map or tokens."""
 
     def spec(self, name: str) -> family.Spec | None:
-        """Return the preset that a name such as ``hub:resnet_50_imagenet`` means; whether it exists is not known."""
+        """Return the preset of a name such as ``hub:resnet_50_imagenet``, without a check that it exists."""
         is_preset = isinstance(name, str) and re.fullmatch(r"hub:\S+", name)
         return family.Spec(name, None, SMALLEST) if is_preset else None
 
     def features(self, spec: family.Spec, image: Any, imagenet: bool) -> Any:
-        """Build a preset, its image converter's scale and offset first, laid flat so that its layers can be named."""
+        """Build a preset after its image converter's scale and offset, flattened so that its layers have names."""
         import keras
 
         keras_hub = _keras_hub(spec.name)
@@ -72,11 +72,11 @@ class KerasHub(family.Family):
 
 @dataclass(frozen=True)
 class Preset:
-    """What the installed KerasHub tells of a preset before it is downloaded.
+    """The facts about a preset in the installed KerasHub, before it is downloaded.
 
     Attributes:
         name: as recipes take it, ``hub:<preset>``.
-        weights: how many, the text tower of a pair included; 0 where KerasHub does not say.
+        weights: their number, with the text tower of a pair; 0 where KerasHub does not state it.
         size: height and width in pixels that its name or description states; None where they do not.
         gives: "map" or "tokens".
     """
@@ -118,14 +118,14 @@ def _keras_hub(what: str) -> Any:
 
 
 def _preset(name: str, preset: str, shape: tuple[int, int, int], imagenet: bool) -> Any:
-    """Return the backbone of a preset for images of a size, or say that it takes only images of its own."""
+    """Return the backbone of a preset for images of a size; raise an error if it takes only its own size."""
     import keras_hub
 
     backbone = keras_hub.models.Backbone
     try:
         try:
             hub = backbone.from_preset(preset, load_weights=imagenet, image_shape=shape)
-        except TypeError:  # a pair of towers, for images and for texts, has no shape of its own
+        except TypeError:  # a pair of towers, for images and for texts, has no own shape
             hub = backbone.from_preset(preset, load_weights=imagenet)
     except ValueError as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -146,7 +146,7 @@ def _preset(name: str, preset: str, shape: tuple[int, int, int], imagenet: bool)
 
 
 def _in_force(hub: Any) -> Any:
-    """Return the network in the precision in force; a tower within a pair keeps that of its file."""
+    """Return the network in the precision in force; a tower in a pair keeps that of its file."""
     import keras
 
     policy = keras.config.dtype_policy().name
