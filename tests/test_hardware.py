@@ -103,7 +103,7 @@ def test_what_is_asked_for_is_done(machine):
 
 def test_a_gpu_that_is_not_there_is_told(machine):
     machine()
-    with pytest.raises(RuntimeError, match=r"TensorFlow sees none\. `thaw doctor` says what is missing"):
+    with pytest.raises(RuntimeError, match=r"TensorFlow sees none\. `thaw doctor` shows what is missing"):
         hardware.prepare("gpu")
 
 
