@@ -1,7 +1,7 @@
 """A stage's folder: opening, finishing and reading it.
 
 Every notebook opens its `out` with `open_stage` and closes it with `finish_stage`. Both write to
-`stage.json`, which tells a finished stage from an unfinished one and from a folder of the user.
+`stage.json`, which separates a finished stage from an unfinished one and from a folder of the user.
 """
 
 import hashlib
