@@ -1,6 +1,6 @@
 """A stage's folder: opening, finishing and reading it.
 
-Every notebook opens its `out` with `open_stage` and closes it with `finish_stage`. Both write to
+Every notebook opens its `out` with `open` and closes it with `finish`. Both write to
 `stage.json`, which separates a finished stage from an unfinished one and from a folder of the user.
 """
 
