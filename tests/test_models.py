@@ -96,7 +96,7 @@ def test_mixed_precision_keeps_float32_probabilities():
     ("wrong", "message"),
     [
         ({"n_classes": 1}, "n_classes must be a whole number from 2"),
-        ({"dropout": 1.0}, r"dropout is a share in \[0, 1\); got 1.0"),
+        ({"dropout": 1.0}, r"dropout must be a share in \[0, 1\); got 1.0"),
         ({"dense": [0]}, "units of a dense layer must be a whole number from 1"),
         ({"dense": [{"activation": "relu"}]}, "units of a dense layer .* got None"),
         ({"dense": [{"units": 8, "droput": 0.5}]}, r"no \['droput'\]; it takes units, activation, dropout"),
