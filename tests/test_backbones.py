@@ -266,7 +266,7 @@ def test_weights_of_another_architecture(given, wanted, ending, tmp_path):
 
 
 def test_weights_file_missing_or_of_another_kind(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No weights file .*gone\.keras\. Give an existing file"):
+    with pytest.raises(FileNotFoundError, match=r"No weights file .*gone\.keras\. Set an existing file"):
         backbones.build("mobilenet", 32, str(tmp_path / "gone.keras"))
     with pytest.raises(ValueError, match=r"a file ending in \.keras, \.h5"):
         backbones.build("mobilenet", 32, "imagnet")

@@ -360,7 +360,7 @@ def test_the_same_picture_twice_in_a_class_is_one_group(root):
 def test_a_class_left_empty_is_an_error_that_names_it(root):
     (root / "bird").mkdir()
     (root / "bird" / "a.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"No sound image is left of bird \(1 not an image\)"):
+    with pytest.raises(ValueError, match=r"No usable image is left of bird \(1 not an image\)"):
         process(root)
 
 

@@ -201,7 +201,7 @@ def test_no_space(thaw, recipe, runs_folder, monkeypatch):
 
     monkeypatch.setattr(checks, "check", lambda *_: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    assert "Only 0 MB are free where" in mistake(thaw, runs_folder, "run", recipe)
+    assert "Only 0 MB are free on the disk of" in mistake(thaw, runs_folder, "run", recipe)
 
 
 def test_a_disk_that_is_full_between_two_stages_is_told_with_what_could_go(thaw, recipe, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_disk_that_is_full_between_two_stages_is_told_with_what_could_go(thaw,
 
     monkeypatch.setattr(planning, "plan", full)
     code, shown = thaw("show", recipe)
-    assert code == 1 and "manifest.json.tmp" in shown and "is full. `thaw clean` says what could go" in shown
+    assert code == 1 and "manifest.json.tmp" in shown and "is full. `thaw clean` lists what can be deleted" in shown
 
 
 def test_a_programming_error_keeps_its_traceback(thaw, recipe, monkeypatch):
@@ -311,7 +311,7 @@ FORMS = {  # folders -> images, what the terminal says, the parts that come of i
         {"x_train/x_train/cat": 4, "x_train/x_train/dog": 4, "x_test/x_test/cat": 2},
         "train 8, test 2",
     ),
-    "wrapped": ({"set/photos/train/cat": 4, "set/photos/train/dog": 4, "set/photos/test/dog": 2}, "lie in set/photos/"),
+    "wrapped": ({"set/photos/train/cat": 4, "set/photos/train/dog": 4, "set/photos/test/dog": 2}, "are in set/photos/"),
     "images within": ({"train/images/cat": 4, "train/images/dog": 4, "test/images/cat": 2}, "train 8, test 2"),
     "unlabelled beside": (
         {"seg_train/cat": 4, "seg_train/dog": 4, "seg_test/cat": 2, "seg_pred": 3},
@@ -331,7 +331,7 @@ FORMS = {  # folders -> images, what the terminal says, the parts that come of i
     ),
     "parts in classes": (
         {"cat/train": 4, "cat/test": 2, "dog/train": 4, "dog/test": 2},
-        "test, train lie in the folder of each class",
+        "test, train are in the folder of each class",
     ),
     "images in classes": (
         {"train/cat/images": 4, "train/dog/images": 4, "test/cat/images": 2},
@@ -364,7 +364,7 @@ def test_new_takes_no_folder_of_a_part_for_a_class(thaw, project, tmp_path, imag
             {"train/plant/rose": 3, "train/animal/cat": 3, "test/plant/rose": 3},
             "as upper (2 classes: animal, plant) or as lower",
         ),
-        ({"train/cat": 4, "train/dog": 4, "test/cat": 2, "extra/cat": 2}, "extra with 2 images in folders lies beside"),
+        ({"train/cat": 4, "train/dog": 4, "test/cat": 2, "extra/cat": 2}, "extra with 2 images in folders is beside"),
         ({"train": 4, "test": 4}, "train holds no folder for each class"),
         ({"val/cat": 4, "test/cat": 4}, "there is no train"),
         ({"train/cat": 4, "train/dog": 4, "car": 4}, "can be read in two ways: train is a part"),
@@ -590,8 +590,8 @@ UNSAFE = {
     "windows.zip": (zip_with("a\\..\\..\\x.png"), "leads out of the folder"),
     "drive.zip": (zip_with("C:/x.png"), "leads out of the folder"),
     "link.zip": (zip_with("x.png", 0o120777), "a link or a device"),
-    "damaged.zip": (lambda path: path.write_bytes(b"PK no more"), "is damaged or no archive"),
-    "damaged.tgz": (lambda path: path.write_bytes(b"\x1f\x8b no more"), "is damaged or no archive"),
+    "damaged.zip": (lambda path: path.write_bytes(b"PK no more"), "is damaged or not an archive"),
+    "damaged.tgz": (lambda path: path.write_bytes(b"\x1f\x8b no more"), "is damaged or not an archive"),
     "other.7z": (lambda path: path.write_bytes(b"7z"), "unpack it yourself"),
 }
 

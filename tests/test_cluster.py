@@ -259,7 +259,7 @@ def test_two_ranks_train_as_one_process_does(alone, together, stage):
     np.testing.assert_allclose(both, one, atol=2e-4)
     assert one["loss"].iloc[-1] < one["loss"].iloc[0] - 0.01, "or equal losses would prove nothing"
     notebook = (together.run / stage / "notebook.ipynb").read_text()
-    assert "2 x the CPU on 2 hosts at once" in notebook and "2 views of 36 training images" in notebook
+    assert "2 x the CPU on 2 hosts together" in notebook and "2 views of 36 training images" in notebook
 
 
 @pytest.mark.cluster

@@ -216,7 +216,7 @@ def test_a_full_disk_in_each_stage_loses_nothing(small_disk, undisturbed, recipe
             options["preexec_fn"] = lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         shown = place.thaw("run", recipe, "--to", stage, expect=1, **options)
         ballast.unlink(missing_ok=True)
-        assert "is full. `thaw clean` says what could go" in shown and stage in shown, shown
+        assert "is full. `thaw clean` lists what can be deleted" in shown and stage in shown, shown
         assert not re.search(rf"/\d {stage} +[\d.]+ s", shown), f"it was full only after {stage}: {shown}"
         with capsys.disabled():
             print(f"\n{'full disk' if small_disk else 'file size'} in {stage}: {shown.splitlines()[1][:150]}")
@@ -264,7 +264,7 @@ def test_a_run_that_is_read_only_can_be_looked_at_and_used(undisturbed, recipe, 
     assert undisturbed.thaw("verify", undisturbed.run, before=before).count("as it was made") == len(STAGES) + 2
     assert str(photo) in undisturbed.thaw("predict", undisturbed.run, photo, before=before)
     shown = undisturbed.thaw("run", recipe, "--name", "new", "--set", "split.seed=9", before=before, expect=1)
-    assert "cannot be written to. Give yourself the right to, or set THAW_RUNS to a folder of your own." in shown
+    assert "cannot be written to. Change its permissions, or set THAW_RUNS to a folder of your own." in shown
 
 
 def test_project_photos_and_home_may_be_read_only(undisturbed, recipe, read_only, tmp_path):

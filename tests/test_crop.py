@@ -203,7 +203,7 @@ def test_the_largest_box_of_the_classes_that_scores_enough_is_taken():
     ]
     assert chosen["share"][0] == pytest.approx(48 * 60 / 8000) and chosen["class"][0] == "truck"
     assert crop.headline(chosen).startswith("2 of 7 images cut to a box, the others whole: 2 too small or outside, 1 ")
-    with pytest.raises(ValueError, match="no box says its class"):
+    with pytest.raises(ValueError, match="no box has a class"):
         crop.largest(found.assign(**{"class": ""}), table_of("1"), classes=["car"])
 
 
@@ -336,8 +336,8 @@ def test_a_recipe_that_names_no_boxes_or_two_is_refused_before_it_runs(cropped, 
     monkeypatch.setenv("THAW_RUNS", str(tmp_path))
     recipe = recipes.load(cropped)
     for change, message in (
-        ({"boxes": "b.csv"}, "give either boxes"),
-        ({"detector": ""}, "give either boxes"),
+        ({"boxes": "b.csv"}, "set either boxes"),
+        ({"detector": ""}, "set either boxes"),
         ({"detector": "no.onnx"}, "detector: there is no file no.onnx"),
     ):
         recipe.stages["crop"] = recipes.load(cropped).stages["crop"] | change

@@ -133,9 +133,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(toy, monkeypatch, where, code):
 
     with monkeypatch.context() as patch:
         patch.setattr(*where, full)
-        with pytest.raises(
-            planning.StageError, match=r"explore stopped: the disk where .* lies is full\. `thaw clean`"
-        ):
+        with pytest.raises(planning.StageError, match=r"explore stopped: the disk of .* is full\. `thaw clean`"):
             toy.run()
     toy.run()
     assert toy.word() == "photos:abc"
@@ -161,7 +159,7 @@ def test_a_folder_that_cannot_be_written_to_can_be_looked_at(toy, monkeypatch):
     asked = []
     monkeypatch.setattr(inventory, "source_fingerprint", lambda p, cache: asked.append(cache) or "photos:")
     assert set(toy.why().values()) == {"done"} and asked == [None]
-    with pytest.raises(PermissionError, match=r"cannot be written to\. Give yourself the right to, or set THAW_RUNS"):
+    with pytest.raises(PermissionError, match=r"cannot be written to\. Change its permissions, or set THAW_RUNS"):
         toy.run(rebuild="resize")
 
 

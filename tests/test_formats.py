@@ -154,19 +154,19 @@ def test_ranges_that_single_files_declare(data, levels, take):
 def test_a_range_is_given_by_hand_and_what_is_beyond_is_told(take):
     files = {"a.png": png(RAMP * 16, 0, 16), "b.png": png(RAMP * 17, 0, 16)}
     _, _, levels, sentence = take(files, bits=[0, 3000])
-    assert levels == deep.Levels(0, 3000) and "bits says so" in sentence
-    assert "2 of them have values beyond, which are cut off" in sentence
+    assert levels == deep.Levels(0, 3000) and "set by bits" in sentence
+    assert "2 of them have values outside, which are cut off" in sentence
     with pytest.raises(ValueError, match="white must be larger"):
         take(files, bits=[5, 5])
     with pytest.raises(ValueError, match="expected 8 to 32"):
-        deep.given(3)
+        deep.from_bits(3)
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_thirty_two_bits_need_black_and_white(kind, take):
     files = {"a.tif": tiff((RAMP * 16).astype(kind)), "b.png": png(RAMP, 0, 8), "c.png": png(RAMP + 1, 0, 8)}
     _, quarantine, levels, _ = take(files | {"d.png": png(RAMP + 2, 0, 8)})
-    assert list(quarantine["reason"]) == ["format"] and "give explore.bits" in quarantine["detail"][0]
+    assert list(quarantine["reason"]) == ["format"] and "set explore.bits" in quarantine["detail"][0]
     assert levels is None
     _, quarantine, levels, _ = take(files, bits=12)
     assert quarantine.empty and levels == deep.Levels(0, 4095)
@@ -236,7 +236,7 @@ def test_what_is_no_number_is_no_black(value, take):
     values = RAMP.astype("f4")
     values[3, 3] = value
     _, quarantine, levels, _ = take({"a.tif": raw_tiff(values), "b.tif": tiff(RAMP), "c.tif": tiff(RAMP + 1)}, bits=8)
-    assert list(quarantine["reason"]) == ["format"] and "no numbers" in quarantine["detail"][0]
+    assert list(quarantine["reason"]) == ["format"] and "not numbers" in quarantine["detail"][0]
     assert levels == deep.Levels(0, 255)
 
 

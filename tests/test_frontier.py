@@ -282,7 +282,7 @@ def test_a_model_without_a_graph_is_refused():
         def call(self, values):
             return values
 
-    with pytest.raises(ValueError, match="Own whose graph cannot be seen"):
+    with pytest.raises(ValueError, match="Own without a graph"):
         frontier.cut(Own(name="own"))
 
 

@@ -103,7 +103,7 @@ def test_what_is_asked_for_is_done(machine):
 
 def test_a_gpu_that_is_not_there_is_told(machine):
     machine()
-    with pytest.raises(RuntimeError, match=r"TensorFlow sees none\. `thaw doctor` says what is missing"):
+    with pytest.raises(RuntimeError, match=r"TensorFlow sees none\. `thaw doctor` shows what is missing"):
         hardware.prepare("gpu")
 
 
@@ -240,7 +240,7 @@ def test_the_batch_size_that_fits_is_measured_and_told(error):
 def test_when_not_even_one_image_fits_other_ways_are_named():
     model = Hungry(0, FULL[0])
     with (
-        pytest.raises(MemoryError, match=r"and for a single one\. Take a smaller image_size or backbone"),
+        pytest.raises(MemoryError, match=r"and for a single one\. Choose a smaller image_size or backbone"),
         hardware.batch_that_fits(model, batches(4), 4),
     ):
         model.fit()

@@ -187,7 +187,7 @@ def test_classes_are_merged_and_kept_in_their_order():
     ("merge", "keep", "said"),
     [
         ({"pets": ["cat", "dgo"]}, [], "no class 'dgo'"),
-        ({"pets": ["cat"], "all": ["cat", "dog"]}, [], "'cat' stands twice"),
+        ({"pets": ["cat"], "all": ["cat", "dog"]}, [], "'cat' is listed twice"),
         ({"ant": ["cat", "dog"]}, [], "'ant' is a class already"),
         ({}, ["ant", "fox"], "no class 'fox'"),
         ({"pets": ["cat", "dog"]}, ["ant", "cat"], "keep: there is no class 'cat'"),

@@ -174,8 +174,8 @@ def test_the_levels_are_the_ends_of_the_blocks(name, expected):
     [
         ("block9", r"no level 'block9'\. Did you mean block.*Its levels: block1, "),
         (["block3", "tip"], "no level 'tip'"),
-        ([], "levels is top, all"),
-        (7, "levels is top, all"),
+        ([], "levels must be top, all"),
+        (7, "levels must be top, all"),
     ],
 )
 def test_unknown_levels_are_told_before_a_run(given, said):

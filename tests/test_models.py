@@ -96,12 +96,12 @@ def test_mixed_precision_keeps_float32_probabilities():
     ("wrong", "message"),
     [
         ({"n_classes": 1}, "n_classes must be a whole number from 2"),
-        ({"dropout": 1.0}, r"dropout is a share in \[0, 1\); got 1.0"),
+        ({"dropout": 1.0}, r"dropout must be a share in \[0, 1\); got 1.0"),
         ({"dense": [0]}, "units of a dense layer must be a whole number from 1"),
         ({"dense": [{"activation": "relu"}]}, "units of a dense layer .* got None"),
         ({"dense": [{"units": 8, "droput": 0.5}]}, r"no \['droput'\]; it takes units, activation, dropout"),
-        ({"dense": [{"units": 8, "activation": "rellu"}]}, "activation is one of Keras, such as relu; got"),
-        ({"dense": [{"units": 8, "l2": "1"}]}, "l2 of a dense layer is a number of at least 0; got '1'"),
+        ({"dense": [{"units": 8, "activation": "rellu"}]}, "activation must be one of Keras, such as relu; got"),
+        ({"dense": [{"units": 8, "l2": "1"}]}, "l2 of a dense layer must be a number of at least 0; got '1'"),
         ({"backbone": "mobilenetv3_small"}, "Did you mean mobilenet_v3_small"),
     ],
 )
@@ -115,8 +115,8 @@ def test_wrong_heads(wrong, message):
     ("output", "message"),
     [
         ({"batchnorm": True}, "output has no 'batchnorm'. Did you mean batch_norm"),
-        ({"l1": -1.0}, "l1 of output is a number of at least 0; got -1.0"),
-        ({"batch_norm": 1}, "batch_norm of output is true or false; got 1"),
+        ({"l1": -1.0}, "l1 of output must be a number of at least 0; got -1.0"),
+        ({"batch_norm": 1}, "batch_norm of output must be true or false; got 1"),
     ],
 )
 def test_wrong_outputs(output, message):

@@ -150,7 +150,7 @@ def test_a_stage_is_optional_where_its_cell_says_so(toys, toy_notebooks, noteboo
 def test_a_stage_can_replace_only_what_it_reads(toys, toy_notebooks, notebook):
     notebook(toy_notebooks / "00z_smooth.ipynb", SMOOTH.replace("place of explore", "place of head"))
     notebooks.stages.cache_clear()
-    with pytest.raises(notebooks.RecipeError, match=r"one that it reads \(explore\), not of head"):
+    with pytest.raises(notebooks.RecipeError, match=r"a stage that it reads \(explore\), not head"):
         notebooks.stages()
 
 
@@ -225,8 +225,8 @@ def test_accepted(resolve, section, name, value):
         ("{keep: 1}", "head.keep"),
         ("{augmentation: [RandomZoom]}", "head.augmentation"),
         ("{epoch: 5}", "head.epoch: there is no such parameter. Did you mean epochs?"),
-        ("{images: x}", "head.images: this folder is given by the pipeline"),
-        ("{out: x}", "head.out: this folder is given by the pipeline"),
+        ("{images: x}", "head.images: the pipeline sets this folder"),
+        ("{out: x}", "head.out: the pipeline sets this folder"),
         ("{7: 5}", "head.7: there is no such parameter"),
         ("[epochs]", "head: expected parameters, e.g. {epochs: ...}, got ['epochs']"),
         ("5", "head: expected parameters"),

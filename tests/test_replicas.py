@@ -72,7 +72,7 @@ def test_two_devices_train_as_one_does(trained, stage):
 def test_what_two_devices_saved_is_an_ordinary_model(trained):
     report = disk.read_json(trained / "report.json")
     assert report["off by"] < 1e-5 and report["synchronized in the file"] is False
-    assert report["said"] == "Computes on 2 x the CPU at once (each takes a share of every batch) in float32"
+    assert report["said"] == "Computes on 2 x the CPU together (each takes a share of every batch) in float32"
 
 
 @pytest.mark.slow

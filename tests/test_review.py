@@ -298,9 +298,9 @@ def test_a_fix_of_an_image_that_is_gone_is_counted(raw, tmp_path):
         ),
         (
             "path,label,sha256\ncat/cat-00.png,dog,{1}\n",
-            "are not the ones that were reviewed: .* again: 'cat/cat-00.png'",
+            "are not the reviewed ones: .* again: 'cat/cat-00.png'",
         ),
-        ("path,label,sha256\ncat/cat-00.png,dog,\n", "are not the ones that were reviewed"),
+        ("path,label,sha256\ncat/cat-00.png,dog,\n", "are not the reviewed ones"),
         ("path,label,sha256\nx/1.png,dog,0\n", "has none of the 1 images in fixes.csv, such as 'x/1.png'"),
     ],
 )

@@ -65,7 +65,7 @@ def test_a_missing_input_names_the_notebook_that_makes_it(tmp_path, out):
 
 def test_an_unfinished_input_is_refused(out):
     (stages.open(out, PARAMETERS) / "word.txt").write_text("half")
-    with pytest.raises(FileNotFoundError, match=r"head is unfinished: notebooks/03_train_head\.ipynb was begun"):
+    with pytest.raises(FileNotFoundError, match=r"head is unfinished: notebooks/03_train_head\.ipynb did not reach"):
         stages.require(out, "word.txt", made_by="03_train_head")
 
 

@@ -115,10 +115,10 @@ HUGE_PLACE = b"r" + (2**31 - 1).to_bytes(4, "little")  # LONG_BINPUT: the list o
     ("data", "reason"),
     {
         "a tensor of a million million numbers in four": (weights_file((10**12,), (0,)), "more numbers than the file"),
-        "and one of fewer than none, to make up for it": (weights_file((-(10**12), 2), (0, 0)), "else than tensors"),
-        "a shape that is a tensor's factor": (weights_file((2**30, (1,)), (0, 0)), "else than tensors"),
+        "and one of fewer than none, to make up for it": (weights_file((-(10**12), 2), (0, 0)), "other than tensors"),
+        "a shape that is a tensor's factor": (weights_file((2**30, (1,)), (0, 0)), "other than tensors"),
         "beyond its numbers": (weights_file((3, 2), (1, 1), size=4), "more numbers|incompatible"),
-        "before its numbers": (weights_file((2, 2), (-2, 1)), "else than tensors"),
+        "before its numbers": (weights_file((2, 2), (-2, 1)), "other than tensors"),
         "a storage longer than the file": (weights_file(size=2**40), "cut short"),
         "a place far away": (weights_file(before=b"N" + HUGE_PLACE + b"0"), "LONG_BINPUT"),
         "a function's name on the stack": (weights_file(before=_text("os") + _text("system") + b"\x930"), "STACK_G"),
@@ -140,7 +140,7 @@ def test_nested_doubling_is_not_written_out(tmp_path):
     for _ in range(100):
         deep = [deep, deep]
     data = pickle.dumps(deep, protocol=2) + weights_file()
-    with pytest.raises(ValueError, match="does not begin as such a file does"):
+    with pytest.raises(ValueError, match="first bytes are not those of such a file"):
         read(data, tmp_path)
 
 

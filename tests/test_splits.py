@@ -194,7 +194,7 @@ def test_a_class_that_no_part_teaches_can_be_dropped():
 
 def test_nothing_but_rare_classes_is_refused():
     for rare in ("drop", "train_only"):
-        with pytest.raises(ValueError, match="Nothing is left to tell apart"):
+        with pytest.raises(ValueError, match="No classes remain to learn"):
             deal(inventory_of(["a", "b", "c"]), rare=rare)
 
 

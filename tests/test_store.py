@@ -605,7 +605,7 @@ def test_no_space_is_told_before_anything_is_written(quick_toys, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5_000_000, 5_000_000)
     )
-    with pytest.raises(OSError, match=r"Only 5 MB are free where .* at least 300 MB.*THAW_RUNS"):
+    with pytest.raises(OSError, match=r"Only 5 MB are free on the disk of .* at least 300 MB.*THAW_RUNS"):
         quick_toys.run()
     assert quick_toys.ran() == []
 

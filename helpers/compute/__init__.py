@@ -1,4 +1,4 @@
 """Where a model runs and how it runs fast: devices, precision, ranks, and the frozen frontier.
 
-What lies below the frontier is computed once.
+The part below the frontier is computed once.
 """

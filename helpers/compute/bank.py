@@ -1,7 +1,7 @@
-"""The bank: what a frozen prefix gives for every image and augmented view, computed once and kept on disk.
+"""The bank: the output of a frozen prefix for every image and augmented view, computed once and kept on disk.
 
 A bank is a folder named after its fingerprint, so that any run with the same prefix, images, augmentation, number of
-views and seed finds it again; point several runs at one folder and they share their banks.
+views and seed finds it again; several runs with one folder share their banks.
 
     banks = bank.fill(cut.prefix, train_images, val_images, out / "cache", views=8, augment=augment)
     train, val = banks  # banks is None when they would not fit
@@ -30,10 +30,10 @@ from helpers.compute.views import GROUP, Augmentation, Images, in_views, mixes_i
 from helpers.core import disk, progress
 from helpers.core.machine import free_memory
 
-FORMAT = 2  # raise it when the same settings come to give other files
+FORMAT = 2  # raise it when the same settings give different files
 SECONDS_BETWEEN_MARKS = 5
-SHARE_OF_RAM = 0.25  # of the memory that is free: a bank below it is copied to memory
-SHARE_OF_DISK = 0.9  # of the disk that is free
+SHARE_OF_RAM = 0.25  # of the free memory: a smaller bank is copied to memory
+SHARE_OF_DISK = 0.9  # of the free disk space
 
 
 @dataclass
@@ -43,8 +43,8 @@ class Bank:
     Attributes:
         activations: (views, n, *shape) float16 or float32, memory-mapped, read-only.
         labels: (n,) class indices, (n, classes) shares, or (views, n, classes) shares where augmentation mixes images.
-        folder: where it lies.
-        seconds: what computing all of it takes, measured while it was computed; 0 where it was found.
+        folder: its folder.
+        seconds: the time to compute all of it, measured during the computation; 0 where it was on disk already.
     """
 
     activations: np.ndarray
@@ -73,21 +73,21 @@ class Bank:
         probabilities: np.ndarray | None = None,
         weights: np.ndarray | None = None,
     ) -> tuple[tf.data.Dataset, keras.callbacks.Callback]:
-        """Return the training data and the callback that tells it which epoch it is.
+        """Return the training data and the callback that sets its epoch.
 
-        What an epoch holds is `draw(bank, seed, epoch, probabilities)`: it depends on the seed and the epoch's number
-        only, so training that is resumed in epoch k sees what undisturbed training would. For that, the callback must
-        be given to `fit`; without it every epoch is the first.
+        An epoch holds `draw(bank, seed, epoch, probabilities)`: it depends only on the seed and the epoch's number, so
+        training that resumes in epoch k sees the same as uninterrupted training. For that, pass the callback to `fit`;
+        without it every epoch is the first.
 
         Args:
-            batch_size: images a batch. The last batch is smaller; where several devices train at once it is left out,
-                and holds other images in every epoch. Of several ranks, each gets its part of each batch.
+            batch_size: images per batch. The last batch is smaller; if several devices train together it is left out,
+                and holds different images in every epoch. With several ranks, each gets its part of each batch.
             seed: seed of the order and the views.
             probabilities: (n,) chance of each image to be drawn, adding up to 1, e.g. for balanced classes.
             weights: (n,) weight of each image in the loss; batches then are (activations, labels, weights).
 
         Raises:
-            ValueError: `probabilities` or `weights` are not one an image.
+            ValueError: `probabilities` or `weights` do not have one value per image.
         """
         for name, values in {"probabilities": probabilities, "weights": weights}.items():
             if values is not None and np.shape(values) != (len(self),):
@@ -116,7 +116,7 @@ class Bank:
         data = data.map(read, num_parallel_calls=2, deterministic=True)
         data = data.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(4)
         options = tf.data.Options()
-        options.autotune.enabled = False  # nothing to tune here, and to end its thread takes half a second now and then
+        options.autotune.enabled = False  # nothing to tune here, and its thread sometimes needs half a second to end
         return data.with_options(options)
 
     def _reader(self, weights: np.ndarray | None) -> Callable[[tf.Tensor], tuple]:
@@ -138,7 +138,7 @@ def draw(bank: Bank, seed: int, epoch: int, probabilities: np.ndarray | None = N
     """Return the rows (view * n + image, int64) that an epoch holds, in order.
 
     It holds every image once, in a new order and as the next of its views, so that after `views` epochs each image has
-    been seen as each of its views. With `probabilities` it is n draws with replacement, each as any view.
+    been seen as each of its views. With `probabilities` it holds n draws with replacement, each in a random view.
     """
     n, rng = len(bank), np.random.default_rng([seed, 1 + epoch])
     if probabilities is not None:
@@ -148,7 +148,7 @@ def draw(bank: Bank, seed: int, epoch: int, probabilities: np.ndarray | None = N
 
 
 def _taker(table: np.ndarray) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return the function that takes rows of `table`, from memory when it fits there."""
+    """Return the function that gathers rows of `table`, from memory when it fits there."""
     if table.nbytes <= SHARE_OF_RAM * free_memory():
         kept = tf.constant(table)
         return lambda rows: tf.gather(kept, rows)
@@ -170,9 +170,9 @@ def fill(
 ) -> tuple[Bank, Bank] | None:
     """Return the banks of the training images in `views` views and of the plain validation images.
 
-    They are kept as float16, or as float32 where float16 could not hold them. When they would take more than `cache_gb`
-    or most of the free disk, they hold fewer views. None is returned, and the reason printed, when not even two views
-    would fit (one, without augmentation): train the whole model as usual then.
+    They are kept as float16, or as float32 where float16 cannot hold them. When they would need more than `cache_gb` or
+    most of the free disk, they hold fewer views. When not even two views fit (one, without augmentation), print the
+    reason and return None: then train the whole model.
 
     Args:
         prefix: frozen model, images -> activations.
@@ -183,14 +183,14 @@ def fill(
         augment: as `transforms.make` returns it.
         seed: seed of the augmentation.
         cache_gb: disk that the two banks may take, in 1e9 bytes.
-        rounded: compute the training images' as `inference.fast` does when it is rounded; validation is exact always.
+        rounded: compute the training images as `inference.fast` does with `rounded`; validation is always exact.
 
     Raises:
-        ValueError: the shape of the activations is not fixed; and as `make`.
+        ValueError: the shape of the activations is not fixed; or as `make`.
     """
     if None in prefix.output_shape[1:]:
         raise ValueError(
-            f"A cache needs activations of one shape, got {prefix.output_shape}. Fix the model's input size."
+            f"A cache needs activations of one shape, got {prefix.output_shape}. Set a fixed input size of the model."
         )
     views = views if augment is not None else 1
     for dtype in ("float16", "float32"):
@@ -202,7 +202,7 @@ def fill(
             form = {"views": fitting, "augment": augment, "seed": seed, "dtype": dtype, "rounded": rounded}
             return make(prefix, train, folder, **form), val_bank
         except OverflowError as error:
-            print(f"{error} The cache is made with float32.")
+            print(f"{error} The cache uses float32.")
     return None
 
 
@@ -232,10 +232,10 @@ def make(
     label: str = "training images",
     rounded: bool = False,
 ) -> Bank:
-    """Return one bank: found in `folder` when it is there, continued when it was interrupted, made otherwise.
+    """Return one bank: read from `folder` if it is there, continued if it was interrupted, made otherwise.
 
     Args:
-        label: what the images are called in messages.
+        label: the name of the images in messages.
         rounded: as in `inference.fast`. The other arguments are those of `fill`.
 
     Raises:
@@ -273,17 +273,17 @@ def lift(lower: Bank, middle: keras.Model, folder: str | os.PathLike, *, label: 
     rows = Images(below, [f"{lower.folder.name}:{row}" for row in range(views * count)], np.zeros(views * count))
     form = {"label": label, "rounded": rounded}
     try:
-        found = make(middle, rows, folder, dtype=str(below.dtype), **form)
+        upper = make(middle, rows, folder, dtype=str(below.dtype), **form)
     except OverflowError:
-        found = make(middle, rows, folder, dtype="float32", **form)
-    lifted = found.activations.reshape(views, count, *found.activations.shape[2:])
-    seconds = lower.seconds + found.seconds if lower.seconds and found.seconds else 0.0
-    return Bank(lifted, lower.labels, found.folder, seconds)
+        upper = make(middle, rows, folder, dtype="float32", **form)
+    lifted = upper.activations.reshape(views, count, *upper.activations.shape[2:])
+    seconds = lower.seconds + upper.seconds if lower.seconds and upper.seconds else 0.0
+    return Bank(lifted, lower.labels, upper.folder, seconds)
 
 
 @dataclass(frozen=True)
 class _Filling:
-    """The making of one bank. A part that is made twice comes out the same, so it can be resumed anywhere."""
+    """The making of one bank. A part that is made twice is the same, so the making can resume anywhere."""
 
     prefix: keras.Model
     images: Images
@@ -296,8 +296,8 @@ class _Filling:
     rounded: bool
 
     def run(self, done: int, settings: dict[str, Any]) -> None:
-        """Write the activations from image `done` on, and note every few seconds how far they have come."""
-        n, start, told = len(self.images.keys), done // GROUP * GROUP, time.monotonic()
+        """Write the activations from image `done` on, and record the progress every few seconds."""
+        n, start, last_mark = len(self.images.keys), done // GROUP * GROUP, time.monotonic()
         mixes = mixes_images(self.augment, self.views)
         activations = self._open("activations", self.prefix.output_shape[1:], self.dtype, done)
         labels = self._open("labels", self.images.labels.shape[1:], "float32", done) if mixes else None
@@ -309,24 +309,24 @@ class _Filling:
             if mixes:
                 labels[view, rows] = targets
             is_whole = view == self.views - 1
-            if is_whole and (rows.stop == n or time.monotonic() - told > SECONDS_BETWEEN_MARKS):
+            if is_whole and (rows.stop == n or time.monotonic() - last_mark > SECONDS_BETWEEN_MARKS):
                 for file in (activations, labels) if mixes else (activations,):
                     file.flush()
                 disk.write_json(self.home / "bank.json", {"done": rows.stop, "settings": settings})
-                told = time.monotonic()
+                last_mark = time.monotonic()
 
     def _open(self, name: str, shape: Sequence[int], dtype: str, done: int) -> np.memmap:
         if done:
             return np.lib.format.open_memmap(self.home / f"{name}.npy", mode="r+")
         shape = (self.views, len(self.images.keys), *shape)
         file = np.lib.format.open_memmap(self.home / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # or a disk that gets full would end the process with SIGBUS
+        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process with SIGBUS
             with open(self.home / f"{name}.npy", "r+b") as whole:
                 os.posix_fallocate(whole.fileno(), 0, os.fstat(whole.fileno()).st_size)
         return file
 
     def _checked(self, activations: np.ndarray, rows: slice) -> np.ndarray:
-        """Return activations in the bank's type after making sure that it can hold them."""
+        """Return activations in the bank's type after a check that it can hold them."""
         peak, limits = np.abs(activations).max(), np.finfo(self.dtype)
         if not np.isfinite(peak):
             raise ValueError(f"The frozen layers give no finite number for one of {list(self.images.keys[rows])}.")
@@ -338,21 +338,21 @@ class _Filling:
 
 
 def _predicted(parts: Iterator[tuple], predict: Callable[[np.ndarray], np.ndarray]) -> Iterator[tuple]:
-    """Yield (view, rows, outputs, labels) for each part of `views.in_views`, as many parts at a time as is fastest."""
+    """Yield (view, rows, outputs, labels) for each part of `views.in_views`, in the fastest batch size."""
     first = next(parts)
     size = inference.quickest_batch(predict, first[2])
     parts = itertools.chain([first], parts)
     while together := list(itertools.islice(parts, size // len(first[2]))):
         outputs = predict(np.concatenate([batch for _, _, batch, _ in together]))
         ends = np.cumsum([len(batch) for _, _, batch, _ in together])
-        for (view, rows, _, labels), found in zip(together, np.split(outputs, ends[:-1]), strict=True):
-            yield view, rows, found, labels
+        for (view, rows, _, labels), group_outputs in zip(together, np.split(outputs, ends[:-1]), strict=True):
+            yield view, rows, group_outputs, labels
 
 
 def _settings(
     prefix: keras.Model, images: Images, views: int, augment: Augmentation | None, seed: int, dtype: str
 ) -> dict[str, Any]:
-    """Return, as JSON values, all that decides what a bank holds."""
+    """Return, as JSON values, all settings that determine a bank."""
     mixes = mixes_images(augment, views)
     if mixes and np.ndim(images.labels) != 2:
         raise ValueError(f"MixUp and CutMix need labels (n, classes), one-hot; got shape {np.shape(images.labels)}.")

@@ -1,9 +1,9 @@
 """Convolutions that train fast on a CPU.
 
-Keras trains a convolution under a frozen BatchNormalization as the convolution and two more passes over all that it
-gives; TensorFlow's filter gradient of a large depthwise convolution takes several times as long as the convolution; and
-a processor that is fast in bfloat16 is given float32. `faster` puts another way to compute around the same layers: what
-it trains is the model itself.
+Keras trains a convolution under a frozen BatchNormalization as the convolution and two more passes over its whole
+output. TensorFlow's filter gradient of a large depthwise convolution takes several times as long as the convolution.
+Keras uses float32 also on a processor that is fast in bfloat16. `faster` computes the same layers in another way, and
+so trains the model itself.
 """
 
 from collections.abc import Callable
@@ -16,19 +16,19 @@ import tensorflow as tf
 from helpers.compute import inference
 
 KNOWN = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D)
-LEAST_DEPTHWISE = 5  # side of a depthwise kernel from which on `_depthwise` is quicker than TensorFlow's own gradient
+LEAST_DEPTHWISE = 5  # side of the smallest depthwise kernel where `_depthwise` is faster than TensorFlow's own gradient
 
 
 def faster(model: keras.Model, *, rounded: bool = False) -> keras.Model:
-    """Return a model that computes what `model` does, with the same weights, and trains faster on a CPU.
+    """Return a model that computes the same as `model`, with the same weights, and trains faster on a CPU.
 
-    Frozen BatchNormalization is folded into the convolution below it, which trains all the same. Every other layer is
+    Frozen BatchNormalization is folded into the convolution below it, which still trains. Every other layer is
     the model's own.
 
     Args:
-        model: a functional or sequential model whose trainable flags are set; any other is returned as it is.
-        rounded: in training, round what convolutions with a kernel of one pixel multiply to bfloat16, in gradients too.
-            Sums and weights stay float32, and nothing is rounded in prediction and validation.
+        model: a functional or sequential model whose trainable flags are set; any other is returned unchanged.
+        rounded: in training, round the factors of convolutions with a kernel of one pixel to bfloat16, in gradients
+            too. Sums and weights stay float32, and prediction and validation round nothing.
     """
     if inference.frontier.graph_of(model) is None:
         return model
@@ -47,7 +47,7 @@ def _is_known(layer: Any) -> bool:
 
 
 class Convolution(keras.layers.Layer):
-    """A Conv2D or DepthwiseConv2D, with the frozen BatchNormalization above it if there is one, computed in one go."""
+    """A Conv2D or DepthwiseConv2D, with the frozen BatchNormalization above it, if any, computed in one step."""
 
     def __init__(self, layer: keras.layers.Layer, norm: keras.layers.BatchNormalization | None, *, rounded: bool):
         super().__init__(name=f"{layer.name}_faster")
@@ -59,7 +59,7 @@ class Convolution(keras.layers.Layer):
         self.built = True
 
     def get_config(self) -> dict[str, Any]:
-        """Return what TensorBoard shows of the layer; it is never saved, the model's own layers are."""
+        """Return the settings for TensorBoard; the layer is never saved, only the model's own layers are."""
         parts = {"layer": self.layer, "norm": self.norm}
         parts = {name: part and keras.saving.serialize_keras_object(part) for name, part in parts.items()}
         return super().get_config() | parts | {"rounded": self.rounded}
@@ -77,7 +77,7 @@ class Convolution(keras.layers.Layer):
 
 
 def _way(layer: keras.layers.Layer) -> Callable[[tf.Tensor, tf.Tensor, bool], tf.Tensor]:
-    """Return the quickest function (images, kernel, rounded) -> outputs for a layer, without its bias."""
+    """Return the fastest function (images, kernel, rounded) -> outputs for a layer, without its bias."""
     is_depthwise, padding = isinstance(layer, keras.layers.DepthwiseConv2D), layer.padding
     sides, strides = {*layer.kernel_size}, {*layer.strides}
     if not is_depthwise and sides == {1} and len(strides) == 1:
@@ -90,7 +90,7 @@ def _way(layer: keras.layers.Layer) -> Callable[[tf.Tensor, tf.Tensor, bool], tf
 
 
 def _pointwise(images: tf.Tensor, kernel: tf.Tensor, stride: int, rounded: bool) -> tf.Tensor:
-    """Return a convolution of one pixel, which is a product of two matrices."""
+    """Return a convolution with a kernel of one pixel, as a product of two matrices."""
     images = images[:, ::stride, ::stride]
     rows, matrix = tf.reshape(images, (-1, images.shape[-1])), kernel[0, 0]
     if rounded:
@@ -103,7 +103,7 @@ def _pointwise(images: tf.Tensor, kernel: tf.Tensor, stride: int, rounded: bool)
 def _depthwise(images: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
     """Return a depthwise convolution, stride 1 and padding "same", whose gradients are depthwise convolutions too.
 
-    The filter gradient of one image is the padded image under a kernel as large as the gradient of the outputs.
+    The filter gradient of one image is the padded image, convolved with the gradient of the outputs as kernel.
     """
     one, edge = [1, 1, 1, 1], kernel.shape[0] // 2
 

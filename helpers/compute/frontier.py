@@ -1,15 +1,14 @@
 """Cut a model at its frozen frontier.
 
-The frontier is the last tensor such that nothing below it changes while the model trains. What lies below it, the
-prefix, gives the same output for the same image in every epoch, so it needs to run only once per image. What lies above
-it, the suffix, shares its layers with the model: to train the suffix is to train the model.
+The frontier is the last tensor such that nothing below it changes while the model trains. The part below it, the
+prefix, gives the same output for the same image in every epoch, so it runs only once per image. The part above it, the
+suffix, shares its layers with the model: training the suffix trains the model.
 
-Where a head reads pooled levels of the backbone, those below the frontier pass beside its tensor: some hundreds or
-thousands of numbers an image. All of them are packed into one row, so that a cache holds one array whatever the head
-reads.
+Where a head reads pooled levels of the backbone, those below the frontier pass beside its tensor: hundreds or thousands
+of numbers per image. All of them are packed into one row, so that a cache always holds one array.
 
     cut = frontier.cut(model)                # after the trainable flags are set
-    activations = folding.fast(cut.prefix)(images)
+    activations = inference.fast(cut.prefix)(images)
     cut.suffix.compile(...); cut.suffix.fit(activations, labels)
     model.save("model.keras")                # holds what the suffix has learned
 """
@@ -30,16 +29,16 @@ INERT_WHEN_ZERO = ("rate", "drop_path_rate", "stddev", "_dropout")
 
 @dataclass(frozen=True)
 class Cut:
-    """A model in two parts: `suffix(prefix(images))` is what the model gives in inference.
+    """A model in two parts: `suffix(prefix(images))` is the model's output in inference.
 
     Attributes:
-        prefix: frozen model, images -> activations; None when nothing lies below the frontier.
-        suffix: model, activations -> the model's outputs; made of the model's own layers. The model itself when
+        prefix: frozen model, images -> activations; None when nothing is below the frontier.
+        suffix: model, activations -> the model's outputs; from the model's own layers. The model itself when
             `prefix` is None.
         layer: name of the layer whose output is the frontier; "" when `prefix` is None.
         shape: shape of one image's activations, without the batch axis; (n,) where levels are packed beside it.
-        levels: how many pooled levels pass beside the layer's output.
-        stopped_by: name of the first layer that keeps the frontier from lying higher, and why.
+        levels: the number of pooled levels that pass beside the layer's output.
+        stopped_by: name of the first layer that stops the frontier, and the reason.
         model: the model that is cut.
     """
 
@@ -53,30 +52,30 @@ class Cut:
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether the prefix does more than scale the images."""
+        """Return whether the prefix does more than scale the images."""
         return self.prefix is not None and self.shape != self.model.input_shape[1:]
 
     def __str__(self) -> str:
         if self.prefix is None:
-            return f"There is no frontier: nothing lies below {self.stopped_by}."
+            return f"There is no frontier: nothing is below {self.stopped_by}."
         below, above = self.prefix.count_params(), self.suffix.count_params()
         beside = f", with {self.levels} pooled levels beside it" if self.levels else ""
         return (
-            f"The frontier lies after the layer {self.layer}{beside}. {self.shape} pass through it for each image.\n"
-            f"{below:,} weights lie below it, {above:,} above. What stops it: {self.stopped_by}."
+            f"The frontier is after the layer {self.layer}{beside}. {self.shape} pass through it for each image.\n"
+            f"{below:,} weights are below it, {above:,} above. What stops it: {self.stopped_by}."
         )
 
 
 def cut(model: keras.Model) -> Cut:
-    """Cut `model` at its frozen frontier, as its trainable flags stand now.
+    """Cut `model` at its frozen frontier, with its present trainable flags.
 
     A layer stops the frontier when it has a trainable weight, when it draws random numbers in training (dropout with
-    a rate above 0, augmentation), or when it updates statistics (BatchNormalization that is not frozen). Keras runs
-    the layers of a sub-model that was called with `training=False` in training mode all the same when the outer model
-    trains, so such a call lifts none of the three; a dropout inside a frozen backbone is made inert by a rate of 0.
+    a rate above 0, augmentation), or when it updates statistics (BatchNormalization that is not frozen). When
+    the outer model trains, Keras still runs the layers of a sub-model called with `training=False` in training mode, so
+    such a call removes none of the three. A rate of 0 makes a dropout inside a frozen backbone inert.
 
     Args:
-        model: a functional or sequential model with one input. Sub-models are looked into.
+        model: a functional or sequential model with one input. Sub-models are searched too.
 
     Raises:
         ValueError: the model has several inputs, is not a graph of layers, or nothing in it trains.
@@ -84,14 +83,14 @@ def cut(model: keras.Model) -> Cut:
     graph = graph_of(model)
     if graph is None:
         raise ValueError(
-            f"The frontier is found in the graph of a functional or sequential model; {model.name!r} is a"
-            f" {type(model).__name__} whose graph cannot be seen. Train it without the cache: views: 0."
+            f"The frontier needs the graph of a functional or sequential model; {model.name!r} is a"
+            f" {type(model).__name__} without a graph. Train it without the cache: views: 0."
         )
     if len(graph.inputs) != 1:
         names = ", ".join(tensor.name for tensor in graph.inputs)
         raise ValueError(
-            f"A model with one input can be cut, {model.name!r} has {len(graph.inputs)} ({names}). Train it without the"
-            " cache: views: 0."
+            f"A cut needs a model with one input; {model.name!r} has {len(graph.inputs)} ({names}). Train it without"
+            " the cache: views: 0."
         )
     if not model.trainable_variables:
         raise ValueError(f"Nothing trains in {model.name!r}: set trainable=True on its head before the cut.")
@@ -123,7 +122,7 @@ class _Step:
 
 
 def _find(graph: keras.Model) -> tuple[list[_Step], str]:
-    """Return the frontier as a path into nested graphs, outermost first, and what keeps it from lying higher."""
+    """Return the frontier as a path into nested graphs, outermost first, and what stops it."""
     nodes = _early(graph)
     step, stopped_by = _Step(graph, nodes, 0, [graph.inputs[0]]), ""
     for index, (node, live) in enumerate(wiring.live_after(graph, nodes)):
@@ -145,27 +144,27 @@ def _find(graph: keras.Model) -> tuple[list[_Step], str]:
 
 
 def _early(graph: keras.Model) -> list:
-    """Return the calls in an order in which what pools a map into a vector comes as soon as it can."""
+    """Return the calls in an order where each call that pools a map into a vector comes as early as possible."""
     waiting, ordered = [*wiring.nodes_of(graph)], []
-    known = {id(tensor) for tensor in graph.inputs}
+    known_ids = {id(tensor) for tensor in graph.inputs}
     while waiting:
-        pools = (node for node in waiting if id(node.input_tensors[0]) in known and _pools(node))
+        pools = (node for node in waiting if id(node.input_tensors[0]) in known_ids and _pools(node))
         node = next(pools, waiting[0])
         waiting.remove(node)
         ordered.append(node)
-        known |= {id(tensor) for tensor in node.output_tensors}
+        known_ids |= {id(tensor) for tensor in node.output_tensors}
     return ordered
 
 
 def _pools(node: Any) -> bool:
-    """Does a call make a vector of one map, in the same way as long as the model trains?"""
+    """Return whether a call makes a vector of one map, always in the same way while the model trains."""
     is_small = all(wiring.is_vector(tensor) for tensor in node.output_tensors)
     is_of_map = len(node.input_tensors) == 1 and not wiring.is_vector(node.input_tensors[0])
     return is_small and is_of_map and not why_it_varies(node.operation)
 
 
 def why_it_varies(operation: Any) -> str:
-    """Say why the same input may give another output as training goes on; "" if it cannot."""
+    """Return why the same input may give another output during training; "" if it cannot."""
     graph = graph_of(operation)
     if graph is not None:
         reasons = ((node.operation, why_it_varies(node.operation)) for node in wiring.nodes_of(graph))
@@ -197,7 +196,7 @@ def graph_of(operation: Any) -> keras.Model | None:
 
 
 def _is_sole_use(step: _Step, inner: keras.Model) -> bool:
-    """Is the sub-model that comes next the only reader of the frontier, and reads nothing else?"""
+    """Return whether the next sub-model is the only reader of the frontier and reads nothing else."""
     inputs = step.nodes[step.done].input_tensors
     (tensor, *others) = step.tensors
     reads_it_alone = len(inner.inputs) == 1 and len(inputs) == 1 and inputs[0] is tensor and not others
@@ -213,7 +212,7 @@ def _below(path: list[_Step], value: keras.KerasTensor) -> keras.KerasTensor:
 
 
 def _above(path: list[_Step], value: keras.KerasTensor) -> Any:
-    """Call again, on `value`, everything that lies above the frontier; sub-models stay sub-models."""
+    """Call again, on `value`, everything above the frontier; sub-models stay sub-models."""
     step, *deeper = path
     nodes = step.nodes[step.done :]
     if deeper:
@@ -235,7 +234,7 @@ def _packed(tensors: list[keras.KerasTensor]) -> keras.KerasTensor:
 
 
 def _unpacked(value: keras.KerasTensor, tensors: list[keras.KerasTensor]) -> list[keras.KerasTensor]:
-    """Return from a packed row what stands for each of `tensors`."""
+    """Return the part of a packed row for each of `tensors`."""
     if len(tensors) == 1:
         return [value]
     ends = [math.prod(tensor.shape[1:]) for tensor in tensors]
@@ -247,7 +246,7 @@ def replay(graph: keras.Model, nodes: list, values: dict[int, Any], call: Callab
     """Call the operations of `nodes` again, starting from `values` (id of a tensor of `graph` -> new value).
 
     Args:
-        call: called as `call(node, *args, **kwargs)` in place of the node's operation.
+        call: called as `call(node, *args, **kwargs)` instead of the node's operation.
 
     Returns:
         The new values of the graph's outputs, in the graph's own structure.

@@ -1,4 +1,4 @@
-"""What a model computes, as one short text: the same for the same graph, settings and weights, whatever the names."""
+"""A hash of what a model computes: the same for the same graph, settings and weights, with any names."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ def signature(model: keras.Model) -> str:
 
 def structure(operation: Any) -> Any:
     """Return the kinds, settings and wiring of an operation as JSON values, without names and trainable flags."""
-    if isinstance(operation, keras.Sequential):  # it may or may not be built by now
+    if isinstance(operation, keras.Sequential):  # it may not be built yet
         return [structure(layer) for layer in operation.layers]
     graph = frontier.graph_of(operation)
     if graph is None:
         is_layer = isinstance(operation, keras.layers.Layer)
         public = {name: value for name, value in vars(operation).items() if not name.startswith("_")}
-        config = operation.get_config() if is_layer else public  # the rest says how often it was called
+        config = operation.get_config() if is_layer else public  # the rest counts its calls
         return [type(operation).__name__, getattr(operation, "compute_dtype", None), _plain(config)]
     places = {id(tensor): [-1, index] for index, tensor in enumerate(graph.inputs)}
     calls = []
@@ -39,11 +39,11 @@ def structure(operation: Any) -> Any:
 
 
 def _constants(node: Any) -> list:
-    """Return what a bare operation, such as x + 1e-5, was called with beside tensors; a layer's settings say it all."""
+    """Return the constants in the call of a bare operation, such as x + 1e-5; a layer has them in its settings."""
     if isinstance(node.operation, keras.layers.Layer):
         return []
-    given = keras.tree.flatten([node.arguments.args, node.arguments.kwargs])
-    return [[_plain(value) for value in given if not isinstance(value, keras.KerasTensor)]]
+    arguments = keras.tree.flatten([node.arguments.args, node.arguments.kwargs])
+    return [[_plain(value) for value in arguments if not isinstance(value, keras.KerasTensor)]]
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,9 @@
-"""What a notebook computes on: which devices, in which precision, and what to say when their memory runs out.
+"""What a notebook computes on: which devices, in which precision, and the error when their memory runs out.
 
-On a CPU weights and all that is measured stay float32; where it has instructions for bfloat16, training multiplies in
-that, which takes little more than half the time. On a GPU, memory is taken as it is needed, XLA
-compiles what Keras can compile (Keras decides it, and never on a machine without a GPU), and the precision follows from
-what the GPU can do fast.
+On a CPU, weights and all measurements stay float32. Where the CPU has instructions for bfloat16, training multiplies in
+bfloat16, which takes little more than half the time. On a GPU, memory is allocated as needed, XLA compiles what Keras
+can compile (Keras decides it, and never on a machine without a GPU), and the precision is one that the GPU computes
+fast.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from helpers.core.mended import kerashub
 # https://developer.nvidia.com/cuda-gpus: tensor cores take float16 from 7.0 (Volta) and bfloat16 from 8.0 (Ampere) on
 FAST = {(8, 0): "mixed_bfloat16", (7, 0): "mixed_float16"}
 MIXED = tuple(FAST.values())
-ONE_DEVICE = "devices: gpu, which takes one GPU, without --hosts"  # the way out of what several cannot do
+ONE_DEVICE = "devices: gpu, which takes one GPU, without --hosts"  # the alternative where several devices cannot work
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OOM when|out of memory|ALLOC_FAILED|failed to allocate", re.IGNORECASE)
 
 _strategy: tf.distribute.Strategy | None = None
@@ -35,20 +35,20 @@ _rounds = False
 def prepare(
     devices: str = "auto", *, trains: bool = False, precision: str = "auto", deterministic: bool = False
 ) -> str:
-    """Choose the device and the precision of every model that is built from now on, and say what was chosen.
+    """Choose the device and the precision of all models built from now on, and return the choice in words.
 
     Args:
-        devices: "auto" takes the GPU when TensorFlow sees one, "cpu" leaves it alone, "gpu" insists on it.
-        trains: with "auto", what is built within `scope` trains on all devices of the kind at once, each of which takes
-            an equal share of every batch. With "gpu" it is one.
+        devices: "auto" uses the GPU when TensorFlow sees one, "cpu" never uses it, "gpu" requires it.
+        trains: with "auto", what is built within `scope` trains on all devices of the kind together, each with an
+            equal share of every batch. With "gpu" it is one device.
         precision: "float32"; "mixed_bfloat16" or "mixed_float16" (weights stay float32, `probabilities` too); "auto"
-            takes the fastest that the GPU can do well. On a CPU it is float32, but training on one device may round
+            takes the fastest that the GPU supports well. On a CPU it is float32, but training on one device may round
             products to bfloat16 where the CPU is fast in that: see `rounds`.
-        deterministic: take only algorithms that give the same numbers every time, which on a GPU takes longer. On a CPU
-            it is so anyway.
+        deterministic: use only algorithms that give the same numbers every time, which on a GPU takes longer. A CPU
+            always does so.
 
     Raises:
-        RuntimeError: "gpu", and TensorFlow sees none; or "cpu", and the kernel has begun to use the GPU.
+        RuntimeError: "gpu", and TensorFlow sees none; or "cpu", and the kernel uses the GPU already.
     """
     global _strategy, _rounds
     _strategy, _rounds = None, False
@@ -58,10 +58,10 @@ def prepare(
         # Not only `set_visible_devices`: Keras compiles with XLA where there is a GPU, visible or not.
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
         if tf.config.list_logical_devices("GPU"):
-            raise RuntimeError("devices: cpu came too late, this kernel uses the GPU already. Restart the kernel.")
+            raise RuntimeError("devices: cpu came too late: this kernel uses the GPU already. Restart the kernel.")
     gpus = tf.config.list_physical_devices("GPU")
     if devices == "gpu" and not gpus:
-        raise RuntimeError("devices: gpu was asked for, but TensorFlow sees none. `thaw doctor` says what is missing.")
+        raise RuntimeError("devices: gpu needs a GPU, but TensorFlow sees none. `thaw doctor` shows what is missing.")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
     if deterministic:
@@ -74,14 +74,14 @@ def prepare(
     _rounds = trains and precision == "auto" and not gpus and len(together) < 2 and machine.multiplies_bfloat16()
     if len(together) > 1:
         _strategy = _mirrored(*(device.name for device in together))
-        name, others = f"{len(together)} x {name}", " at once (each takes a share of every batch)"
+        name, others = f"{len(together)} x {name}", " together (each takes a share of every batch)"
     else:
         others = f" (the first of {len(gpus)} GPUs)" if len(gpus) > 1 else ""
     rounded = ", products in training rounded to bfloat16" if _rounds else ""
     return f"Computes on {name}{others} in {policy}{', deterministically' if deterministic else ''}{rounded}"
 
 
-@functools.cache  # a second one in the same kernel would number its collective operations as the first one did
+@functools.cache  # a second one in a kernel would repeat the numbers of the first one's collective operations
 def _mirrored(*devices: str) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(devices)
 
@@ -94,12 +94,12 @@ def _prepare_jax(devices: str, trains: bool, precision: str, deterministic: bool
     policy = _fastest(capability) if precision == "auto" else precision
     keras.config.set_dtype_policy(policy)
     hosts = f" on {ranks.count()} hosts" if ranks.count() > 1 else ""
-    several = f"{count} x {name}{hosts} at once" if count > 1 else name
+    several = f"{count} x {name}{hosts} together" if count > 1 else name
     return f"Computes with JAX on {several} in {policy}"
 
 
 def scope() -> contextlib.AbstractContextManager:
-    """Return the context in which a model is built, loaded and compiled that is to train on what `prepare` chose.
+    """Return the context in which to build, load and compile a model that trains on the devices of `prepare`.
 
     With one device it does nothing.
     """
@@ -107,34 +107,34 @@ def scope() -> contextlib.AbstractContextManager:
 
 
 def on_cpu() -> bool:
-    """Return whether TensorFlow computes, and on the CPU."""
+    """Return whether TensorFlow is the backend and computes on the CPU."""
     return keras.backend.backend() == "tensorflow" and not tf.config.list_logical_devices("GPU")
 
 
 def rounds() -> bool:
-    """Return whether training may compute in bfloat16 what nothing is measured on.
+    """Return whether training may compute in bfloat16, where no measurement depends on it.
 
-    That is what frozen layers give for training images, and the products of layers that train (see
-    `fast_layers.faster`). Weights, losses, validation and test are float32 as ever.
+    This applies to the outputs of frozen layers for training images, and to the products of layers that train (see
+    `fast_layers.faster`). Weights, losses, validation and test stay float32.
     """
     return _rounds
 
 
 def replicas() -> int:
-    """Return on how many devices at once a model trains that is built within `scope`."""
+    """Return on how many devices together a model trains that is built within `scope`."""
     return _strategy.num_replicas_in_sync if _strategy else ranks.replicas()
 
 
 def mirrors() -> bool:
-    """Return whether they are TensorFlow's replicas, each of which has a copy of the weights and its own gradients."""
+    """Return whether these are TensorFlow's replicas, each with a copy of the weights and its own gradients."""
     return _strategy is not None
 
 
 def steps(images: int, batch_size: int) -> int:
-    """Return the training batches of an epoch; where several devices share each, an incomplete one is left out.
+    """Return the training batches of an epoch; where several devices share them, an incomplete one is left out.
 
     Raises:
-        ValueError: the devices cannot share a batch evenly, or there is no whole one.
+        ValueError: the devices cannot share a batch evenly, or there is no whole batch.
     """
     count = replicas()
     if count == 1:
@@ -148,12 +148,12 @@ def steps(images: int, batch_size: int) -> int:
 
 
 def even_batches(images: int, batch_size: int) -> int:
-    """Return a size of validation batches, up to `batch_size` a device, that never leaves a device without an image.
+    """Return a size of validation batches, up to `batch_size` per device, that gives every device an image.
 
-    TensorFlow gives each device the same number of a batch's images, rounded up, until there are none left; Keras needs
-    an equal number of the first batch's.
+    TensorFlow gives each device the same number of a batch's images, rounded up, until none remain; Keras needs an
+    equal number from the first batch.
 
-    With JAX it is what each rank takes of such a batch, and every batch is even.
+    With JAX it is the part of each rank in such a batch, and every batch is even.
 
     Raises:
         ValueError: there is no such size.
@@ -167,14 +167,14 @@ def even_batches(images: int, batch_size: int) -> int:
         last = images % size or size
         if last > -(-last // count) * (count - 1):
             return size
-    raise ValueError(f"{count} devices cannot share {images} validation images. Take more, or set {ONE_DEVICE}.")
+    raise ValueError(f"{count} devices cannot share {images} validation images. Add images, or set {ONE_DEVICE}.")
 
 
 def share(model: keras.Model) -> None:
-    """Let several devices train `model` as one would; with one device nothing changes.
+    """Make several devices train `model` as one device would; with one device nothing changes.
 
-    Each BatchNormalization that trains sees the whole batch instead of its device's part, and dropout drops other
-    values on each device instead of the same ones.
+    Each BatchNormalization that trains sees the whole batch instead of its device's part, and dropout drops
+    different values on each device.
     """
     for layer in model._flatten_layers() if _strategy else ():
         if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
@@ -185,7 +185,7 @@ def share(model: keras.Model) -> None:
 
 
 def _next_seed(generator: keras.random.SeedGenerator, ordered: bool = True) -> tf.Tensor:
-    """Return what `generator.next` does, (2,), but different on each device."""
+    """Return a seed like `generator.next`, (2,), but a different one on each device."""
     context = tf.distribute.get_replica_context()
     device = context.replica_id_in_sync_group if context else 0
     return type(generator).next(generator, ordered) + tf.cast([device, 0], generator.state.dtype)
@@ -197,20 +197,20 @@ def _fastest(capability: tuple[int, int] | None) -> str:
 
 
 def load(path: str | Path) -> keras.Model:
-    """Load a saved model without running code that it may hold, in the precision in force now.
+    """Load a saved model without running code in it, in the precision in force now.
 
-    A model keeps the precision it was trained in; mixed precision, which a GPU is fast in, would make a CPU slow.
+    A model keeps the precision it was trained in; mixed precision is fast on a GPU but slow on a CPU.
 
     Raises:
-        ValueError: the file is no Keras model, or holds code (a Lambda layer).
+        ValueError: the file is not a Keras model, or holds code (a Lambda layer).
     """
     model = keras.models.load_model(path, safe_mode=True)
-    kerashub.mend()  # Keras has imported KerasHub where the model has its layers
+    kerashub.correct()  # Keras has imported KerasHub where the model has its layers
     return in_precision(model, keras.config.dtype_policy().name)
 
 
 def in_precision(model: keras.Model, policy: str, of: Sequence[str] = MIXED, keep: Collection[str] = ()) -> keras.Model:
-    """Return the model with `policy` in place of its layers' own where that is one of `of`, or itself if none is.
+    """Return the model with `policy` instead of each layer policy in `of`, or the model itself if none is.
 
     Args:
         model: a functional or sequential model.
@@ -230,7 +230,7 @@ def in_precision(model: keras.Model, policy: str, of: Sequence[str] = MIXED, kee
 
 
 def _with_policy(config: Any, policy: str, of: Sequence[str], keep: Collection[str]) -> tuple[Any, bool]:
-    """Return a layer's configuration with `policy` in place of each in `of`, and whether that changed anything."""
+    """Return a layer's configuration with `policy` instead of each in `of`, and whether that changed anything."""
     if isinstance(config, dict) and config.get("class_name") == "DTypePolicy":
         old = config["config"]["name"]
         return config | {"config": {"name": policy}}, old in of and old != policy
@@ -250,12 +250,12 @@ def tolerance() -> float:
     """Return by how much two computations of the same probabilities may differ here."""
     on_gpu = ranks.on_gpu() if keras.backend.backend() == "jax" else tf.config.list_logical_devices("GPU")
     is_exact = keras.config.dtype_policy().name == "float32" and not on_gpu
-    return 1e-5 if is_exact else 2e-2  # a GPU rounds to 10 bits (TF32) or fewer, and chooses algorithms by timing them
+    return 1e-5 if is_exact else 2e-2  # a GPU rounds to 10 bits (TF32) or fewer, and chooses algorithms by their speed
 
 
 @contextlib.contextmanager
 def batch_that_fits(model: keras.Model, data: Iterable, batch_size: int) -> Iterator[None]:
-    """Answer a lack of memory while `model` trains on `data` with the batch size that fits, found by halving.
+    """Raise a MemoryError with the batch size that fits if memory runs out while `model` trains on `data`.
 
     Args:
         model: compiled.
@@ -263,7 +263,7 @@ def batch_that_fits(model: keras.Model, data: Iterable, batch_size: int) -> Iter
         batch_size: images in each.
 
     Raises:
-        MemoryError: in place of the error of TensorFlow or CUDA.
+        MemoryError: instead of the error of TensorFlow or CUDA; the size comes from halving.
     """
     try:
         yield
@@ -280,7 +280,7 @@ def batch_that_fits(model: keras.Model, data: Iterable, batch_size: int) -> Iter
     lack = f"The memory is too small for a batch of {batch_size} images"
     if not fitting:
         raise MemoryError(
-            f"{lack}, and for a single one. Take a smaller image_size or backbone, or unfreeze fewer layers."
+            f"{lack}, and for a single one. Choose a smaller image_size or backbone, or unfreeze fewer layers."
         )
     raise MemoryError(
         f"{lack}; {fitting} fit. Set batch_size to {fitting}: here, or as --set STAGE.batch_size={fitting}."
@@ -288,7 +288,7 @@ def batch_that_fits(model: keras.Model, data: Iterable, batch_size: int) -> Iter
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error of TensorFlow, CUDA or Python says that memory ran out."""
+    """Return whether an error of TensorFlow, CUDA or Python means that memory ran out."""
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 

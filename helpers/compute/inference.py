@@ -1,8 +1,8 @@
 """Run a frozen model as fast as the machine allows.
 
 Keras computes a frozen BatchNormalization as a multiplication and an addition over the whole activation. `fold` moves
-both into the convolution below it, whose weights are constants here, and `fast` compiles what is left. `rewrite` is how
-a graph gets other layers in place of its convolutions; `fast_layers` does the same for what trains.
+both into the convolution below it, whose weights are constants here, and `fast` compiles the result. `rewrite` replaces
+the convolutions of a graph by other layers; `fast_layers` does the same for layers that train.
 """
 
 import math
@@ -21,24 +21,24 @@ CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D, k
 DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 ROUNDED = "mixed_bfloat16"
 LARGEST = 400_000_000  # weights; TensorFlow cannot hold a graph with 2 GB of constants
-LEAST_GAIN = 0.1  # in images/s, for which twice the images at a time are worth their memory
+LEAST_GAIN = 0.1  # in images/s, to justify the memory of twice the images at a time
 TRIES = 3
 COLOURS = 3
-UNUSED = ("regularizer", "constraint", "initializer")  # settings that mean nothing to weights that are given
+UNUSED = ("regularizer", "constraint", "initializer")  # settings without effect on existing weights
 
 
 def fast(model: keras.Model, *, rounded: bool = False) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function that gives what `model` gives in inference, as fast as the machine allows.
+    """Return a function that computes `model` in inference, as fast as the machine allows.
 
     On a CPU with TensorFlow, BatchNormalization is folded and the graph is frozen to constants, so that TensorFlow
     fuses convolution, bias and activation; never XLA, which is many times slower there. With JAX it is folded too, and
-    compiled for the first device of this process, whatever trains together. Elsewhere it is Keras's own compiled
-    prediction. The function keeps the weights that the model has now.
+    compiled for the first device of this process, also where several train together. Elsewhere it is Keras's own
+    compiled prediction. The function keeps the weights that the model has now.
 
     Args:
         model: a functional or sequential model with one input and one output.
-        rounded: compute in bfloat16 where the graph is frozen, except the first layers: 1.5 times as fast and more on
-            a CPU with instructions for it, and off by some per cent of what a layer gives.
+        rounded: compute in bfloat16 where the graph is frozen, except the first layers: at least 1.5 times as fast on
+            a CPU with instructions for it, with an error of a few per cent of a layer's output.
 
     Returns:
         A function, images (n, *input shape) of any number type -> outputs (n, *output shape), float32 or the model's
@@ -53,10 +53,10 @@ def fast(model: keras.Model, *, rounded: bool = False) -> Callable[[np.ndarray],
 
 
 def quickest_batch(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> int:
-    """Return how many images at a time `run` handles fastest, found by trying: 1, 2, 4 or 8 times those given.
+    """Return the fastest number of images at a time for `run`, by trials with 1, 2, 4 or 8 times `images`.
 
-    On a CPU it is as many as are given, without a try: more were not faster, and another number of images at a time
-    changes the last digits, so that a measurement would make runs differ.
+    On a CPU it is the number of `images`, without a trial: more were not faster, and another number changes the last
+    digits, so a measurement would make runs differ.
 
     Args:
         run: from `fast`.
@@ -88,7 +88,7 @@ def fold(model: keras.Model) -> keras.Model:
     """Return a copy of `model`, for inference only, with each BatchNormalization that follows a convolution folded in.
 
     Layers that are not folded are shared with `model`; folded convolutions are new. A BatchNormalization stays where
-    the tensor below it has another reader, where it is no convolution's, or where the convolution has an activation.
+    the tensor below it has another reader or no convolution, or where the convolution has an activation.
     """
     return rewrite(model, lambda layer, norm: layer if norm is None else _merged(layer, norm), name="folded")
 
@@ -100,14 +100,14 @@ def rewrite(
     name: str,
     folds: Callable[[Any, Any], bool] = lambda layer, norm: True,
 ) -> keras.Model:
-    """Return a copy of a model's graph, sub-models included, in which other layers stand.
+    """Return a copy of a model's graph, sub-models included, with other layers.
 
     Args:
         model: a functional or sequential model.
-        join: called as `join(operation, norm)`: what stands in place of an operation and of the BatchNormalization that
-            follows it, which is None where nothing that can be folded does.
-        name: what is added to the names of the models.
-        folds: called as `folds(layer, norm)`: may this BatchNormalization be folded into this convolution?
+        join: called as `join(operation, norm)`: returns the replacement of an operation and of the BatchNormalization
+            that follows it; `norm` is None where none follows that can be folded.
+        name: suffix of the names of the models.
+        folds: called as `folds(layer, norm)`: whether this BatchNormalization may be folded into this convolution.
     """
     graph = frontier.graph_of(model)
     nodes, joined = list(wiring.nodes_of(graph)), {}
@@ -118,7 +118,7 @@ def rewrite(
         if id(node) in norms:
             return args[0]
         layer, norm = node.operation, pairs[id(node)].operation if id(node) in pairs else None
-        key = id(layer), id(norm)  # what is called more than once is made once
+        key = id(layer), id(norm)  # a layer that is called several times is made once
         if key not in joined:
             is_model = frontier.graph_of(layer) is not None
             joined[key] = rewrite(layer, join, name=name, folds=folds) if is_model else join(layer, norm)
@@ -153,7 +153,7 @@ def _takes(layer: Any, norm: keras.layers.BatchNormalization) -> bool:
 
 
 def _merged(layer: keras.layers.Layer, norm: keras.layers.BatchNormalization) -> keras.layers.Layer:
-    """Return a copy of a convolution that also does what `norm` does in inference."""
+    """Return a copy of a convolution that includes `norm` as in inference."""
     kept = {key: value for key, value in layer.get_config().items() if not key.endswith(UNUSED)}
     first = "depthwise_initializer" if isinstance(layer, DEPTHWISE) else "kernel_initializer"
     config = kept | {"use_bias": True, first: "zeros", "name": f"{layer.name}_{norm.name}"}
@@ -168,7 +168,7 @@ def _merged(layer: keras.layers.Layer, norm: keras.layers.BatchNormalization) ->
 
 
 def scale_and_shift(norm: keras.layers.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers, one a channel, by which inference multiplies and to which it adds; computed in float64."""
+    """Return the factor and the shift of inference, one per channel, computed in float64."""
     mean, variance = (np.asarray(part, "float64") for part in (norm.moving_mean, norm.moving_variance))
     scale = 1 / np.sqrt(variance + norm.epsilon)
     scale = scale * (np.asarray(norm.gamma, "float64") if norm.scale else 1)
@@ -182,21 +182,21 @@ def _frozen(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
 
     @tf.function(input_signature=[tf.TensorSpec(model.inputs[0].shape, dtype)], autograph=False, jit_compile=False)
     def predict(images: tf.Tensor) -> tf.Tensor:
-        # Constants of the graph, since TensorFlow fuses only what has constant weights; one of each, however often a
-        # sub-model is called.
+        # Constants of the graph, since TensorFlow fuses only layers with constant weights; one of each, also if a
+        # sub-model is called several times.
         constants = ([tf.constant(value) for value in values] for values in (trainable, rest))
         return model.stateless_call(*constants, images, training=False)[0]
 
-    given = model.outputs[0].dtype
-    kept = "float32" if given == "bfloat16" else given  # NumPy has no bfloat16
-    return lambda images: tf.cast(predict(tf.cast(images, dtype)), kept).numpy()
+    output_type = model.outputs[0].dtype
+    array_type = "float32" if output_type == "bfloat16" else output_type  # NumPy has no bfloat16
+    return lambda images: tf.cast(predict(tf.cast(images, dtype)), array_type).numpy()
 
 
 def _rounded(model: keras.Model) -> keras.Model:
     """Return the model in bfloat16 except the layers as wide as half the image or more, where errors are largest.
 
-    On EfficientNet-Lite0 and solar cells they cost a sixth of the speed, and the error is 3 % in place of 7 %. What
-    pools a map stays exact too: it costs nothing.
+    On EfficientNet-Lite0 and solar cells they cost a sixth of the speed, and the error is 3 % instead of 7 %. Layers
+    that pool a map stay exact too: it costs nothing.
     """
     is_of_images = model.input_shape[-1] == COLOURS
     side = model.input_shape[1] / 2 if is_of_images else math.inf

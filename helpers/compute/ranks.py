@@ -1,9 +1,9 @@
-"""Training on JAX, on all devices of one host or of several at once, by keras.distribution.
+"""Training on JAX, on all devices of one host or of several hosts together, with keras.distribution.
 
-`thaw run --hosts` runs the same notebook on each host at the same time, each run a rank, and gives each by $THAW_RANK
-the address of the first, how many there are, and its own number: 10.0.0.1:4711/2/0 is the first of two. Every rank
-holds all weights, trains on its part of each batch, and must do the same to the weights in the same order as all the
-others; TensorFlow only feeds the data. With another backend, or alone, nothing here does anything.
+`thaw run --hosts` runs the same notebook on each host at the same time; each run is a rank. $THAW_RANK holds the
+address of the first rank, the number of ranks, and the rank's own number: 10.0.0.1:4711/2/0 is the first of two. Every
+rank holds all weights, trains on its part of each batch, and must change the weights in the same order as all others.
+TensorFlow only feeds the data. With another backend, or in a single run, the functions here have no effect.
 """
 
 import os
@@ -17,14 +17,14 @@ from helpers.core import project
 
 
 def prepare(devices: str, *, trains: bool) -> tuple[int, str, tuple[int, int] | None]:
-    """Choose what JAX computes on; where it trains and is a rank, meet the other ranks first.
+    """Choose the devices of JAX; a rank that trains connects to the other ranks first.
 
     Args:
         devices: "auto", "cpu" or "gpu", as in `hardware.prepare`.
-        trains: with "auto" or "cpu", models that are built from now on train on all devices of all ranks at once.
+        trains: with "auto" or "cpu", models that are built from now on train on all devices of all ranks together.
 
     Returns:
-        How many devices compute at once, what they are called, and the first GPU's compute capability if it is one.
+        The number of devices that compute together, their name, and the first GPU's compute capability if it is one.
 
     Raises:
         ValueError: "gpu", which is one GPU, on several hosts.
@@ -36,12 +36,12 @@ def prepare(devices: str, *, trains: bool) -> tuple[int, str, tuple[int, int] | 
     if devices == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if devices == "gpu" and place:
-        raise ValueError("devices: gpu is one GPU of one host. On several hosts take auto, all GPUs, or cpu.")
+        raise ValueError("devices: gpu is one GPU of one host. On several hosts set auto (all GPUs) or cpu.")
     if place and not jax.distributed.is_initialized():
         address, ranks, number = place.split("/")
         keras.distribution.initialize(address, int(ranks), int(number))
     if devices == "gpu" and jax.default_backend() != "gpu":
-        raise RuntimeError("devices: gpu was asked for, but JAX sees none. Install jax[cuda12] for this JAX.")
+        raise RuntimeError("devices: gpu needs a GPU, but JAX sees none. Install jax[cuda12] for this JAX.")
     together = keras.distribution.list_devices() if place or (trains and devices == "auto") else []
     several = len(together) > 1
     layout = keras.distribution.DataParallel(devices=together, auto_shard_dataset=False) if several else None
@@ -61,18 +61,18 @@ def on_gpu() -> bool:
 
 
 def replicas() -> int:
-    """Return on how many devices, of all ranks together, a model trains that is built now."""
+    """Return the number of devices, of all ranks together, that train a model built now."""
     layout = keras.distribution.distribution()
     return 1 if layout is None else int(np.prod(layout.device_mesh.shape))
 
 
 def count() -> int:
-    """Return how many ranks train together, 1 for a notebook that trains alone."""
+    """Return the number of ranks that train together, 1 for a notebook that trains alone."""
     return _jax().process_count() if _is_rank() else 1
 
 
 def number() -> int:
-    """Return which of them this one is, from 0."""
+    """Return the number of this rank, from 0."""
     return _jax().process_index() if _is_rank() else 0
 
 
@@ -92,8 +92,8 @@ def of_batches(rows: np.ndarray, batch_size: int) -> np.ndarray:
     """Return this rank's part of each whole batch of `rows`, one after the other; alone, all of `rows`.
 
     Args:
-        rows: (n,) what an epoch holds, in order.
-        batch_size: rows a step of all ranks together; each takes `batch_size // count()` of them.
+        rows: (n,) the rows of an epoch, in order.
+        batch_size: rows per step of all ranks together; each takes `batch_size // count()` of them.
     """
     if count() == 1:
         return rows
@@ -102,7 +102,7 @@ def of_batches(rows: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def of_all(images: int) -> np.ndarray:
-    """Return the indices of this rank's part of so many images, as many as every rank has, and even for its devices.
+    """Return the indices of this rank's part of `images`: the same number on every rank, and even for its devices.
 
     A remainder of fewer images than there are devices is left out; alone, nothing is.
     """
@@ -113,7 +113,7 @@ def of_all(images: int) -> np.ndarray:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let what is built within compute on this rank alone, whatever the others do."""
+    """Make models built in this context compute on this rank alone, independent of the others."""
     before = keras.distribution.distribution()
     keras.distribution.set_distribution(None)
     try:
@@ -123,7 +123,7 @@ def alone() -> Iterator[None]:
 
 
 def meet() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank reaches this point."""
     if count() > 1:
         from jax.experimental import multihost_utils
 
@@ -131,7 +131,7 @@ def meet() -> None:
 
 
 def agreed(value: int) -> int:
-    """Return the value of the first rank on every rank, where what a rank finds may differ."""
+    """Return the value of the first rank on every rank, for values that may differ between ranks."""
     if count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -140,18 +140,18 @@ def agreed(value: int) -> int:
 
 
 def leave(model: keras.Model) -> None:
-    """Give this rank its own copy of the weights that all have trained; from now on it computes alone."""
+    """Make this rank's own copy of the weights that all have trained; from now on it computes alone."""
     if replicas() == 1:
         return
     meet()
     keras.distribution.set_distribution(None)
     for variable in model.variables:
         value = keras.ops.convert_to_numpy(variable)
-        variable._layout = None  # Keras has no way to take a weight out of a distribution
+        variable._layout = None  # Keras cannot remove a weight from a distribution
         variable.assign(value)
 
 
 def part() -> None:
-    """Wait for every rank and end what binds them: without it, the first to exit would tear the others down."""
+    """Wait for every rank and close the connection: without it, the first rank to exit would stop the others."""
     if _is_rank():
         _jax().distributed.shutdown()

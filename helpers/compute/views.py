@@ -1,4 +1,4 @@
-"""Images in a fixed order and their augmented views, the same for the same seed wherever the work begins."""
+"""Images in a fixed order and their augmented views: the same for the same seed, from any starting image."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +12,11 @@ GROUP = 32  # images that are augmented together: they share a seed and are mixe
 
 
 class Augmentation(Protocol):
-    """What varies images, as `transforms.make` returns it: settings only, so that a fingerprint can tell two apart."""
+    """An augmentation, as `transforms.make` returns it: settings only, so that two have different fingerprints."""
 
     @property
     def mixes(self) -> bool:
-        """Whether it blends images, and with them their labels."""
+        """Return whether it blends images and their labels."""
 
     def function(self) -> Callable[[tf.Tensor, Any, tf.Tensor], tuple[tf.Tensor, Any]]:
         """Return (images, labels, key) -> (images, labels); a key is what `key` returns."""
@@ -28,7 +28,7 @@ class Images:
 
     Attributes:
         pixels: dataset of uint8 batches (any batch size, H, W, 3) or one array (n, H, W, 3), in the order of `keys`.
-        keys: one text an image that changes whenever its pixels do, e.g. content hash and image size.
+        keys: one text per image that changes with its pixels, e.g. content hash and image size.
         labels: (n,) class indices, or (n, classes) shares of each class.
     """
 
@@ -43,7 +43,7 @@ class Images:
             )
 
     def groups(self, start: int) -> Iterator[np.ndarray]:
-        """Yield the images from index `start`, a multiple of `GROUP`, on in batches of `GROUP`, decoded ahead."""
+        """Yield batches of `GROUP` images, decoded ahead, from index `start`, a multiple of `GROUP`."""
         if isinstance(self.pixels, tf.data.Dataset):
             yield from self.pixels.rebatch(GROUP).skip(start // GROUP).prefetch(4).as_numpy_iterator()
         else:
@@ -52,16 +52,16 @@ class Images:
 
 def key(seed: int, *numbers: int | tf.Tensor) -> tf.Tensor:
     """Return the int32 key of shape (2,) that belongs to a seed (0 to 2**32 - 1) and numbers such as epoch and step."""
-    found = tf.constant(np.array([seed, 0], np.uint32).view(np.int32))
+    value = tf.constant(np.array([seed, 0], np.uint32).view(np.int32))
     for number in numbers:
-        found = tf.random.fold_in(found, number)
-    return found
+        value = tf.random.fold_in(value, number)
+    return value
 
 
 def in_views(
     images: Images, start: int, views: int, augment: Augmentation | None, seed: int
 ) -> Iterator[tuple[int, slice, np.ndarray, np.ndarray]]:
-    """Yield (view, rows, float32 images, labels), group by group, each made while the one before it is used.
+    """Yield (view, rows, float32 images, labels), group by group, each made while the previous one is in use.
 
     Args:
         images: the images.
@@ -94,7 +94,7 @@ def in_views(
 
 
 def _ahead(items: Iterator) -> Iterator:
-    """Yield `items`, each made in a thread while the one before it is used."""
+    """Yield `items`, each made in a thread while the previous one is in use."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, items, None)
         while (item := following.result()) is not None:

@@ -1,7 +1,7 @@
 """A function that answers in a process of its own: JSON in, JSON or an error out.
 
-For what needs TensorFlow where it is not loaded, what would leave memory behind, and what may end its process. The
-module that answers ends with ``if __name__ == "__main__": child.answer(function)``; who asks names the module.
+For functions that need TensorFlow where it is not loaded, keep memory afterwards, or may crash their process. The
+module that answers ends with ``if __name__ == "__main__": child.answer(function)``; the caller names the module.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ from typing import Any
 from helpers.core import project
 
 REFUSED = 2  # the exit code after an error that has a message for the user
-LAST_WORDS = 2000  # characters of an unexpected error
+LAST_WORDS = 2000  # characters shown of an unexpected error
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a module answered.
+    """The answer of a module.
 
     Attributes:
-        value: of JSON, as its function returned it.
-        log: what it wrote on standard error, "" where that was let through.
+        value: what its function returned, as JSON holds it.
+        log: what it wrote to standard error, "" where the terminal shows it.
     """
 
     value: Any
@@ -35,11 +35,11 @@ class Answer:
 
 
 class ChildError(RuntimeError):
-    """The process gave no answer. The message is that of the function's error, or the last words of the process.
+    """The process gave no answer. The message is that of the function's error, or the end of what the process wrote.
 
     Attributes:
         signal: the name of the signal that ended it, such as "SIGKILL", or "".
-        log: what it wrote on standard error.
+        log: what it wrote to standard error.
     """
 
     def __init__(self, message: str, signal: str, log: str) -> None:
@@ -62,15 +62,15 @@ def ask(
         request: the arguments of its function, which JSON can hold.
         environment: variables to set, such as KERAS_BACKEND.
         meanwhile: called once while the process works.
-        shows: let its standard error through to the terminal, such as the bar of a download.
+        shows: show its standard error in the terminal, such as the bar of a download.
 
     Raises:
         ChildError: it gave no answer.
     """
     command = [sys.executable, "-m", module, json.dumps(dict(request))]
-    given = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | dict(environment or {})
+    variables = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | dict(environment or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": None if shows else subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, cwd=project.ROOT, env=given) as process:
+    with subprocess.Popen(command, **pipes, cwd=project.ROOT, env=variables) as process:
         meanwhile()
         output, log = process.communicate()
     lines, log = output.strip().splitlines(), log or ""
@@ -85,20 +85,20 @@ def ask(
 
 
 def answer(function: Callable[..., Any]) -> None:
-    """Answer the request of the command line by `function`, and end this process.
+    """Answer the request on the command line with `function`, and end this process.
 
-    A ValueError, OSError, ImportError or MemoryError becomes a ChildError with the same message where it was asked.
+    A ValueError, OSError, ImportError or MemoryError becomes a ChildError with the same message in the caller.
     """
-    code, said = 0, None
+    code, reply = 0, None
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            said = function(**json.loads(sys.argv[1]))
+            reply = function(**json.loads(sys.argv[1]))
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        code, said = REFUSED, str(error) or type(error).__name__
+        code, reply = REFUSED, str(error) or type(error).__name__
     except Exception:
         traceback.print_exc()
         code = 1
-    print(json.dumps(said))
+    print(json.dumps(reply))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # TensorFlow would take a second to take leave
+    os._exit(code)  # TensorFlow would need a second to exit

@@ -1,4 +1,4 @@
-"""Files: JSON and text written whole or not at all, hashes, room on the disk."""
+"""Files: JSON and text written whole or not at all, hashes, free disk space."""
 
 import errno
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 
 from helpers.core import project
 
-TEMPORARY, DISCARDED = ".tmp", ".discarded"  # ends of the hidden names of what an interruption may leave behind
+TEMPORARY, DISCARDED = ".tmp", ".discarded"  # endings of hidden files that an interruption may leave
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -20,11 +20,11 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_table(path: str | os.PathLike, **options: Any) -> Any:
-    """Return a CSV as a pandas.DataFrame with every text as it was written: "NA" and "01" stay what they are.
+    """Return a CSV as a pandas.DataFrame with every text as it was written: "NA" and "01" stay text.
 
     Args:
         path: the file.
-        options: more of pandas.read_csv.
+        options: other arguments of pandas.read_csv.
     """
     import pandas as pd
 
@@ -50,10 +50,10 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder of ours. It is renamed first, so that an interruption never leaves half of it in its place."""
+    """Remove a folder of Thaw. It is renamed first, so that an interruption never leaves half of it under its name."""
     if folder.is_dir():
         away = folder.with_name(f".{folder.name}.{os.getpid()}{DISCARDED}")
-        shutil.rmtree(away, ignore_errors=True)  # of a process that was killed and had the same number
+        shutil.rmtree(away, ignore_errors=True)  # of a killed process that had the same number
         folder.rename(away)
         shutil.rmtree(away)
 
@@ -62,7 +62,7 @@ LEAST_FREE_BYTES = 300_000_000
 
 
 def is_writable(folder: Path) -> bool:
-    """Make `folder` if it can be made and say whether it can be written to."""
+    """Create `folder` if possible and return whether it can be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,32 +72,32 @@ def is_writable(folder: Path) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` if need be, and raise a PermissionError when it cannot be written to."""
+    """Create `folder` if needed, and raise a PermissionError when it cannot be written to."""
     if not is_writable(folder):
         raise PermissionError(
-            f"{project.display_path(folder)} cannot be written to. Give yourself the right to, or set THAW_RUNS to a"
+            f"{project.display_path(folder)} cannot be written to. Change its permissions, or set THAW_RUNS to a"
             " folder of your own."
         )
 
 
 def check_disk(folder: Path) -> None:
-    """Raise an OSError when too little space is left where `folder` lies."""
+    """Raise an OSError when too little space is free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE_BYTES:
         raise OSError(
-            f"Only {free / 1e6:,.0f} MB are free where {project.display_path(folder)} lies; a stage needs at least"
+            f"Only {free / 1e6:,.0f} MB are free on the disk of {project.display_path(folder)}; a stage needs at least"
             f" {LEAST_FREE_BYTES / 1e6:,.0f} MB. Free some space, or set THAW_RUNS to a folder on another disk."
         )
 
 
 def is_full(error: OSError) -> bool:
-    """Tell whether an error says that the disk, or what the user may have of it, is full."""
+    """Return whether an error says that the disk, or the user's share of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def full(folder: Path) -> str:
-    """Return what to tell the user when the disk is full where `folder` lies."""
-    return f"the disk where {project.display_path(folder)} lies is full. `thaw clean` says what could go."
+    """Return the message for a full disk of `folder`."""
+    return f"the disk of {project.display_path(folder)} is full. `thaw clean` lists what can be deleted."
 
 
 def sha256_of(path: Path) -> str:
@@ -107,6 +107,6 @@ def sha256_of(path: Path) -> str:
 
 
 def version_of(files: Iterable[Path]) -> str:
-    """Return 12 hexadecimal digits that change when the content of one of these files does, or when it goes."""
+    """Return 12 hexadecimal digits that change when one of these files changes or disappears."""
     digests = [sha256_of(file) if file.is_file() else "" for file in files]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""The linear probe: logistic regression on standardised features, scikit-learn's, wherever Thaw judges features."""
+"""The linear probe: scikit-learn's logistic regression on standardised features, wherever Thaw judges features."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -24,13 +24,13 @@ def classifier(strength: float, tolerance: float = 1e-4) -> Any:
 def fit(model: Any, features: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> Any:
     """Fit a probe and return it.
 
-    That the solver stops at its last step is no reason to warn: more steps hardly change a class.
+    Where the solver reaches its last step, no warning appears: more steps hardly change a class.
 
     Args:
         model: as `classifier` returns it.
         features: float (images, n).
         labels: one per image.
-        weights: how much each image counts, (images,); None for all the same.
+        weights: the weight of each image, (images,); None for equal weights.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -44,24 +44,24 @@ def best_strength(
     strengths: Sequence[float],
     tolerance: float = 1e-4,
 ) -> float:
-    """Return the strength whose probabilities fit held-out images best, by log loss; the first when none can be asked.
+    """Return the strength whose probabilities fit held-out images best, by log loss; the first when no image can test.
 
     Args:
         features: float (images, n).
         labels: class indices (images,).
-        rounds: for each, the positions of the images to learn from and of those to ask about.
-        strengths: to choose from.
+        rounds: for each, the positions of the images to train on and of those to test on.
+        strengths: the candidates.
         tolerance: of the solver.
     """
     from sklearn.metrics import log_loss
 
     losses = np.zeros(len(strengths))
-    for learned, asked in rounds:
-        asked = asked[np.isin(labels[asked], labels[learned])]
-        if not len(asked) or len(np.unique(labels[learned])) < 2:
+    for train_rows, test_rows in rounds:
+        test_rows = test_rows[np.isin(labels[test_rows], labels[train_rows])]
+        if not len(test_rows) or len(np.unique(labels[train_rows])) < 2:
             continue
         for index, strength in enumerate(strengths):
-            model = fit(classifier(strength, tolerance), features[learned], labels[learned])
-            probabilities = model.predict_proba(features[asked])
-            losses[index] += len(asked) * log_loss(labels[asked], probabilities, labels=model.classes_)
+            model = fit(classifier(strength, tolerance), features[train_rows], labels[train_rows])
+            probabilities = model.predict_proba(features[test_rows])
+            losses[index] += len(test_rows) * log_loss(labels[test_rows], probabilities, labels=model.classes_)
     return strengths[int(np.argmin(losses))]

@@ -1,4 +1,4 @@
-"""What this machine has: processor, memory, GPUs. Asked of the system, without TensorFlow."""
+"""What this machine has: processor, memory, GPUs. The system reports it, without TensorFlow."""
 
 import os
 import platform
@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-CGROUPS = Path("/sys/fs/cgroup")  # where a container's limits stand
+CGROUPS = Path("/sys/fs/cgroup")  # holds a container's limits
 GPU_QUERY = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
 
 
 @cache
 def hardware() -> dict[str, Any]:
-    """Return what decides how fast a result was made, and its last digits: platform, cpu, cores, memory_gb, gpus."""
+    """Return what influences the speed and the last digits of a result: platform, cpu, cores, memory_gb, gpus."""
     return {
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
@@ -33,12 +33,12 @@ def cores() -> int:
 
 
 def total_memory() -> int:
-    """Return the memory in bytes that this process may use, within the limit of its container; 0 when not known."""
+    """Return the memory in bytes that this process may use, within the limit of its container; 0 when unknown."""
     return min([_meminfo("MemTotal"), *(limit for limit, _ in _memory_limits())])
 
 
 def free_memory() -> int:
-    """Return the memory in bytes that is available without swapping, 0 where the system does not tell."""
+    """Return the memory in bytes that is available without swapping, 0 where the system does not report it."""
     return max(0, min([_meminfo("MemAvailable"), *(limit - used for limit, used in _memory_limits())]))
 
 
@@ -53,10 +53,10 @@ def gpus() -> list[str]:
     if shutil.which(GPU_QUERY[0]) is None:
         return []
     try:
-        asked = subprocess.run(GPU_QUERY, capture_output=True, text=True, timeout=20, check=False)
+        query = subprocess.run(GPU_QUERY, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return asked.stdout.strip().splitlines() if asked.returncode == 0 else []
+    return query.stdout.strip().splitlines() if query.returncode == 0 else []
 
 
 def _cpu() -> str:
@@ -73,13 +73,13 @@ def _meminfo(entry: str) -> int:
 
 def _memory_limits() -> list[tuple[int, int]]:
     """Return (limit, bytes used that cannot be reclaimed) of each control group that limits this process's memory."""
-    found = []
+    limits = []
     for folder in _cgroups():
         limit, used = _read(folder / "memory.max").strip(), _read(folder / "memory.current").strip()
         if limit.isdecimal() and used.isdecimal():
             stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
-            found.append((int(limit), int(used) - int(stat.get("inactive_file", 0))))
-    return found
+            limits.append((int(limit), int(used) - int(stat.get("inactive_file", 0))))
+    return limits
 
 
 def _cgroups() -> list[Path]:

@@ -1,22 +1,22 @@
-"""Recipes: what a run does, checked against the notebooks' own parameters cells.
+"""The notebooks' parameters cells: what they declare, and the check of values against them.
 
 The parameters cell of a notebook is the only place where a parameter is declared. One parameter a line:
 
     learning_rate: float = 1e-2  # step size at the start of phase 1 (0, 10]
     optimizer: str = "adam"  # the rule that updates the weights {adam, adamw, sgd}
 
-The annotation is its type, the comment its meaning, and an interval or a set at the comment's end what it may be. (A
-`Literal` would say the same as the set, but papermill cannot read it.) A default `runs/demo/<stage>` names the folder
-that another notebook writes, which is how the order of the stages is known. A comment that ends in
+The annotation is its type, the comment its meaning. An interval or a set at the comment's end gives the allowed values.
+(A `Literal` would mean the same as the set, but papermill cannot read it.) A default `runs/demo/<stage>` names the
+folder that another notebook writes, and so gives the order of the stages. A comment that ends in
 `(as fine_tune.unfreeze)` gives the parameter the value of another one where a recipe sets only that.
 
-A comment line in the cell says that a stage is optional, so that it runs only for a recipe that has its section:
+A comment line in the cell makes a stage optional: it runs only for a recipe that has its section.
 
     # optional
     # optional, in place of explore
 
-With the second, the stages after it read its folder in place of the one named, which must be one that it reads itself.
-A line `# study` says that the notebook belongs to no chain: it answers a question about finished runs.
+With the second, the stages after it read its folder instead of the named one, which must be one that it reads itself.
+A line `# study` takes the notebook out of the chain: it answers a question about finished runs.
 """
 
 import ast
@@ -54,7 +54,7 @@ RETIRED = {
 
 
 class RecipeError(ValueError):
-    """A recipe or parameter that cannot be run; the message lists every problem found and how to fix each."""
+    """A recipe or parameter that cannot run; the message lists every problem and how to fix each."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ class Parameter:
 
     @property
     def follows(self) -> tuple[str, str] | None:
-        """The stage and the parameter whose value this one takes where a recipe sets only that, or None."""
+        """Return the stage and the parameter whose value this one takes where a recipe sets only that, or None."""
         other = FOLLOWS.search(self.meaning)
         return (other["stage"], other["name"]) if other else None
 
     @property
     def made_by(self) -> str:
-        """The stage that writes this folder, or "" when the parameter is not a stage's folder."""
+        """Return the stage that writes this folder, or "" when the parameter is not a stage's folder."""
         is_folder = isinstance(self.default, str) and self.default.startswith(DEMO)
         return self.default.removeprefix(DEMO) if is_folder else ""
 
     def constrained(self) -> Any:
-        """Return the annotation with what is allowed as a constraint for pydantic (per item for a list)."""
+        """Return the annotation with the allowed values as a constraint for pydantic (per item for a list)."""
         if not self.allowed:
             return self.annotation
         if choices := CHOICES.match(self.allowed):
@@ -104,16 +104,16 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Stage:
-    """A notebook seen as a function: its parameters, the stages it reads and the stage it makes.
+    """A notebook as a function: its parameters, the stages it reads and the stage it makes.
 
     Attributes:
-        name: of the stage, which is that of its folder.
+        name: of the stage and of its folder.
         parameters: by name, in the order of the cell.
-        inputs: the stage that makes the folder which a parameter names, by parameter.
+        inputs: parameter -> the stage that makes the folder which it names.
         model: checks values of the parameters.
         title: of the notebook's first cell, without its number.
         optional: whether it runs only for a recipe that has its section.
-        replaces: the stage whose place it takes for all that come after it, "" for none.
+        replaces: the stage that it replaces for all later stages, "" for none.
         is_study: whether it belongs to no chain.
     """
 
@@ -129,22 +129,22 @@ class Stage:
 
     @property
     def number(self) -> str:
-        """The number of the notebook, such as "03" or "00b"."""
+        """Return the number of the notebook, such as "03" or "00b"."""
         return self.notebook.name.split("_")[0]
 
     @property
     def called(self) -> tuple[str, ...]:
-        """What it may be called: its name, its notebook's name or number."""
+        """Return the names that it has: its own, its notebook's name and number."""
         return self.name, self.notebook.stem, self.number, self.number.removeprefix("0")
 
     @property
     def trains(self) -> bool:
-        """Whether it trains a network: its notebook has a parameter `epochs`."""
+        """Return whether it trains a network: its notebook has a parameter `epochs`."""
         return "epochs" in self.parameters
 
     @property
     def settings(self) -> dict[str, Parameter]:
-        """The parameters that a recipe may set: all but the folders, which the pipeline gives."""
+        """Return the parameters that a recipe may set: all except the folders, which the pipeline sets."""
         return {name: p for name, p in self.parameters.items() if not p.made_by}
 
 
@@ -152,14 +152,14 @@ class Stage:
 def stages() -> dict[str, Stage]:
     """Return the stages in the notebooks' order, each read from its notebook's parameters cell."""
     paths = [path for path in NOTEBOOKS.glob("*_*.ipynb") if re.match(r"\d\d[a-z]?_", path.name)]
-    found = [_read_stage(path) for path in sorted(paths)]
-    return {stage.name: stage for stage in found if not stage.is_study}
+    all_stages = [_read_stage(path) for path in sorted(paths)]
+    return {stage.name: stage for stage in all_stages if not stage.is_study}
 
 
 def studies() -> dict[str, Stage]:
-    """Return the notebooks that belong to no chain: those without a number and those that say `# study`."""
-    found = [_read_stage(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
-    return {study.name: study for study in found if study.is_study}
+    """Return the notebooks that belong to no chain: those without a number and those with `# study`."""
+    all_stages = [_read_stage(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    return {study.name: study for study in all_stages if study.is_study}
 
 
 def find_notebook(text: str) -> Stage:
@@ -168,8 +168,8 @@ def find_notebook(text: str) -> Stage:
     Raises:
         RecipeError: there is neither.
     """
-    named = (study for study in studies().values() if text in study.called)
-    return next(named, None) or find_stage(text)
+    matching_studies = (study for study in studies().values() if text in study.called)
+    return next(matching_studies, None) or find_stage(text)
 
 
 def find_stage(text: str) -> Stage:
@@ -185,7 +185,7 @@ def find_stage(text: str) -> Stage:
 
 
 def read_parameters(source: str) -> dict[str, Parameter]:
-    """Read the source of a parameters cell.
+    """Return the parameters in the source of a parameters cell.
 
     Raises:
         RecipeError: a line is not `name: type = literal  # meaning`.
@@ -195,7 +195,7 @@ def read_parameters(source: str) -> dict[str, Parameter]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    found = {}
+    parameters = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.module == "typing":
             continue
@@ -208,17 +208,17 @@ def read_parameters(source: str) -> dict[str, Parameter]:
             default = ast.literal_eval(node.value)
         except (NameError, TypeError, ValueError) as error:
             raise RecipeError(f"{refusal}: {error}.") from None
-        # A formatter may put a long line's comment on any of the lines that it makes of it.
+        # A formatter may split a long line and put its comment on any of the new lines.
         comment = next((comments[line] for line in range(node.lineno, node.end_lineno + 1) if line in comments), "")
         parts = INTERVAL.match(comment) or CHOICES.match(comment)
         meaning, allowed = (parts["text"], comment[len(parts["text"]) :].strip()) if parts else (comment, "")
         name = node.target.id
-        found[name] = Parameter(name, annotation, type_text, default, meaning, allowed)
-    return found
+        parameters[name] = Parameter(name, annotation, type_text, default, meaning, allowed)
+    return parameters
 
 
 def in_force(stage: str, namespace: Mapping[str, Any]):
-    """Check the parameters as a notebook has them now and return them as a table to show.
+    """Check the parameters that a notebook has now and return them as a table.
 
     Args:
         stage: the name of the stage.
@@ -232,27 +232,27 @@ def in_force(stage: str, namespace: Mapping[str, Any]):
     """
     import pandas as pd
 
-    made = find_notebook(stage)
-    parameters = made.parameters
+    stage_notebook = find_notebook(stage)
+    parameters = stage_notebook.parameters
     values = {name: namespace[name] for name in parameters}
-    if wrong := problems(made, values, everything=True):
-        raise RecipeError(f"notebooks/{made.notebook.name}: " + "; ".join(wrong))
+    if wrong := problems(stage_notebook, values, everything=True):
+        raise RecipeError(f"notebooks/{stage_notebook.notebook.name}: " + "; ".join(wrong))
     pd.set_option("display.max_colwidth", None)  # the meanings are sentences
     rows = {name: [values[name], p.default, p.meaning] for name, p in parameters.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default", "meaning"]).astype(object)
 
 
 def problems(stage: Stage, values: Mapping[str, Any], everything: bool = False) -> list[str]:
-    """Return what is wrong with `values` as parameters of `stage`; `everything` allows the folders too."""
+    """Return the problems of `values` as parameters of `stage`; `everything` allows the folders too."""
     allowed = stage.parameters if everything else stage.settings
-    found = []
+    messages = []
     for name in values:
         if name in stage.parameters and name not in allowed:
-            found.append(f"{stage.name}.{name}: this folder is given by the pipeline, not by a recipe.")
+            messages.append(f"{stage.name}.{name}: the pipeline sets this folder, not a recipe. Delete this line.")
         elif name not in allowed and name in RETIRED:
-            found.append(f"{stage.name}.{name}: this parameter is gone: {RETIRED[name]}.")
+            messages.append(f"{stage.name}.{name}: this parameter is gone: {RETIRED[name]}.")
         elif name not in allowed:
-            found.append(f"{stage.name}.{name}: there is no such parameter.{words.did_you_mean(str(name), allowed)}")
+            messages.append(f"{stage.name}.{name}: there is no such parameter.{words.did_you_mean(str(name), allowed)}")
     try:
         stage.model(**{name: value for name, value in values.items() if name in allowed})
     except pydantic.ValidationError as error:
@@ -260,8 +260,8 @@ def problems(stage: Stage, values: Mapping[str, Any], everything: bool = False) 
         for name in wrong:
             p = stage.parameters[name]
             expected = f"{p.type_text} in {p.allowed}" if p.allowed else p.type_text
-            found.append(f"{stage.name}.{name}: expected {expected}, got {values[name]!r}. It is: {p.meaning}.")
-    return found
+            messages.append(f"{stage.name}.{name}: expected {expected}, got {values[name]!r}. It is: {p.meaning}.")
+    return messages
 
 
 def _read_stage(notebook: Path) -> Stage:
@@ -281,8 +281,8 @@ def _read_stage(notebook: Path) -> Stage:
     replaces = (optional["replaces"] or "") if optional else ""
     if replaces and replaces not in inputs.values():
         raise RecipeError(
-            f"{notebook.name}: a stage can take the place only of one that it reads"
-            f" ({', '.join(inputs.values()) or 'none'}), not of {replaces}."
+            f"{notebook.name}: a stage can replace only a stage that it reads"
+            f" ({', '.join(inputs.values()) or 'none'}), not {replaces}."
         )
     title = TITLE.match("".join(cells[0]["source"]))
     return Stage(
@@ -299,7 +299,7 @@ def _read_stage(notebook: Path) -> Stage:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML 1.2 mapping: `1e-2` is a number, `on` and `no` are text, a key given twice is an error.
+    """Read a YAML 1.2 mapping: `1e-2` is a number, `on` and `no` are text, a repeated key is an error.
 
     Raises:
         RecipeError: the file is not valid YAML or not a mapping.
@@ -320,7 +320,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _where_and_why(error: YAMLError) -> str:
-    """Return line, column and reason of an error of YAML, in one line."""
+    """Return line, column and reason of a YAML error, in one line."""
     mark, context = getattr(error, "problem_mark", None), getattr(error, "context", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     reason = " ".join((getattr(error, "problem", None) or str(error)).split())[:300]

@@ -5,7 +5,7 @@ The hosts are the scheduler's workers. Each is started from the project's folder
     dask scheduler                                                        # on one host
     dask worker tcp://scheduler:8786 --nthreads 1 --nworkers 1            # on every host
 
-All of them find the project, the runs and the images under the same paths, on a file system that they share.
+All hosts share a file system and see the project, the runs and the images under the same paths.
 """
 
 import itertools
@@ -25,14 +25,14 @@ from helpers.core import progress, project
 if TYPE_CHECKING:
     from distributed import Client
 
-PIECE = 64  # images that a host is given at a time
-AHEAD = 4  # pieces under way, for each host
-RETRIES = 2  # of a piece of bulk work that fails, not counting workers that die
+PIECE = 64  # images that a host gets at a time
+AHEAD = 4  # pieces in progress, for each host
+RETRIES = 2  # of a piece that fails; workers that die do not count
 START = "dask worker {address} --nthreads 1 --nworkers 1"
 
 
 class HostError(RuntimeError):
-    """A host failed or is not as the others; the message says which and how to fix it."""
+    """A host failed or differs from the others; the message names it and says how to fix it."""
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def connect(address: str) -> Iterator["Client"]:
 
     Raises:
         ImportError: Dask is not installed.
-        HostError: nobody answers there.
+        HostError: no scheduler answers there.
     """
     try:
         from distributed import Client
@@ -61,31 +61,31 @@ def connect(address: str) -> Iterator["Client"]:
 def spread(
     function: Callable[[Any], Any], pieces: Iterable[Any], *, address: str, reads: Sequence[str | os.PathLike]
 ) -> Iterator[Any]:
-    """Yield function(piece) for each piece, in order, computed on the hosts; a host that dies costs nothing.
+    """Yield function(piece) for each piece, in order, computed on the hosts; if a host dies, others take its pieces.
 
     Args:
         function: of a module of this project, or a `functools.partial` of one.
-        pieces: what can be pickled; only a few for each host are under way, so memory does not grow with their number.
+        pieces: picklable; only a few for each host are in progress, so memory does not grow with their number.
         address: the scheduler's.
-        reads: files and folders that the pieces need; those that are here must be on every host.
+        reads: files and folders that the pieces need; those that exist here must be on every host.
 
     Raises:
-        HostError: a host does not see them, or the scheduler is gone; or what `function` raises.
+        HostError: a host does not see them, or the scheduler is gone. Errors of `function` pass through.
     """
     with connect(address) as client:
         from distributed import CancelledError
 
-        seen = [str(path) for path in reads if os.path.exists(path)]
-        submit = partial(client.submit, _piece, function=function, reads=seen, retries=RETRIES, pure=False)
+        shared_paths = [str(path) for path in reads if os.path.exists(path)]
+        submit = partial(client.submit, _piece, function=function, reads=shared_paths, retries=RETRIES, pure=False)
         tasks = (submit(piece) for piece in pieces)
         ahead = deque(itertools.islice(tasks, AHEAD * max(1, len(client.nthreads()))))
         while ahead:
             try:
-                found = ahead.popleft().result()
+                result = ahead.popleft().result()
                 ahead.extend(itertools.islice(tasks, 1))
             except CancelledError:
                 raise HostError(f"The scheduler {address} is gone. The same command resumes when it is back.") from None
-            yield found
+            yield result
 
 
 def _piece(piece: Any, *, function: Callable[[Any], Any], reads: list[str]) -> Any:
@@ -106,29 +106,29 @@ def for_each(
 
     Args:
         workers: threads; 0 means one for each core.
-        label: what the progress is called.
-        reads: with it, the hosts of a `thaw run --hosts` share the work: files and folders that each must see. The
-            function must be of a module then, or a `functools.partial` of one.
+        label: the name of the work, for the progress.
+        reads: files and folders that each host must see. With it, the hosts of a `thaw run --hosts` share the work;
+            the function must then be of a module, or a `functools.partial` of one.
     """
     address = os.environ.get(project.HOSTS_VARIABLE)
     if reads and address:
         pieces = [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
-        each = spread(partial(_all_of, function), pieces, address=address, reads=reads)
-        found = itertools.chain.from_iterable(each)
+        lists = spread(partial(_all_of, function), pieces, address=address, reads=reads)
+        results = itertools.chain.from_iterable(lists)
     else:
-        found = in_threads(function, items, workers)
-    yield from progress.track(found, total=len(items), label=label)
+        results = in_threads(function, items, workers)
+    yield from progress.track(results, total=len(items), label=label)
 
 
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> Iterator[Any]:
     """Yield function(item) for each item, in order, on several cores.
 
-    Threads, since decoding, resizing, hashing and encoding all release Python's lock: as quick as processes and ready
-    at once. Only a few items are under way at a time, so memory does not grow with their number.
+    Threads, since decoding, resizing, hashing and encoding all release Python's lock: as fast as processes and
+    ready immediately. Only a few items are in progress at a time, so memory does not grow with their number.
     """
     run = Parallel(n_jobs=workers or cpu_count(), prefer="threads", return_as="generator")
     threads_before = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # the cores are already taken
+    cv2.setNumThreads(1)  # all cores are already in use
     try:
         yield from run(delayed(function)(item) for item in items)
     finally:

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def report(done: int, total: int, *, unit: str, label: str, **metrics: float) -> None:
-    """Tell a watching `thaw run` how far this stage is. Does nothing when nobody watches."""
+    """Report to a watching `thaw run` how far this stage is. Do nothing when no `thaw run` watches."""
     target = os.environ.get(PROGRESS_VARIABLE)
     if target:
         line = {"time": time.time(), "done": done, "total": total, "unit": unit, "label": label, "metrics": metrics}
@@ -24,10 +24,10 @@ def track(items: Iterable[T], *, total: int, unit: str = "image", label: str = "
     """Yield `items` with progress: a bar when a person runs the notebook, lines for `thaw run` when it is headless.
 
     Args:
-        items: what to go through.
-        total: number of units in all.
+        items: what is processed.
+        total: number of all units.
         unit: what is counted.
-        label: what is being done.
+        label: the name of the work.
         step: units in each item; the last item may hold fewer.
     """
     if not os.environ.get(PROGRESS_VARIABLE):
@@ -38,10 +38,10 @@ def track(items: Iterable[T], *, total: int, unit: str = "image", label: str = "
                 yield item
                 bar.update(min(step, total - bar.n))
         return
-    told = start = time.monotonic()
+    last_report = start = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
         done = min(number * step, total)
-        if done == total or time.monotonic() - told > 0.5:
-            told = time.monotonic()
-            report(done, total, unit=unit, label=label, rate=done / max(told - start, 1e-6))
+        if done == total or time.monotonic() - last_report > 0.5:
+            last_report = time.monotonic()
+            report(done, total, unit=unit, label=label, rate=done / max(last_report - start, 1e-6))

@@ -1,4 +1,4 @@
-"""The project's folder, where runs lie, and how a path is shown and resolved."""
+"""The project's folder, the folder of all runs, and how a path is shown and resolved."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ def resolve(path: str | os.PathLike) -> Path:
 
 
 def display_path(path: Path) -> str:
-    """Return `path` as a person would type it: relative to the project's root where it lies below it."""
+    """Return `path` as a person would type it: relative to the project's root where it is below the root."""
     path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
@@ -30,9 +30,9 @@ def runs_folder() -> Path:
 
 
 def run_folder(text: str | os.PathLike) -> Path:
-    """Return the folder of a run that is given as a path or, below the folder of all runs, by its name.
+    """Return the folder of a run from its path, or from its name in the folder of all runs.
 
-    What names no folder is returned as a path below the project, for a message.
+    Where there is no such folder, return a path below the project, for a message.
     """
     places = (Path(text), resolve(text), runs_folder() / text)
     return next((place.absolute() for place in places if place.is_dir()), resolve(text))

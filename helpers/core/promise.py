@@ -1,4 +1,4 @@
-"""What 05 may be asked to promise of its answers; checked before a run begins."""
+"""What a recipe may ask 05 to promise about its answers; checked before a run starts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,9 +29,9 @@ def check(promise: Mapping[str, Any]) -> dict[str, Any]:
     if len(kinds) != 1:
         raise ValueError(f"promise takes exactly one of {', '.join(KINDS)}; got {dict(promise)}.")
     (kind,), by = kinds, promise.get("by", "all")
-    wanted = promise[kind]
-    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted < 1:
-        raise ValueError(f"promise: {kind} is a share between 0 and 1, such as 0.95; got {wanted!r}.")
+    share = promise[kind]
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+        raise ValueError(f"promise: {kind} is a share between 0 and 1, such as 0.95; got {share!r}.")
     if by not in ("all", "class") or (kind == "coverage" and "by" in promise):
         raise ValueError(f"promise: by is all or class, for precision and risk; got {dict(promise)}.")
-    return {"kind": kind, "wanted": float(wanted)} | ({} if kind == "coverage" else {"by": by})
+    return {"kind": kind, "wanted": float(share)} | ({} if kind == "coverage" else {"by": by})

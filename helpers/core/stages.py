@@ -1,7 +1,7 @@
-"""A stage's folder: opening, finishing, reading and reporting progress.
+"""A stage's folder: opening, finishing and reading it.
 
-Every notebook opens its `out` with `open_stage` and closes it with `finish_stage`. Both note what they did in
-`stage.json`, which makes a finished stage, an unfinished one and somebody's own folder three different things.
+Every notebook opens its `out` with `open` and closes it with `finish`. Both write to
+`stage.json`, which separates a finished stage from an unfinished one and from a folder of the user.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def require(folder: str | os.PathLike, *files: str, made_by: str) -> Path:
     """Return the input folder `folder` after checking that the named files are in it.
 
     Args:
-        folder: a stage's folder, as given in a parameters cell.
+        folder: a stage's folder, as a parameters cell names it.
         files: names of files that must exist in it.
         made_by: the notebook that writes the folder, e.g. "02_resize".
 
@@ -35,15 +35,15 @@ def require(folder: str | os.PathLike, *files: str, made_by: str) -> Path:
     path = project.resolve(folder)
     missing = [name for name in files if not (path / name).exists()] if path.is_dir() else []
     if missing or not path.is_dir():
-        what = f"has no {', '.join(missing)}" if missing else "does not exist"
+        problem = f"has no {', '.join(missing)}" if missing else "does not exist"
         raise FileNotFoundError(
-            f"The folder {project.display_path(path)} {what}. Run notebooks/{made_by}.ipynb first, or name the"
+            f"The folder {project.display_path(path)} {problem}. Run notebooks/{made_by}.ipynb first, or name the"
             " folder it wrote."
         )
     if status(path) == "open":
         raise FileNotFoundError(
-            f"{project.display_path(path)} is unfinished: notebooks/{made_by}.ipynb was begun but did not reach its"
-            " last cell. Run it to the end."
+            f"{project.display_path(path)} is unfinished: notebooks/{made_by}.ipynb did not reach its last cell."
+            " Run it to the end."
         )
     return path
 
@@ -58,21 +58,21 @@ def of_run(text: str, stage: str, *files: str, parameter: str) -> Path:
         parameter: where `text` comes from, for the message.
 
     Raises:
-        FileNotFoundError: there is none; the message names the runs that have one.
+        FileNotFoundError: there is no such stage; the message names the runs that have one.
     """
     shelf = project.runs_folder()
     for place in (project.resolve(text), project.resolve(text) / stage, shelf / text / stage):
         if all((place / name).is_file() for name in files) and status(place) == "done":
             return place.resolve()
-    known = ", ".join(sorted(path.parent.name for path in shelf.glob(f"*/{stage}") if path.is_dir())) or "none yet"
+    run_names = ", ".join(sorted(path.parent.name for path in shelf.glob(f"*/{stage}") if path.is_dir())) or "none yet"
     raise FileNotFoundError(
-        f"{parameter}: {text!r} is neither a run with a finished {stage} nor such a stage's folder. Runs with one:"
-        f" {known}."
+        f"{parameter}: {text!r} is neither a run with a finished {stage} nor the folder of one. Runs with one:"
+        f" {run_names}."
     )
 
 
 def status(folder: Path) -> str:
-    """Return "done", "open" (begun, not finished), "absent" or "foreign" (a folder that no notebook opened)."""
+    """Return "done", "open" (not finished), "absent" or "foreign" (a folder that no notebook opened)."""
     if not folder.is_dir() or all(path.name.endswith(disk.TEMPORARY) for path in folder.iterdir()):
         return "absent"
     try:
@@ -82,11 +82,11 @@ def status(folder: Path) -> str:
 
 
 def open(out: str | os.PathLike, parameters: dict[str, Any] | None = None) -> Path:
-    """Make `out` ready to be written and return it.
+    """Prepare the folder `out` for writing and return it.
 
-    A link (a stage that `thaw run` keeps in its store) is replaced by a fresh folder, never written through. A
-    finished stage is begun again. An unfinished one is continued when its parameters and inputs are the same, so that
-    training can go on from its last epoch, and begun again when they are not.
+    A link (a stage that `thaw run` keeps in its store) is replaced by a new folder, so the store never changes. A
+    finished stage starts again. An unfinished one continues when its parameters and inputs are the same, so that
+    training resumes after its last epoch. Otherwise it starts again.
 
     Args:
         out: the folder of the stage.
@@ -101,7 +101,7 @@ def open(out: str | os.PathLike, parameters: dict[str, Any] | None = None) -> Pa
     state, signature = status(path), _signature(parameters)
     if state == "foreign":
         raise FileExistsError(
-            f"{project.display_path(path)} holds files that Thaw did not write, so it is left alone. Choose"
+            f"{project.display_path(path)} holds files that Thaw did not write, so it stays as it is. Choose"
             " another `out`."
         )
     if state == "done" or (state == "open" and disk.read_json(path / STAGE_FILE).get("signature") != signature):
@@ -113,7 +113,7 @@ def open(out: str | os.PathLike, parameters: dict[str, Any] | None = None) -> Pa
 
 
 def finish(out: Path, *, files: Iterable[str], headline: str, next_notebook: str = "") -> None:
-    """Check that the stage's files exist, record that it is done, and print the headline, the files and what is next.
+    """Check that the stage's files exist, mark it as done, and print the headline, the files and the next notebook.
 
     Raises:
         FileNotFoundError: a file is missing or empty.
@@ -125,10 +125,10 @@ def finish(out: Path, *, files: Iterable[str], headline: str, next_notebook: str
             f"{project.display_path(out)} should hold {', '.join(missing)} by now. Run the cells above."
         )
     opened = disk.read_json(out / STAGE_FILE)
-    seconds = max(round(time.time() - opened["opened"], 1), 0.0)  # the clock may have been set back
-    done = {"status": "done", "made": "by hand", "headline": headline, "seconds": seconds}
+    seconds = max(round(time.time() - opened["opened"], 1), 0.0)  # the clock may have changed
+    record = {"status": "done", "made": "by hand", "headline": headline, "seconds": seconds}
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    disk.write_json(out / STAGE_FILE, opened | done | {"created": created, "versions": versions()})
+    disk.write_json(out / STAGE_FILE, opened | record | {"created": created, "versions": versions()})
     print(headline)
     print(f"Written to {project.display_path(out)}: " + ", ".join(f"{name} ({_size(out / name)})" for name in files))
     if next_notebook:
@@ -136,18 +136,18 @@ def finish(out: Path, *, files: Iterable[str], headline: str, next_notebook: str
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a result."""
-    found = {"python": sys.version.split()[0]}
+    """Return the versions of Python and of the packages that influence a result."""
+    by_package = {"python": sys.version.split()[0]}
     for package in VERSIONED:
         try:
-            found[package] = metadata.version(package)
+            by_package[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return by_package
 
 
 def _signature(parameters: dict[str, Any] | None) -> str:
-    """Identify the parameters and the stages they name as inputs."""
+    """Return a hash of the parameters and of the stages that they name as inputs."""
     parts = {name: value for name, value in _plain(parameters).items() if name != "out"}
     inputs = [project.resolve(value) / STAGE_FILE for value in parts.values() if isinstance(value, str) and value]
     stamps = [disk.read_json(path) for path in inputs if path.is_file()]

@@ -1,24 +1,24 @@
-"""Words for people: names that were meant, numbers, durations, names in their natural order."""
+"""Text for people: suggested names, numbers, durations, names in their natural order."""
 
 import difflib
 import itertools
 from collections.abc import Iterable
 
 
-def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """Return " Did you mean x?", or " There are: ..." with all of `known` where nothing is near."""
-    known = list(known)
-    return near(text, known) or f" There are: {', '.join(known)}."
+def did_you_mean(text: str, names: Iterable[str]) -> str:
+    """Return " Did you mean x?", or " There are: ..." with all of `names` when none is similar."""
+    names = list(names)
+    return near(text, names) or f" There are: {', '.join(names)}."
 
 
-def near(text: str, known: Iterable[str]) -> str:
-    """Return " Did you mean x or y?", or "" where nothing is near."""
-    close = difflib.get_close_matches(text, list(known), n=3, cutoff=0.6)
+def near(text: str, names: Iterable[str]) -> str:
+    """Return " Did you mean x or y?", or "" when no name is similar."""
+    close = difflib.get_close_matches(text, list(names), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def natural_order(names) -> list[str]:
-    """Sort names as a person would: "9" before "10"."""
+    """Return names sorted as a person sorts them: "9" before "10"."""
     return sorted(set(names), key=lambda name: (_natural_key(name), name))
 
 
@@ -28,12 +28,12 @@ def _natural_key(name: str) -> list[tuple[bool, int, str]]:
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:
-    """0.8842 as "88.4 %"; an en dash for None."""
+    """Return 0.8842 as "88.4 %", and an en dash for None."""
     return "–" if fraction is None else f"{100 * fraction:.{digits}f} %"
 
 
 def duration(seconds: float) -> str:
-    """72.4 as "1 min 12 s"."""
+    """Return 72.4 as "1 min 12 s"."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """The text, or its beginning and end around an ellipsis when it is longer than `limit` characters."""
+    """Return the text, or its start and end around an ellipsis when it is longer than `limit` characters."""
     text = " ".join(str(text).split())
     if len(text) <= limit:
         return text

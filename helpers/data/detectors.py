@@ -1,13 +1,13 @@
 """Object detectors as plain functions: an image in, boxes with a class and a score out.
 
-An ONNX file is run by OpenCV on one square image at a time. What is read, with n boxes and c classes:
+OpenCV runs an ONNX file on one square image at a time. The outputs that are read, with n boxes and c classes:
 
 - yolov8 (also v9, v11): (1, 4 + c, n), centre x, centre y, width, height in pixels, then a score for each class;
 - yolov5 (also v7): (1, n, 5 + c), the same with the score of any object before the classes, which multiplies theirs;
 - yolov10 (also others with "nms" inside): (1, n, 6), left, top, right, bottom in pixels, score, class;
 - ssd: (1, 1, n, 7), image, class, score, left, top, right, bottom as shares of the image.
 
-Classes are numbers. A YOLO is given the whole image with grey borders, an SSD the image stretched to a square; in RGB.
+Classes are numbers. A YOLO gets the whole image with grey borders, an SSD the image stretched to a square; in RGB.
 """
 
 import threading
@@ -20,19 +20,19 @@ import numpy as np
 
 from helpers.core import project
 
-LAYOUTS = {  # what an output is called, and whether a shape is of that form
+LAYOUTS = {  # the shape of an output in words, and the test of a shape
     "yolov8": ("(1, 4 + classes, boxes)", lambda shape: len(shape) == 3 and 5 <= shape[1] < shape[2]),
     "yolov5": ("(1, boxes, 5 + classes)", lambda shape: len(shape) == 3 and 6 <= shape[2] < shape[1]),
     "yolov10": ("(1, boxes, 6)", lambda shape: len(shape) == 3 and shape[2] == 6),
     "ssd": ("(1, 1, boxes, 7)", lambda shape: len(shape) == 4 and shape[3] == 7),
 }
-OVERLAP = 0.45  # of two boxes of a class that overlap more (intersection over union), the one with less score goes
-GREY = 114  # what YOLO detectors were trained to see around an image
+OVERLAP = 0.45  # two boxes of a class that overlap more (intersection over union): the lower score is dropped
+GREY = 114  # the border of an image in the training of YOLO detectors
 HUB = "hub:"
 
 
 class Detection(NamedTuple):
-    """What was found in an image: corners in pixels, the class, and the score (0-1)."""
+    """A box in an image: corners in pixels, the class, and the score (0-1)."""
 
     left: float
     top: float
@@ -54,14 +54,14 @@ def load(
     scale: float = 255.0,
     score: float = 0.5,
 ) -> Detect:
-    """Return a detector as a function: uint8 RGB (height, width, 3) -> the boxes that score enough.
+    """Return a detector as a function: uint8 RGB (height, width, 3) -> the boxes that score at least `score`.
 
     Args:
-        name: an ONNX file, or hub:<preset>, e.g. hub:dfine_nano_coco, which sees to size, mean and scale itself.
-        layout: what an ONNX detector returns, see the head of this module.
-        input_size: side of the square that it takes, in pixels.
-        mean, scale: it takes (value - mean) / scale of values 0-255.
-        score: the least that a box must have.
+        name: an ONNX file, or hub:<preset>, e.g. hub:dfine_nano_coco, which sets size, mean and scale itself.
+        layout: what an ONNX detector returns, see the docstring of this module.
+        input_size: side of its square input, in pixels.
+        mean, scale: its input is (value - mean) / scale of values 0-255.
+        score: the lowest score of a box.
 
     Raises:
         ValueError: OpenCV cannot read the file.
@@ -73,7 +73,7 @@ def load(
 
 
 class _OnnxDetector:
-    """An ONNX file run by OpenCV, with a network for each thread, since a network is for one thread at a time."""
+    """An ONNX file run by OpenCV, with a network for each thread, since a network runs in one thread at a time."""
 
     def __init__(self, file: Path, layout: str, input_size: int, mean: float, scale: float, score: float):
         self.file, self.layout, self.input_size, self.mean, self.scale = file, layout, input_size, mean, scale
@@ -98,7 +98,7 @@ class _OnnxDetector:
         except cv2.error as error:
             raise ValueError(
                 f"detector: {self.file.name} does not run on an input of (1, 3, {self.input_size}, {self.input_size}):"
-                f" {error.err} Is input_size right?"
+                f" {error.err} Check input_size."
             ) from None
         corners, kinds, scores = read_output(outputs, self.layout, self.input_size)
         good = scores >= self.score
@@ -133,19 +133,19 @@ def read_output(
     """Return corners (n, 4) in pixels of the detector's input, class numbers (n,) and scores (n,).
 
     Raises:
-        ValueError: no output has the form of `layout`; the message says which came and which was expected.
+        ValueError: no output has the form of `layout`; the message names the shapes that came and the expected one.
     """
     form, fits = LAYOUTS[layout]
-    found = next((output for output in outputs if fits(output.shape)), None)
-    if found is None:
+    boxes = next((output for output in outputs if fits(output.shape)), None)
+    if boxes is None:
         shapes = ", ".join(str(output.shape) for output in outputs)
         raise ValueError(f"detector: layout {layout} is {form}, the output is {shapes}. Choose the layout that fits.")
     if layout == "ssd":
-        rows = found.reshape(-1, 7)
+        rows = boxes.reshape(-1, 7)
         return rows[:, 3:] * input_size, rows[:, 1].astype(int), rows[:, 2]
     if layout == "yolov10":
-        return found[0, :, :4], found[0, :, 5].astype(int), found[0, :, 4]
-    rows = found[0].T if layout == "yolov8" else found[0]
+        return boxes[0, :, :4], boxes[0, :, 5].astype(int), boxes[0, :, 4]
+    rows = boxes[0].T if layout == "yolov8" else boxes[0]
     centre, half = rows[:, :2], rows[:, 2:4] / 2
     scores = rows[:, 4:] if layout == "yolov8" else rows[:, 4:5] * rows[:, 5:]
     return np.concatenate([centre - half, centre + half], axis=1), scores.argmax(axis=1), scores.max(axis=1)
@@ -166,13 +166,15 @@ def _hub_detector(preset: str, score: float) -> Detect:
     def detect(pixels: np.ndarray) -> list[Detection]:
         square, scale, offset = _square(pixels, (width, height))
         with lock:
-            found = model.predict(square[None].astype("float32"), verbose=0)
+            predictions = model.predict(square[None].astype("float32"), verbose=0)
         corners = bounding_boxes.convert_format(
-            found["boxes"], source=model.bounding_box_format, target="xyxy", height=height, width=width
+            predictions["boxes"], source=model.bounding_box_format, target="xyxy", height=height, width=width
         )
-        count = int(found["num_detections"][0])
+        count = int(predictions["num_detections"][0])
         corners = (np.asarray(corners)[0, :count] - [*offset, *offset]) / [*scale, *scale]
-        rows = zip(corners.tolist(), found["labels"][0].tolist(), found["confidence"][0].tolist(), strict=False)
+        rows = zip(
+            corners.tolist(), predictions["labels"][0].tolist(), predictions["confidence"][0].tolist(), strict=False
+        )
         return [Detection(*four, str(int(kind)), one) for four, kind, one in rows if one >= score]
 
     return detect

@@ -18,33 +18,33 @@ def group(
     """Return the inventory with images that must stay together under one `group`.
 
     Images belong together when they are the same file, look alike, share a value of the user's group column or are of
-    one burst; and when both belong to a third one.
+    one burst; or when both belong to a third image.
 
     Args:
         table: the inventory.
-        distance: bits of 256 in which the perceptual hashes of look-alikes may differ; -1 compares no looks.
-        burst_seconds: images whose EXIF times follow each other within this are a burst; 0 looks at no times.
+        distance: bits of 256 in which the perceptual hashes of look-alikes may differ; -1 does not compare them.
+        burst_seconds: images whose EXIF times follow each other within this are a burst; 0 ignores times.
         burst_pattern: a regular expression; images whose file names give the same text for its first group (or for
-            all of it) are a burst. Empty: looks at no names.
+            all of it) are a burst. Empty: ignores names.
     """
-    given = table["group"]
-    keys = [table["sha256"], given, _bursts_by_name(table["path"], burst_pattern)]
+    user_groups = table["group"]
+    keys = [table["sha256"], user_groups, _bursts_by_name(table["path"], burst_pattern)]
     keys.append(_bursts_by_time(table["taken"], burst_seconds))
     pairs = [_to_first(key) for key in keys]
     if distance >= 0:
         pairs.append(near_duplicates(table["phash"], distance))
     component = _components(len(table), np.concatenate(pairs))
-    # Named by the user's own value where there is one: such a name stays when images are added.
-    names = given.where(given != "", table["sha256"].str[:16])
-    own = names.where(given != "").groupby(component).transform("min")
+    # The user's own value, if there is one, is the name: it stays when images are added.
+    names = user_groups.where(user_groups != "", table["sha256"].str[:16])
+    own = names.where(user_groups != "").groupby(component).transform("min")
     return table.assign(group=own.fillna(names.groupby(component).transform("min")))
 
 
 def near_duplicates(hashes: pd.Series, distance: int) -> np.ndarray:
     """Return the pairs of images whose perceptual hashes differ in at most `distance` bits.
 
-    Every pair is compared, which takes about two seconds for 20,000 images and a minute for 100,000; block by block,
-    so that memory stays small.
+    Every pair is compared, which takes about two seconds for 20,000 images and a minute for 100,000. This runs block
+    by block, so that memory stays small.
 
     Returns:
         Integer array of shape (pairs, 2): the positions of both images, the smaller first.
@@ -65,14 +65,19 @@ def near_duplicates(hashes: pd.Series, distance: int) -> np.ndarray:
 
 
 def largest_groups(table: pd.DataFrame, root: Path, *, count: int = 6, shown: int = 6) -> dict[str, list[np.ndarray]]:
-    """Return `shown` images of each of the `count` largest groups of several; white ones fill up smaller groups."""
+    """Return `shown` images of each of the `count` largest groups of several; white images fill up smaller groups."""
     sizes = table["group"].value_counts().sort_index().sort_values(ascending=False, kind="stable").head(count)
     members, white = (
         table.groupby("group")["path"],
         np.full((inventory.SHOWN_SIZE, inventory.SHOWN_SIZE, 3), 255, np.uint8),
     )
-    pictures = {name: inventory.pictures(root, members.get_group(name).head(shown)) for name in sizes.index[sizes > 1]}
-    return {f"{name[:8]}: {sizes[name]}": found + [white] * (shown - len(found)) for name, found in pictures.items()}
+    thumbnails = {
+        name: inventory.thumbnails(root, members.get_group(name).head(shown)) for name in sizes.index[sizes > 1]
+    }
+    return {
+        f"{name[:8]}: {sizes[name]}": group_images + [white] * (shown - len(group_images))
+        for name, group_images in thumbnails.items()
+    }
 
 
 def disagreements(table: pd.DataFrame) -> pd.DataFrame:
@@ -82,14 +87,14 @@ def disagreements(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def other_labels(table: pd.DataFrame) -> list[str]:
-    """Say for each image of several labels where the same file lies under another one."""
+    """Return for each image with several labels a sentence: where the same file has another label."""
     files: dict[str, dict[str, str]] = {}
     for row in table.itertuples():
         files.setdefault(row.sha256, {}).setdefault(row.label, row.path)
     others = [
         next(path for label, path in files[row.sha256].items() if label != row.label) for row in table.itertuples()
     ]
-    return [f"the same file lies under another label: {path}" for path in others]
+    return [f"the same file has another label: {path}" for path in others]
 
 
 def _bursts_by_name(paths: pd.Series, pattern: str) -> pd.Series:
@@ -97,15 +102,15 @@ def _bursts_by_name(paths: pd.Series, pattern: str) -> pd.Series:
     if not pattern:
         return pd.Series("", index=paths.index)
     try:
-        found = [re.search(pattern, PurePosixPath(path).name) for path in paths]
+        matches = [re.search(pattern, PurePosixPath(path).name) for path in paths]
     except re.error as error:
         raise ValueError(f"burst_pattern: {pattern!r} is not a regular expression: {error}.") from None
-    texts = [match[1 if match.re.groups else 0] or "" if match else "" for match in found]
+    texts = [match[1 if match.re.groups else 0] or "" if match else "" for match in matches]
     return pd.Series(texts, index=paths.index)
 
 
 def _bursts_by_time(taken: pd.Series, seconds: float) -> pd.Series:
-    """Return for each EXIF time the number of its burst as text, or "" when it is not known."""
+    """Return for each EXIF time the number of its burst as text, or "" when it is unknown."""
     times = pd.to_datetime(taken, format="%Y:%m:%d %H:%M:%S", errors="coerce").dropna().sort_values(kind="stable")
     if not seconds or times.empty:
         return pd.Series("", index=taken.index)
@@ -127,7 +132,7 @@ def _components(count: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def summary(table: pd.DataFrame) -> dict[str, Any]:
-    """Return how many groups hold how many images: the figures of the report's section on leakage."""
+    """Return the numbers of groups and of their images, for the report's section on leakage."""
     sizes = table["group"].value_counts()
     mixed = table.groupby("group")["label"].nunique() > 1
     return {

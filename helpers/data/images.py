@@ -1,11 +1,10 @@
-"""From an image file to pixels: the one implementation, used by 02_resize, by prediction and by export.
+"""From an image file to pixels: the only implementation, used by 02_resize, by prediction and by export.
 
-A file becomes RGB in the same steps everywhere: its header is checked before anything is decoded, JPEGs are decoded
-at the smallest scale that still covers the wanted size, the EXIF orientation is obeyed, transparent pixels become
-white, deep values (`formats.deep`) and CMYK become 8-bit RGB, and the image is fitted to a square: area averaging down,
-cubic up.
+A file becomes RGB in the same steps everywhere. The header is checked before decoding. JPEGs are decoded at the
+smallest scale that covers the requested size. The EXIF orientation is applied, transparent pixels become white, and
+deep values (`formats.deep`) and CMYK become 8-bit RGB. The image is fitted to a square: area averaging down, cubic up.
 
-Anything that stops a file from becoming the right pixels raises `ImageError`; nothing is ever filled in.
+A file that cannot become the right pixels raises `ImageError`; no missing pixel is ever replaced.
 """
 
 import contextlib
@@ -30,9 +29,9 @@ from helpers.data.formats.deep import Levels
 Fit = Literal["crop", "pad", "squash"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels of the upright image, right and bottom outside
 FITS = ("crop", "pad", "squash")
-SMALLEST = 32  # pixels: below this no backbone of the suite has anything left to see
+SMALLEST = 32  # pixels: below this no backbone of the suite takes an image
 MAX_PIXELS = 200_000_000  # the largest phone photos have 200 megapixels; a decompression bomb has billions
-BEYOND = "values beyond the levels"  # a note that `_from_deep` leaves in an image's info
+BEYOND = "values beyond the levels"  # the key of a count that `_from_deep` writes to an image's info
 FORMATS = ["JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"]
 SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .avif .heic .heif".split())
 SUFFIXES |= set(".jp2 .j2k .ppm .pgm .pbm .pnm .ico .tga .pcx".split())
@@ -66,18 +65,18 @@ def load(
     """Read an image file as the model sees it.
 
     Args:
-        path: a file in any of `FORMATS`; of an animation, the first frame.
-        image_size: side of the square that is returned, in pixels.
-        fit: "crop" cuts the middle square out, "pad" adds black borders, "squash" ignores the proportions.
-        box: the part of the image to take in place of all of it.
-        levels: black and white of deep images; None: as the file says, or the depth that holds its largest value.
-        max_pixels: refuse a file whose header promises more; None for files that were checked before.
+        path: a file in any of `FORMATS`; an animation gives its first frame.
+        image_size: side of the returned square, in pixels.
+        fit: "crop" keeps the middle square, "pad" adds black borders, "squash" ignores the proportions.
+        box: the part of the image to read; None: all of it.
+        levels: black and white of deep images; None: as the file declares, or the depth that holds its largest value.
+        max_pixels: refuse a file whose header declares more; None for files that were checked before.
 
     Returns:
         uint8 RGB array of shape (image_size, image_size, 3), 0-255.
 
     Raises:
-        ImageError: the file cannot be read, is cut off, is no image, or is too large.
+        ImageError: the file cannot be read, is cut off, is not an image, or is too large.
         ValueError: `image_size` or `fit` is not possible.
     """
     return load_noted(path, image_size, fit, box=box, levels=levels, max_pixels=max_pixels)[0]
@@ -92,7 +91,7 @@ def load_noted(
     levels: Levels | None = None,
     max_pixels: int | None = MAX_PIXELS,
 ) -> tuple[np.ndarray, int]:
-    """Return what `load` returns, and how many values were beyond `levels` and are cut off."""
+    """Return what `load` returns, and how many values were outside `levels` and are cut off."""
     check_size(image_size, fit)
     image = open_image(read_bytes(path), max_pixels=max_pixels)
     if box is None:
@@ -103,7 +102,7 @@ def load_noted(
 
 
 def check_size(image_size: int, fit: str) -> None:
-    """Raise ValueError, saying how to fix it, unless images can be made of this size and fit."""
+    """Raise ValueError, with the fix, unless images can have this size and fit."""
     if image_size < SMALLEST:
         raise ValueError(f"image_size is {image_size}; give at least {SMALLEST} pixels, such as 224.")
     if fit not in FITS:
@@ -111,7 +110,7 @@ def check_size(image_size: int, fit: str) -> None:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Return the content of a file; ImageError says why it cannot be read."""
+    """Return the content of a file; ImageError gives the reason when it cannot be read."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -128,7 +127,7 @@ def open_image(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> Image.Ima
     """Read the header of an image file's content; no pixel is decoded yet.
 
     Raises:
-        ImageError: it is no image, or its header promises more than `max_pixels`.
+        ImageError: it is not an image, or its header declares more than `max_pixels`.
     """
     _prepare_readers()
     if data.startswith(png.SIGNATURE):
@@ -139,7 +138,7 @@ def open_image(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> Image.Ima
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError(*_unidentified(data)) from None
-    except Exception as error:  # headers can be damaged in any way, too
+    except Exception as error:  # a damaged header can raise any error
         raise ImageError(_reason(error), str(error).strip() or type(error).__name__) from None
     if why := deep.why_not_read(image):
         raise ImageError("format", why)
@@ -157,9 +156,9 @@ def decode(
 
     Args:
         image: as `open_image` returns it.
-        at_least: (width, height) as stored that is enough: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size when
-            that still covers it.
-        mode: "RGB", or "L" for grey, which is quicker.
+        at_least: (width, height), as stored, that is enough: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size when
+            that covers it.
+        mode: "RGB", or "L" for grey, which is faster.
         levels: as for `load`.
 
     Returns:
@@ -185,7 +184,7 @@ def decode_part(image: Image.Image, box: Box, at_least: tuple[int, int], levels:
         uint8 RGB array of shape (height, width, 3), at full size or at 1/2, 1/4 or 1/8 of it.
 
     Raises:
-        ImageError: the file is cut off or damaged, or the box lies outside.
+        ImageError: the file is cut off or damaged, or the box is outside.
     """
     left, top, right, bottom = box
     scale = max(at_least[0] / (right - left), at_least[1] / (bottom - top))
@@ -204,8 +203,8 @@ def read_box(text: str) -> Box | None:
 
 
 def read_pixels(image: Image.Image, at_least: tuple[int, int] | None = None, mode: str = "RGB") -> None:
-    """Read the pixels of an opened image, the first half of `decode`; its metadata are still whole afterwards."""
-    with _damage_told(image):
+    """Read the pixels of an opened image, the first half of `decode`; its metadata stay complete."""
+    with _damage_as_image_error(image):
         if at_least:
             image.draft(mode if image.mode in ("L", "RGB", "YCbCr") else None, at_least)
         image.load()
@@ -213,7 +212,7 @@ def read_pixels(image: Image.Image, at_least: tuple[int, int] | None = None, mod
 
 def upright(image: Image.Image, mode: str = "RGB", levels: Levels | None = None) -> np.ndarray:
     """Return the pixels of a read image, upright, without transparency, in 8 bits: the second half of `decode`."""
-    with _damage_told(image):
+    with _damage_as_image_error(image):
         if deep.is_deep(image, image.encoded):
             plain = _from_deep(image, levels)
         else:
@@ -225,14 +224,14 @@ def upright(image: Image.Image, mode: str = "RGB", levels: Levels | None = None)
 
 
 def extremes(image: Image.Image) -> tuple[float, float, Levels | None] | None:
-    """Return the smallest and largest value of a read deep image and what its file says of them; None for others.
+    """Return the smallest and largest value of a read deep image and the levels of its file; None for other images.
 
     Raises:
         ImageError: its values cannot be read.
     """
     if not deep.is_deep(image, image.encoded):
         return None
-    with _damage_told(image):
+    with _damage_as_image_error(image):
         values = _colours(_numbers(image))[0]
         return float(values.min()), float(values.max()), deep.declared(image, image.encoded)
 
@@ -274,8 +273,8 @@ def write(path: Path, pixels: np.ndarray, quality: int = 95) -> None:
 
 
 @contextlib.contextmanager
-def _damage_told(image: Image.Image) -> Iterator[None]:
-    """Tell as ImageError whatever a damaged file does to Pillow's decoders: they fail with any exception."""
+def _damage_as_image_error(image: Image.Image) -> Iterator[None]:
+    """Raise ImageError for any error of a damaged file in Pillow's decoders: they fail with any exception."""
     try:
         yield
     except ImageError:
@@ -287,17 +286,17 @@ def _damage_told(image: Image.Image) -> Iterator[None]:
 
 
 def _turn(image: Image.Image) -> None:
-    # Damaged metadata say nothing about the orientation, and can fail in any way; the pixels are sound.
+    # Damaged metadata do not give the orientation, and can raise any error; the pixels are valid.
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
 
 
 def _from_deep(image: Image.Image, levels: Levels | None) -> Image.Image:
-    """Return a deep image in 8 bits, upright, without transparency; `info` says how many values are beyond `levels`."""
+    """Return a deep image in 8 bits, upright, without transparency; `info` counts the values outside `levels`."""
     values, alpha = _colours(_numbers(image))
     levels = levels or deep.own(image, image.encoded, values)
     if levels is None:
-        detail = "32 bits, fractions or negative values have no known black and white: give explore.bits"
+        detail = "32 bits, fractions or negative values have no known black and white: set explore.bits"
         raise ImageError("format", f"{detail}, such as [0, {values.max():g}], or save it with 8 or 16 bits")
     image.info[BEYOND] = levels.beyond(values)
     pixels = levels.in_8_bits(values)
@@ -314,7 +313,9 @@ def _from_deep(image: Image.Image, levels: Levels | None) -> Image.Image:
 def _numbers(image: Image.Image) -> np.ndarray:
     values = deep.read(image, image.encoded)
     if not np.isfinite(values).all():
-        raise ImageError("format", "it holds values that are no numbers (NaN or infinite): replace them, such as by 0")
+        raise ImageError(
+            "format", "it holds values that are not numbers (NaN or infinite): replace them, for example by 0"
+        )
     return values
 
 
@@ -326,7 +327,7 @@ def _colours(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _alpha_is_none(image: Image.Image) -> bool:
-    """Return whether the file says that its fourth channel is not alpha, though Pillow takes it for that."""
+    """Return whether the file declares that its fourth channel is not alpha, although Pillow reads it as alpha."""
     if image.format == "TGA":
         return not image.encoded[17] & 15
     return image.format == "TIFF" and image.tag_v2.get(deep.EXTRA_SAMPLES, (0,))[0] == 0
@@ -343,7 +344,7 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _inner_size(size: tuple[int, int], image_size: int, fit: str) -> tuple[int, int]:
-    """Return the (width, height) that the image itself gets; for "crop", of the whole image before it is cut."""
+    """Return the (width, height) of the image within the square; for "crop", of the whole image before the cut."""
     if fit == "squash":
         return image_size, image_size
     scale = image_size / (min(size) if fit == "crop" else max(size))
@@ -361,15 +362,15 @@ def _scale(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
 
 @cache
 def _prepare_readers() -> None:
-    """Let Pillow and OpenCV read what Thaw reads, in silence: `max_pixels` is the limit, and HEIC joins if it can."""
+    """Prepare Pillow and OpenCV to read without messages: `max_pixels` is the limit, and HEIC is added if installed."""
     Image.MAX_IMAGE_PIXELS = None
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd metadata; damage raises
-    with contextlib.suppress(ImportError):  # HEIC files are then quarantined with the name of the extra that reads them
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # unusual metadata; damage raises
+    with contextlib.suppress(ImportError):  # then HEIC files are quarantined, and the reason names the extra
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
         FORMATS.append("HEIF")
-    # What OpenCV cannot read is told by an ImageError.
+    # An ImageError reports what OpenCV cannot read.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 

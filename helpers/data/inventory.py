@@ -1,4 +1,4 @@
-"""The inventory of a source: every image opened, checked, hashed and grouped; what fails goes to the quarantine."""
+"""The inventory of a source: every image opened, checked and hashed; images that fail go to the quarantine."""
 
 import hashlib
 import json
@@ -19,20 +19,20 @@ from helpers.data import grouping, images, sources
 from helpers.data.formats import deep
 from helpers.data.images import ImageError
 
-HASH_SIDE = 16  # a perceptual hash has 16 x 16 bits: 64 bits cannot tell apart images that are all alike by nature
-BLOCK = 2**19  # pairs compared at a time: what stays in a processor's cache
+HASH_SIDE = 16  # a perceptual hash has 16 x 16 bits: 64 bits cannot tell apart images of very similar objects
+BLOCK = 2**19  # pairs compared at a time: they fit in a processor's cache
 SHOWN_SIZE = 160  # pixels: an image on a contact sheet
 QUARANTINE = ["path", "label", "reason", "detail"]
 EXIF_TAKEN, EXIF_DIRECTORY, EXIF_ORIENTATION = 0x9003, 0x8769, 0x0112
 
 
 def source_fingerprint(parameters: Mapping[str, Any], cache_file: Path | None = None) -> str:
-    """Identify a source by its content: paths, labels, fixes and the sha256 of every file; no image is decoded.
+    """Return a hash of a source's content: paths, labels, fixes and the sha256 of every file; no image is decoded.
 
     Args:
         parameters: the parameters of 00_explore.
-        cache_file: JSON file that remembers the hash of each file with its size and times, so that only new and
-            changed files are read.
+        cache_file: JSON file that keeps the hash of each file with its size and times, so that only new and changed
+            files are read.
 
     Returns:
         sha256 in hexadecimal.
@@ -63,22 +63,22 @@ def take(
         min_size: the shorter side must have this many pixels.
         max_aspect: the longer side may be this many times the shorter one.
         max_pixels: width times height may not be more.
-        bits: the depth of deep images, or their black and white, where the files do not say it; see `levels`.
+        bits: the depth of deep images, or their black and white, where the files do not declare it; see `levels`.
         workers: processes; 0 means one for each core.
 
     Returns:
-        The inventory (a row per sound image: the source's columns and format, width, height, mode, orientation,
-        bytes, sha256, phash, taken, note; where an image is deep also lowest, highest and says, its smallest and
+        The inventory (a row per usable image: the source's columns and format, width, height, mode, orientation,
+        bytes, sha256, phash, taken, note; for a deep image also lowest, highest and says: its smallest and
         largest value and the black and white that the file declares) and the quarantine (path, label, reason, detail).
 
     Raises:
-        ValueError: a class has no sound image left; the message names it and the reasons.
+        ValueError: a class has no usable image; the message names it and the reasons.
     """
-    by_hand = deep.given(bits)
+    by_hand = deep.from_bits(bits)
     check = partial(examine, min_size=min_size, max_aspect=max_aspect, max_pixels=max_pixels, levels=by_hand)
     paths = [os.path.join(source.root, path) for path in source.table["path"]]
-    seen = [source.root, *paths[:1]]
-    facts = list(parallel.for_each(check, paths, workers=workers, label="inventory", reads=seen))
+    shared_paths = [source.root, *paths[:1]]
+    facts = list(parallel.for_each(check, paths, workers=workers, label="inventory", reads=shared_paths))
     table = pd.concat([source.table, pd.DataFrame(facts, index=source.table.index)], axis=1)
     for column in {"reason", "detail", "sha256"} - set(table):  # no image is broken, or all are
         table[column] = None
@@ -100,7 +100,7 @@ def take(
 def examine(
     path: str | os.PathLike, *, min_size: int, max_aspect: float, max_pixels: int, levels: deep.Levels | None = None
 ) -> dict[str, Any]:
-    """Return the facts about one image file, or a `reason` and `detail` why it cannot be used."""
+    """Return the facts about one image file, or the `reason` and `detail` when it is unusable."""
     try:
         data = images.read_bytes(path)
         image = images.open_image(data, max_pixels=max_pixels)
@@ -127,36 +127,36 @@ def examine(
 
 
 def levels(table: pd.DataFrame, bits: int | Sequence[float] | None = None) -> tuple[deep.Levels | None, str]:
-    """Return black and white for every deep image of an inventory, and where they come from, in words.
+    """Return black and white for all deep images of an inventory, and a sentence about their origin.
 
     Args:
         table: as `take` returns it.
-        bits: a depth such as 12, or black and white such as [0, 4095]; 0 or None: as the files declare it, else the
-            smallest depth that holds the largest value of all images.
+        bits: a depth such as 12, or black and white such as [0, 4095]; 0 or None: as the files declare, else
+            the smallest depth that holds the largest value of all images.
 
     Returns:
-        None and a sentence that says so when no image is deep.
+        None, with a sentence, when no image is deep.
     """
     if "highest" not in table or table["highest"].isna().all():
         return None, "no image has more than 8 bits a channel"
-    found = table[table["highest"].notna()]
-    said = [deep.Levels(*map(float, text.split())) if text else None for text in found["says"]]
-    chosen, why = deep.levels_of(list(found["lowest"]), list(found["highest"]), said)
-    if by_hand := deep.given(bits):
-        chosen, why = by_hand, "bits says so"
-    beyond = int(((found["lowest"] < chosen.black) | (found["highest"] > chosen.white)).sum())
-    lost = f"; {beyond:,} of them have values beyond, which are cut off" if beyond else ""
+    deep_images = table[table["highest"].notna()]
+    declared_levels = [deep.Levels(*map(float, text.split())) if text else None for text in deep_images["says"]]
+    chosen, why = deep.levels_of(list(deep_images["lowest"]), list(deep_images["highest"]), declared_levels)
+    if by_hand := deep.from_bits(bits):
+        chosen, why = by_hand, "set by bits"
+    beyond = int(((deep_images["lowest"] < chosen.black) | (deep_images["highest"] > chosen.white)).sum())
+    cut_off = f"; {beyond:,} of them have values outside, which are cut off" if beyond else ""
     ends = f"{chosen.black:g} is black, {chosen.white:g} white"
-    return chosen, f"{len(found):,} images of more than 8 bits: {ends} ({why}){lost}"
+    return chosen, f"{len(deep_images):,} images of more than 8 bits: {ends} ({why}){cut_off}"
 
 
 def examples(
     table: pd.DataFrame, root: Path, *, per_class: int = 6, classes: int = 24, levels: deep.Levels | None = None
 ) -> dict[str, list[np.ndarray]]:
-    """Return a few images of each of the first classes, always the same ones: those with the lowest hashes."""
+    """Return a few images of each of the first classes, always the same: those with the lowest hashes."""
     chosen = table.sort_values("sha256").groupby("label").head(per_class).groupby("label")["path"]
     names = words.natural_order(table["label"])[:classes]
-    return {name: pictures(root, chosen.get_group(name), levels) for name in names}
+    return {name: thumbnails(root, chosen.get_group(name), levels) for name in names}
 
 
 def write(
@@ -167,9 +167,9 @@ def write(
     levels: deep.Levels | None = None,
     sentence: str = "",
 ) -> list[str]:
-    """Write the inventory, the quarantine, what fixes changed, and the link `source`; return the files' names.
+    """Write the inventory, the quarantine, the applied fixes and the link `source`; return the files' names.
 
-    `levels` of deep images and the sentence about them go into levels.json, where there are any.
+    Where there are deep images, `levels` and the sentence about them go into levels.json.
     """
     table.to_csv(out / "inventory.csv", index=False)
     quarantine.to_csv(out / "quarantine.csv", index=False)
@@ -186,7 +186,7 @@ def write(
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Return a folder's inventory.csv with every text as it was written."""
+    """Return a folder's inventory.csv with every text as the file holds it."""
     numbers = {"width": int, "height": int, "orientation": int, "bytes": int}
     columns = pd.read_csv(folder / "inventory.csv", nrows=0).columns
     types = {column: numbers.get(column, str) for column in columns}
@@ -199,7 +199,7 @@ def _exif(image: Image.Image) -> dict[str, Any]:
         exif = image.getexif()
         taken = exif.get_ifd(EXIF_DIRECTORY).get(EXIF_TAKEN, "")
         orientation = int(exif.get(EXIF_ORIENTATION, 1))
-    except Exception:  # metadata can be damaged in any way; the image may still be sound
+    except Exception:  # damaged metadata can raise any error; the image may still be valid
         return {"orientation": 1, "taken": ""}
     return {"orientation": orientation if 1 <= orientation <= 8 else 1, "taken": str(taken)}
 
@@ -208,34 +208,36 @@ def _check_not_emptied(before: pd.Series, after: pd.Series, quarantine: pd.DataF
     emptied = words.natural_order(set(before) - set(after))
     if emptied:
         reasons = quarantine[quarantine["label"].isin(emptied)]["reason"].value_counts()
-        said = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        raise ValueError(f"No sound image is left of {', '.join(emptied)} ({said}). Fix the files or drop the class.")
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise ValueError(
+            f"No usable image is left of {', '.join(emptied)} ({counts}). Fix the files or drop the class."
+        )
 
 
-def pictures(root: Path, paths: pd.Series, levels: deep.Levels | None = None) -> list[np.ndarray]:
+def thumbnails(root: Path, paths: pd.Series, levels: deep.Levels | None = None) -> list[np.ndarray]:
     return [images.load(root / path, SHOWN_SIZE, "pad", levels=levels, max_pixels=None) for path in paths]
 
 
 def _file_hashes(paths: list[str], cache_file: Path | None) -> list[str]:
     try:
-        known = disk.read_json(cache_file) if cache_file else {}
+        cache = disk.read_json(cache_file) if cache_file else {}
     except (OSError, ValueError):
-        known = {}
+        cache = {}
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda path: _file_hash(path, known.get(path)), paths))
-    fresh = {path: entry for path, entry in zip(paths, found, strict=True) if entry[0] is not None}
-    if cache_file and any(known.get(path) != entry for path, entry in fresh.items()):
-        disk.write_json(cache_file, known | fresh)
-    return [entry[1] for entry in found]
+        entries = list(pool.map(lambda path: _file_hash(path, cache.get(path)), paths))
+    fresh = {path: entry for path, entry in zip(paths, entries, strict=True) if entry[0] is not None}
+    if cache_file and any(cache.get(path) != entry for path, entry in fresh.items()):
+        disk.write_json(cache_file, cache | fresh)
+    return [entry[1] for entry in entries]
 
 
-def _file_hash(path: str, known: list | None) -> list:
-    """Return [[size, modified, changed], sha256] of a file, read only when it is not as known."""
+def _file_hash(path: str, cached_entry: list | None) -> list:
+    """Return [[size, modified, changed], sha256] of a file, read only when it differs from the cached entry."""
     try:
         stat = os.stat(path)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        if known and known[0] == stamp:
-            return known
+        if cached_entry and cached_entry[0] == stamp:
+            return cached_entry
         with open(path, "rb") as stream:
             return [stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
     except OSError as error:

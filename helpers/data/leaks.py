@@ -1,4 +1,4 @@
-"""Does the test part leak into training? The gate that a finished split must pass, and what leaking would have cost."""
+"""Leaks of the test part into training: the check that a finished split must pass, and the effect of a leak."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +15,18 @@ PROBE_SEEDS = 5
 
 
 def check_split(folder: Path, split: pd.DataFrame, table: pd.DataFrame, *, distance: int) -> None:
-    """Refuse a finished split that leaks or that does not agree with its folders.
+    """Raise an error if a finished split leaks or does not agree with its folders.
 
-    Nothing that made the split is trusted: links are read from disk, and looks are compared again.
+    The check is independent of the split's code: it reads links from disk and compares look-alikes again.
 
     Args:
         folder: the stage's folder.
         split: its split.csv, read again.
         table: the inventory, for the perceptual hashes.
-        distance: bits in which look-alikes may differ; -1 compares no looks.
+        distance: bits in which look-alikes may differ; -1 does not compare them.
 
     Raises:
-        ValueError: two parts share a file, a group or look-alikes, or the links are not those of split.csv.
+        ValueError: two parts share a file, a group or look-alikes, or the links differ from split.csv.
     """
     used = split[split["part"].isin(splits.PARTS)]
     _check_links(folder, used)
@@ -42,7 +42,7 @@ def check_split(folder: Path, split: pd.DataFrame, table: pd.DataFrame, *, dista
 
 
 def settle(table: pd.DataFrame) -> pd.DataFrame:
-    """Take images out of train, then val, that share a group with a later part; their part becomes "unused".
+    """Remove images from train, then val, that share a group with a later part; their part becomes "unused".
 
     Args:
         table: with the columns part and group.
@@ -56,7 +56,7 @@ def honest_gap(table: pd.DataFrame, root: Path, ratio: Sequence[float], *, seed:
     """Score a linear probe on splits that keep groups together and on naive ones that do not.
 
     The probe is a logistic regression on gradients and colours of small images (no network, so this takes seconds);
-    its level means little, the difference shows how much a naive split would have flattered.
+    its level means little; the difference shows how much too optimistic a naive split is.
 
     Args:
         table: the inventory with groups.
@@ -76,10 +76,10 @@ def honest_gap(table: pd.DataFrame, root: Path, ratio: Sequence[float], *, seed:
     for number in range(seed, seed + PROBE_SEEDS):
         for name, grouped in (("honest", table), ("naive", alone)):
             parts = splits.by_ratio(grouped, ratio, seed=number).to_numpy()
-            learned = parts == "train"
-            probe = linear.fit(linear.classifier(0.01), features[learned], table["label"][learned])
-            said = probe.predict(features[parts == "test"])
-            score = balanced_accuracy_score(table["label"][parts == "test"], said)
+            is_train = parts == "train"
+            probe = linear.fit(linear.classifier(0.01), features[is_train], table["label"][is_train])
+            predictions = probe.predict(features[parts == "test"])
+            score = balanced_accuracy_score(table["label"][parts == "test"], predictions)
             rows.append({"split": name, "seed": number, "balanced_accuracy": score})
     return pd.DataFrame(rows)
 
@@ -96,16 +96,19 @@ def _describe(path: Path) -> np.ndarray:
 
 
 def _check_links(folder: Path, used: pd.DataFrame) -> None:
-    found = {f"{part}/{link.parent.name}/{link.name}" for part in splits.PARTS for link in (folder / part).glob("*/*")}
-    lost = sorted(set(used["file"]) ^ found)
-    if lost:
-        raise ValueError(f"{len(lost)} links do not agree with split.csv, such as {lost[0]!r}. Run 01_split again.")
+    links = {f"{part}/{link.parent.name}/{link.name}" for part in splits.PARTS for link in (folder / part).glob("*/*")}
+    different_links = sorted(set(used["file"]) ^ links)
+    if different_links:
+        raise ValueError(
+            f"{len(different_links)} links do not agree with split.csv, such as {different_links[0]!r}."
+            " Run 01_split again."
+        )
 
 
 def _refuse(leaked: pd.DataFrame, why: str) -> None:
     if len(leaked):
         shown = "; ".join(f"{row.part}: {row.path}" for row in leaked.head(6).itertuples())
         raise ValueError(
-            f"The split leaks: {why}, {len(leaked)} images in all ({shown}). Take them out of the source, or set"
-            " on_leak: drop to leave them out of train."
+            f"The split leaks: {why}, {len(leaked)} images in all ({shown}). Remove them from the source, or set"
+            " on_leak: drop to remove them from train."
         )

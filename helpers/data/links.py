@@ -1,4 +1,4 @@
-"""The split on disk: folders of links, one a part and class."""
+"""The split on disk: folders of links, one per part and class."""
 
 import hashlib
 import shutil
@@ -17,13 +17,13 @@ SPLIT_COLUMNS = ["path", "label", "part", "sha256", "group", "file"]
 
 
 def write_split(out: Path, table: pd.DataFrame, root: Path) -> pd.DataFrame:
-    """Lay a split out as folders of links, <part>/<class>/<file>, with split-folders, and write split.csv.
+    """Write a split as folders of links, <part>/<class>/<file>, with split-folders, and write split.csv.
 
     Args:
         out: the stage's folder.
         table: the inventory with a column `part`; a row may occur several times (oversampling), and rows of the
             part "unused" get no link.
-        root: the source's root, to which the links lead.
+        root: the source's root, which the links point to.
 
     Returns:
         What was written to split.csv: path, label, part, sha256, group, file (the link, relative to `out`).
@@ -34,12 +34,12 @@ def write_split(out: Path, table: pd.DataFrame, root: Path) -> pd.DataFrame:
     split = table.assign(file=link_files(table)).sort_values(["part", "file", "path"], kind="stable")
     used = split[split["part"].isin(PARTS)]
     for (part, folder), rows in used.groupby(["part", used["label"].map(class_folder)]):
-        # split-folders names a link after the file it is given, so it is given links with the names wanted.
-        named = [staging / part / folder / PurePosixPath(file).name for file in rows["file"]]
-        named[0].parent.mkdir(parents=True)
-        for link, path in zip(named, rows["path"], strict=True):
+        # split-folders names a link after its source file, so the source files are links with the right names.
+        links = [staging / part / folder / PurePosixPath(file).name for file in rows["file"]]
+        links[0].parent.mkdir(parents=True)
+        for link, path in zip(links, rows["path"], strict=True):
             link.symlink_to(root / path)
-        splitfolders.split.copy_files([(named, part)], named[0].parent, out, None, "symlink")
+        splitfolders.split.copy_files([(links, part)], links[0].parent, out, None, "symlink")
     shutil.rmtree(staging, ignore_errors=True)
     split = split[SPLIT_COLUMNS + resizing.box_column(split)].reset_index(drop=True)
     split.to_csv(out / "split.csv", index=False)
@@ -47,7 +47,7 @@ def write_split(out: Path, table: pd.DataFrame, root: Path) -> pd.DataFrame:
 
 
 def read_split(folder: Path) -> pd.DataFrame:
-    """Return a folder's split.csv with every text as it was written."""
+    """Return a folder's split.csv with every text as the file holds it."""
     return disk.read_table(folder / "split.csv")
 
 
@@ -55,11 +55,11 @@ def read_earlier(previous: str) -> pd.DataFrame | None:
     """Return the earlier split that the parameter `previous` names, or None when it names none.
 
     Args:
-        previous: a split.csv, under whatever name it was kept, or the folder that holds one; empty: none.
+        previous: a split.csv, under any name, or the folder that holds one; empty: none.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no split.csv.
+        ValueError: the file is not a split.csv.
     """
     if not previous:
         return None
@@ -76,8 +76,8 @@ def read_earlier(previous: str) -> pd.DataFrame | None:
         raise ValueError(f"previous: {project.display_path(file)} cannot be read as a table: {error}") from None
     if missing := [column for column in ("sha256", "part") if column not in table]:
         raise ValueError(
-            f"previous: {project.display_path(file)} has no column {', '.join(missing)}; expected a split.csv as"
-            " 01_split writes it."
+            f"previous: {project.display_path(file)} has no column {', '.join(missing)}; expected a split.csv of"
+            " 01_split."
         )
     return table
 
@@ -85,8 +85,8 @@ def read_earlier(previous: str) -> pd.DataFrame | None:
 def link_files(table: pd.DataFrame) -> list[str]:
     """Return for each row the name <part>/<class>/<file> of its link; an image keeps its name where it can.
 
-    Images of a class whose names differ only in folder, suffix, case or Unicode form would meet on some file system
-    or once they are resized; they also carry a piece of their path's hash, and copies of one image a number.
+    Images of a class whose names differ only in folder, suffix, case or Unicode form would collide on some file system
+    or after resizing. Their links also get a piece of their path's hash, and copies of one image get a number.
     """
     names = [PurePosixPath(path).name for path in table["path"]]
     stems = pd.Series([unicodedata.normalize("NFC", PurePosixPath(name).stem).casefold() for name in names])
@@ -104,7 +104,7 @@ def link_files(table: pd.DataFrame) -> list[str]:
 
 
 def class_folder(label: str) -> str:
-    """Return the folder of a class: its name, with what no folder name may hold written as in a web address."""
+    """Return the folder of a class: its name, with characters that folders cannot have encoded as in a URL."""
     name = "".join(quote(c, safe="") if c in '/\\%:*?"<>|' or ord(c) < 32 else c for c in label)
     if len(name.encode()) > 240:
         name = f"{resizing.cut(name, 220)}%{hashlib.sha256(label.encode()).hexdigest()[:16]}"

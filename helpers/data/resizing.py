@@ -1,4 +1,4 @@
-"""Folders of images that one stage hands to the next: the links of a split, and the images of one size."""
+"""Resized images of a split, and the files that one stage copies from an earlier one."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -30,18 +30,18 @@ def write_images(
     """Resize every image of a split; write images.csv, quarantine.csv and resize.json beside them.
 
     Args:
-        out: the stage's folder. Images that are already there are kept: `stages.open` leaves them only when a
-            run with the same parameters and inputs was interrupted.
+        out: the stage's folder. Existing images are kept: `stages.open` leaves them only after an interrupted
+            run with the same parameters and inputs.
         source: the folder of 01_split.
         image_size, fit, quality: as in `images.load` and `images.write`.
         format: "png" or "jpg".
         workers: threads; 0 means one for each core.
-        names: what each class is called from here on, as `classes` returns it; one without an entry is left out. None:
-            all stay as they are. Only labels change, not the folders of the files.
+        names: class -> new name, as `classes` returns it; a class without an entry is left out. None: all names stay.
+            Only labels change, not the folders of the files.
 
     Returns:
-        What was written to images.csv (path below the source, label, part, file below `out`, sha256 of the raw file)
-        and to quarantine.csv.
+        The content of images.csv (path below the source, label, part, file below `out`, sha256 of the raw file)
+        and of quarantine.csv.
     """
     split = links.read_split(source)
     split = split[split["part"].isin(PARTS)].rename(columns={"file": "link"})
@@ -52,53 +52,57 @@ def write_images(
         (out / folder).mkdir(parents=True, exist_ok=True)
     levels = disk.read_json(source / deep.FILE) if (source / deep.FILE).is_file() else None
     range_of_deep = deep.Levels(levels["black"], levels["white"]) if levels else None
-    how = {"image_size": image_size, "fit": fit, "quality": quality, "levels": range_of_deep}
-    convert = partial(_convert, source=source, out=out, **how)
+    options = {"image_size": image_size, "fit": fit, "quality": quality, "levels": range_of_deep}
+    convert = partial(_convert, source=source, out=out, **options)
     boxes = table["box"] if "box" in table else [""] * len(table)
     files = list(zip(table["link"], table["file"], boxes, strict=True))
-    seen = [source, out, *(source / link for link in table["link"].head(1))]  # the last is a link to the raw images
-    each = parallel.for_each(convert, files, workers=workers, label="resize", reads=seen)
-    problems = pd.DataFrame(each, index=table.index)
+    shared_paths = [source, out, *(source / link for link in table["link"].head(1))]  # the last links to a raw image
+    results = parallel.for_each(convert, files, workers=workers, label="resize", reads=shared_paths)
+    problems = pd.DataFrame(results, index=table.index)
     table[["reason", "detail"]] = problems
     bad = table["reason"] != ""
     quarantine = table.loc[bad, QUARANTINE_COLUMNS].reset_index(drop=True)
     table = table.loc[~bad, IMAGE_COLUMNS + box_column(table)].reset_index(drop=True)
     table.to_csv(out / "images.csv", index=False)
     quarantine.to_csv(out / "quarantine.csv", index=False)
-    about = {"image_size": image_size, "fit": fit, "format": format}
+    settings = {"image_size": image_size, "fit": fit, "format": format}
     crop = {"crop": disk.read_json(source / "crop.json")} if (source / "crop.json").is_file() else {}
     depth = {"levels": [levels["black"], levels["white"]]} if levels else {}
     renamed = [name for name, new in (names or {}).items() if name != new]
     of_new = {names[name]: [old for old in names if names[old] == names[name]] for name in renamed}
-    disk.write_json(out / "resize.json", about | crop | depth | ({"merge": of_new} if of_new else {}))
+    disk.write_json(out / "resize.json", settings | crop | depth | ({"merge": of_new} if of_new else {}))
     return table, quarantine
 
 
 def classes(names: Sequence[str], merge: Mapping[str, Sequence[str]], keep: Sequence[str] = ()) -> dict[str, str]:
-    """Return what each class is called from here on, in the order of the classes; one that is left out has no entry.
+    """Return class -> new name, in the order of the classes; a class that is left out has no entry.
 
     Args:
         names: the classes of the split, in the model's order.
-        merge: new name -> the classes that become one.
-        keep: the classes to keep, merged ones by their new name; none: all.
+        merge: new name -> the classes that it joins.
+        keep: the classes to keep, merged ones by their new name; empty: all.
 
     Raises:
         ValueError: a class does not exist or is merged twice, a new name is that of another class, or fewer than two
-            classes are left.
+            classes remain.
     """
     merged = [name for own in merge.values() for name in own]
     new_of = {name: new for new, own in merge.items() for name in own}
-    found = {name: new_of.get(name, name) for name in names}
-    for what, listed, known in (("merge", merged, names), ("keep", keep, list(dict.fromkeys(found.values())))):
-        if unknown := [name for name in listed if name not in known]:
-            raise ValueError(f"{what}: there is no class {unknown[0]!r}.{words.did_you_mean(str(unknown[0]), known)}")
+    new_names = {name: new_of.get(name, name) for name in names}
+    for parameter, values, known_names in (
+        ("merge", merged, names),
+        ("keep", keep, list(dict.fromkeys(new_names.values()))),
+    ):
+        if unknown := [name for name in values if name not in known_names]:
+            hint = words.did_you_mean(str(unknown[0]), known_names)
+            raise ValueError(f"{parameter}: there is no class {unknown[0]!r}.{hint}")
     if twice := [name for name in merged if merged.count(name) > 1]:
-        raise ValueError(f"merge: {twice[0]!r} stands twice; a class can become part of one other.")
+        raise ValueError(f"merge: {twice[0]!r} is listed twice; a class can be merged only once.")
     if taken := [new for new, own in merge.items() if new in names and new not in own]:
-        raise ValueError(f"merge: {taken[0]!r} is a class already. Give the merged classes another name.")
-    kept = {name: new for name, new in found.items() if not keep or new in keep}
+        raise ValueError(f"merge: {taken[0]!r} is a class already. Choose another name for the merged classes.")
+    kept = {name: new for name, new in new_names.items() if not keep or new in keep}
     if len(set(kept.values())) < 2:
-        raise ValueError(f"{len(set(kept.values()))} class would be left of {len(names)}; a classifier needs two.")
+        raise ValueError(f"{len(set(kept.values()))} class of {len(names)} would remain; a classifier needs two.")
     return kept
 
 
@@ -112,9 +116,9 @@ def _convert(
     quality: int,
     levels: deep.Levels | None,
 ) -> tuple[str, str]:
-    """Resize a file (or its box) of `source` into one of `out`; return why it cannot be done, or two empty strings."""
+    """Resize a file (or its box) of `source` into one of `out`; return why not, or two empty strings."""
     target, box = out / files[1], images.read_box(files[2])
-    if target.is_file():  # by an interrupted run, and a file appears only whole
+    if target.is_file():  # of an interrupted run; a file is always complete
         return "", ""
     try:
         pixels = images.load(source / files[0], image_size, fit, box=box, levels=levels, max_pixels=None)
@@ -124,15 +128,15 @@ def _convert(
     return "", ""
 
 
-def hand_on(source: Path, out: Path, *names: str) -> None:
-    """Copy the JSON files of an earlier stage that a later one needs; one that is not there is passed over."""
+def copy_json(source: Path, out: Path, *names: str) -> None:
+    """Copy the JSON files of an earlier stage that a later one needs; missing files are skipped."""
     for name in names:
         if (source / name).is_file():
             disk.write_json(out / name, disk.read_json(source / name))
 
 
 def box_column(table: pd.DataFrame) -> list[str]:
-    """Return the name of the column that says which part of an image to keep, where 00b_crop has made one."""
+    """Return the name of the column with the part of an image to keep, where 00b_crop has written it."""
     return ["box"] if "box" in table else []
 
 

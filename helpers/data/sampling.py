@@ -1,4 +1,4 @@
-"""The balance of train: fewer images of large classes, or images of small classes several times."""
+"""The balance of train: fewer images of large classes, or repeated images of small classes."""
 
 import numpy as np
 import pandas as pd

@@ -1,7 +1,7 @@
 """Where labelled images come from: a folder per class, a ready-made split, a table of labels, a built-in data set.
 
 Every source becomes the same thing: a root folder and a table of path and label. Nothing is decoded here and nothing
-in the source is ever changed. What cannot be used is listed with its reason rather than dropped in silence.
+in the source is ever changed. Every unusable image is listed with its reason.
 """
 
 import importlib.util
@@ -28,12 +28,12 @@ class Source:
 
     Attributes:
         root: the folder that every path is relative to.
-        table: one row per image: path (posix), label, split and group ("" when not known), and the labels file's
+        table: one row per image: path (posix), label, split and group ("" when unknown), and the labels file's
             other columns, all text.
         rejected: rows of quarantine.csv: path, label, reason, detail.
-        ignored: what was passed over -> how often.
-        notes: sentences about how the source was understood, where that is not plain.
-        fixes: labels that a fixes file changed: path, from, to ("": the image was taken out), sha256.
+        ignored: what was skipped -> how often.
+        notes: sentences about how the source was read, where that is not obvious.
+        fixes: labels that a fixes file changed: path, from, to ("": the image was removed), sha256.
     """
 
     root: Path
@@ -52,7 +52,7 @@ def read(parameters: Mapping[str, Any]) -> Source:
 
     Raises:
         FileNotFoundError: the folder, the labels file or a built-in data set is missing.
-        ValueError: no image is found, or the labels file lacks a column, or only one class is left, or a fix does not
+        ValueError: no image is found, or the labels file lacks a column, only one class remains, or a fix does not
             fit the source.
     """
     name = parameters["source"]
@@ -71,7 +71,7 @@ def read(parameters: Mapping[str, Any]) -> Source:
 
 
 def check_separate(root: Path, out: str | os.PathLike) -> None:
-    """Raise ValueError when the source lies inside the output folder or the other way round."""
+    """Raise ValueError when the source is inside the output folder, or the output folder inside the source."""
     root, out = root.resolve(), project.resolve(out).resolve()
     if root.is_relative_to(out) or out.is_relative_to(root):
         raise ValueError(f"The source {root} and the output {out} lie inside each other. Choose another `out`.")
@@ -94,7 +94,7 @@ def _package_folder(package: str) -> Path:
 
 
 def _elpv() -> Source:
-    """Solar cells (Deitsch et al. 2019): defective when an expert's defect probability is above one half."""
+    """Solar cells (Deitsch et al. 2019): defective when the defect probability by experts is above one half."""
     root = _package_folder("elpv_dataset") / "data"
     table = pd.read_csv(root / "labels.csv", sep=r"\s+", names=["path", "probability", "type"], dtype=str)
     defective = table["probability"].astype(float) > 0.5
@@ -116,12 +116,12 @@ def _read_table(root: Path, parameters: Mapping[str, Any]) -> Source:
 
 
 def _read_folders(root: Path, class_folders: folders.Levels = "auto") -> Source:
-    found = folders.read(root, class_folders)
-    return Source(root, found.table, found.rejected, found.ignored, notes=found.notes)
+    contents = folders.read(root, class_folders)
+    return Source(root, contents.table, contents.rejected, contents.ignored, notes=contents.notes)
 
 
 def _finish(source: Source) -> None:
-    """Bring the table into its final form and refuse what no classifier could be trained on."""
+    """Bring the table into its final form; raise an error if no classifier can be trained on it."""
     table = source.table.reindex(columns=list(dict.fromkeys(["path", "label", "split", "group", *source.table])))
     table[["split", "group"]] = table[["split", "group"]].fillna("")
     table["label"] = [unicodedata.normalize("NFC", label.strip()) for label in table["label"]]
@@ -135,12 +135,12 @@ def _finish(source: Source) -> None:
     table = _reject(source, table, several, "two labels", "the labels file lists it more than once, differently")
     source.table = table.sort_values("path", kind="stable").reset_index(drop=True)
     if source.table.empty:
-        raise ValueError(f"{source.root} holds no labelled image. {_seen(source)}")
+        raise ValueError(f"{source.root} holds no labelled image. {_contents(source)}")
     check_classes(source.table["label"])
 
 
 def _fix(source: Source, file: Path) -> None:
-    """Correct the labels by a fixes file."""
+    """Correct the labels with a fixes file."""
     source.table, source.fixes, gone = fixes.apply(source.table, source.root, file)
     if gone:
         source.ignored["fixes of images that are no longer there"] += gone
@@ -148,12 +148,12 @@ def _fix(source: Source, file: Path) -> None:
 
 
 def check_classes(labels: pd.Series) -> None:
-    """Raise ValueError unless there are two classes or more, with names that can be told apart and can be columns."""
+    """Raise ValueError unless there are two classes or more, with different names that can be columns."""
     names = words.natural_order(labels)
     if taken := RESERVED & set(names):
         raise ValueError(
-            f"A class cannot be called {', '.join(sorted(taken))}: predictions.csv has a column of that name beside one"
-            " column for each class. Rename it, for example with a capital letter."
+            f"A class cannot be called {', '.join(sorted(taken))}: predictions.csv has a column of that name, and one"
+            " column for each class. Rename the class, for example with a capital letter."
         )
     if len(names) < 2:
         raise ValueError(f"Only one class is left, {names}: a classifier needs at least two.")
@@ -168,19 +168,19 @@ def _known_parts(values: pd.Series) -> list[str]:
     unknown = sorted({value for value in values if value and value.lower() not in folders.PARTS})
     if unknown:
         raise ValueError(
-            f"The split column says {', '.join(unknown[:5])}; it may say {', '.join(folders.PARTS)} or nothing."
+            f"The split column has {', '.join(unknown[:5])}; it may have {', '.join(folders.PARTS)} or be empty."
         )
     return [folders.PARTS[value.lower()] if value else "" for value in values]
 
 
-def _seen(source: Source) -> str:
-    seen = [f"{count:,} {what}" for what, count in source.ignored.most_common(3)]
-    seen += [f"{row['path']}: {row['detail']}" for row in source.rejected[:3]]
-    return f"Found instead: {'; '.join(seen)}." if seen else "It is empty. Expected: a folder per class, with images."
+def _contents(source: Source) -> str:
+    lines = [f"{count:,} {what}" for what, count in source.ignored.most_common(3)]
+    lines += [f"{row['path']}: {row['detail']}" for row in source.rejected[:3]]
+    return f"Found instead: {'; '.join(lines)}." if lines else "It is empty. Expected: a folder per class, with images."
 
 
 def _reject(source: Source, table: pd.DataFrame, bad: pd.Series, reason: str, detail: str) -> pd.DataFrame:
-    """Note the rows that are `bad` in `source.rejected` and return the others."""
-    told = table.loc[bad, ["path", "label"]].assign(reason=reason, detail=detail)
-    source.rejected.extend(told.to_dict("records"))
+    """Add the `bad` rows to `source.rejected` and return the others."""
+    rows = table.loc[bad, ["path", "label"]].assign(reason=reason, detail=detail)
+    source.rejected.extend(rows.to_dict("records"))
     return table[~bad]

@@ -1,1 +1,1 @@
-"""Networks: a backbone by its name, a head on top, and which of its weights train."""
+"""Networks: a backbone by its name, a head on top, and the choice of the weights that train."""

@@ -1,7 +1,7 @@
-"""Adapters: small matrices that train beside a thawed layer's own weights, which stay as they are.
+"""Adapters: small matrices that train beside a thawed layer's own weights, which do not change.
 
 A layer with the kernel W computes with W + A B; only A and B train (LoRA, Hu et al., 2021). Keras makes them; `merge`
-adds them to the kernels once the training is over, so that the model is then made of the same layers as before.
+adds them to the kernels after the training, so that the model then has the same layers as before.
 """
 
 import functools
@@ -21,10 +21,10 @@ MOST = 4096  # rank
 
 
 def rank(adapter: Mapping[str, Any]) -> int:
-    """Return the rank that 04's parameter `adapter` asks for, 0 where it is empty.
+    """Return the rank in 04's parameter `adapter`, 0 where it is empty.
 
     Raises:
-        ValueError: it is anything but {} and {"lora": rank}.
+        ValueError: it is neither {} nor {"lora": rank}.
     """
     if not adapter:
         return 0
@@ -34,7 +34,7 @@ def rank(adapter: Mapping[str, Any]) -> int:
 
 
 def takers(backbone: keras.Model, adapter: Mapping[str, Any]) -> list[keras.layers.Layer]:
-    """Return the layers of the thawed part that an adapter makes sense for, from low to high.
+    """Return the layers of the thawed part that can have an adapter, from low to high.
 
     They are dense layers (those of attention too) and convolutions, except depthwise ones, whose adapter has fewer
     weights than the kernel.
@@ -49,21 +49,21 @@ def takers(backbone: keras.Model, adapter: Mapping[str, Any]) -> list[keras.laye
     lowrank = rank(adapter)
     thawed = [layer for layer in unfreezing.layers_of(backbone) if layer.trainable]
     parts = {id(part): part for layer in thawed for part in unfreezing.parts_of(layer) if isinstance(part, KINDS)}
-    found = [part for part in parts.values() if _size(part, lowrank) < math.prod(part.kernel.shape)]
-    if lowrank and not found:
+    layers = [part for part in parts.values() if _size(part, lowrank) < math.prod(part.kernel.shape)]
+    if lowrank and not layers:
         raise ValueError(
             f"adapter: no layer of the thawed part takes {dict(adapter)}. It takes dense layers and convolutions (not"
-            " depthwise ones) whose kernel has more weights than the adapter. Thaw more (unfreeze), give a smaller"
-            " rank, or leave the adapter out."
+            " depthwise ones) whose kernel has more weights than the adapter. Thaw more (unfreeze), set a smaller"
+            " rank, or remove the adapter."
         )
-    return found if lowrank else []
+    return layers if lowrank else []
 
 
 def add(model: keras.Model, adapter: Mapping[str, Any], *, seed: int = 0) -> pd.DataFrame:
-    """Give the thawed part adapters, and freeze its own weights. Compile afterwards.
+    """Add adapters to the thawed part, and freeze its own weights. Compile afterwards.
 
-    Nothing changes where `adapter` is empty. What the model gives does not change: B is zero at first. Files of weights
-    that are written before `merge` hold kernels and adapters apart, so that a training resumes where it was.
+    Nothing changes where `adapter` is empty. The model's output does not change: B is zero at first. Files of weights
+    that are written before `merge` hold kernels and adapters separately, so that a training can resume.
 
     Args:
         model: a classifier after `unfreezing.unfreeze`. The head trains as before.
@@ -74,9 +74,9 @@ def add(model: keras.Model, adapter: Mapping[str, Any], *, seed: int = 0) -> pd.
         The table of `unfreezing.trainable_table`.
 
     Raises:
-        ValueError: no thawed layer takes one.
+        ValueError: no thawed layer can have one.
     """
-    merge(model)  # where the cell is run again
+    merge(model)  # where the cell runs again
     body = unfreezing.backbone_of(model)
     layers = takers(body, adapter)
     if layers:
@@ -91,12 +91,12 @@ def add(model: keras.Model, adapter: Mapping[str, Any], *, seed: int = 0) -> pd.
 
 
 def merge(model: keras.Model) -> None:
-    """Add the adapters to the kernels and take them away; what the model gives does not change.
+    """Add the adapters to the kernels and remove them; the model's output does not change.
 
-    What was thawed is as `unfreezing.unfreeze` left it.
+    Afterwards the same layers are thawed as after `unfreezing.unfreeze`.
 
     Args:
-        model: with adapters or without; then nothing happens.
+        model: with adapters; without, nothing happens.
     """
     parts = unfreezing.parts_of(unfreezing.backbone_of(model))
     adapted = [part for part in parts if getattr(part, "lora_enabled", False)]
@@ -111,7 +111,9 @@ def merge(model: keras.Model) -> None:
         layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None
         del layer.save_own_variables, layer.load_own_variables
     for part in parts if adapted else ():
-        for weight in part._trainable_variables:  # `layer.trainable = True` does nothing to a layer that is so already
+        for (
+            weight
+        ) in part._trainable_variables:  # `layer.trainable = True` does nothing to a layer that is trainable already
             weight.trainable = part.trainable
 
 
@@ -121,7 +123,7 @@ def _size(layer: keras.layers.Layer, lowrank: int) -> int:
 
 
 def _save(layer: keras.layers.Layer, store: Any) -> None:
-    """Write the kernel and its adapter; Keras would write their sum, from which no training can resume."""
+    """Write the kernel and its adapter; Keras would write their sum, and no training could resume from that."""
     layer.lora_enabled = False
     try:
         type(layer).save_own_variables(layer, store)
@@ -131,10 +133,10 @@ def _save(layer: keras.layers.Layer, store: Any) -> None:
 
 
 def _load(layer: keras.layers.Layer, store: Any) -> None:
-    """Read what `_save` wrote, or weights without an adapter: A stays as it is then, and B becomes zero."""
+    """Read what `_save` wrote, or weights without an adapter: then A does not change, and B becomes zero."""
     a = keras.ops.convert_to_numpy(layer.lora_kernel_a)
-    type(layer).load_own_variables(layer, store)  # makes A zero too, and where both are, neither ever trains
-    has_adapter = "lora_kernel_a" in store.keys()  # noqa: SIM118 - a store of Keras is no dictionary
+    type(layer).load_own_variables(layer, store)  # makes A zero too; with both zero, neither trains
+    has_adapter = "lora_kernel_a" in store.keys()  # noqa: SIM118 - a store of Keras is not a dictionary
     layer.lora_kernel_a.assign(store["lora_kernel_a"] if has_adapter else a)
     if has_adapter:
         layer.lora_kernel_b.assign(store["lora_kernel_b"])

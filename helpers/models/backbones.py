@@ -1,7 +1,7 @@
 """Backbones by name: networks that take RGB 0-255 and return a feature map, or tokens.
 
-The names are those of the families in `FAMILIES`. A family's own preprocessing is part of the graph and made of stock
-Keras only, so a saved backbone opens anywhere with Keras. The names are read without Keras; what builds imports it.
+The names are those of the families in `FAMILIES`. A family's own preprocessing is part of the graph and uses only
+standard Keras, so a saved backbone opens anywhere with Keras. Reading the names needs no Keras; building imports it.
 """
 
 import collections
@@ -18,18 +18,18 @@ FAMILIES = (applications.FAMILY, efficientnet_lite.FAMILY, torchvision.FAMILY, k
 
 
 def names() -> list[str]:
-    """Return all names but the presets of KerasHub, which are ``hub:<preset>``."""
+    """Return all names except the presets of KerasHub, which are ``hub:<preset>``."""
     return sorted(name for one in FAMILIES for name in one.specs)
 
 
 def spec(name: str) -> family.Spec:
-    """Look a backbone up; needs no Keras.
+    """Return the spec of a backbone; needs no Keras.
 
     Args:
         name: one of `names()` or ``hub:<preset>``.
 
     Raises:
-        ValueError: the name is unknown; close names are offered.
+        ValueError: the name is unknown; the message lists similar names.
     """
     return _find(name)[1]
 
@@ -54,21 +54,21 @@ def build(name: str, image_size: int | tuple[int, int], weights: str = "imagenet
     """
     import keras
 
-    own, found = _find(name)
-    height, width = _check_size(found, image_size)
-    path = None if weights in ("imagenet", "none") else _check_path(own, weights)
+    own_family, own_spec = _find(name)
+    height, width = _check_size(own_spec, image_size)
+    path = None if weights in ("imagenet", "none") else _check_path(own_family, weights)
     inputs = keras.Input((height, width, 3), name="image")
-    model = keras.Model(inputs, own.features(found, inputs, weights == "imagenet"), name="backbone")
+    model = keras.Model(inputs, own_family.features(own_spec, inputs, weights == "imagenet"), name="backbone")
     _number_automatic_names(model)
-    model.prefix_tokens = own.prefix_tokens(model)
+    model.prefix_tokens = own_family.prefix_tokens(model)
     if path is None:
-        own.finish(model, found, weights == "imagenet")
+        own_family.finish(model, own_spec, weights == "imagenet")
         return model
     try:
-        own.load(model, found, path)
+        own_family.load(model, own_spec, path)
     except (ValueError, KeyError, OSError, TypeError, AttributeError, IndexError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{path} does not hold the weights of {found.name}: {reason}") from error
+        raise ValueError(f"{path} does not hold the weights of {own_spec.name}: {reason}") from error
     return model
 
 
@@ -77,7 +77,7 @@ def imagenet_classifier(name: str = "efficientnet_lite0", image_size: int | None
 
     Args:
         name: "efficientnet_lite0", "efficientnet_lite1" or "efficientnet_lite2".
-        image_size: pixels; the size of its training if None.
+        image_size: pixels; None: the size of its training.
 
     Returns:
         keras.Model: RGB 0-255 (batch, image_size, image_size, 3) -> logits (batch, 1000), the ILSVRC-2012 classes
@@ -88,11 +88,11 @@ def imagenet_classifier(name: str = "efficientnet_lite0", image_size: int | None
     """
     import keras
 
-    own, found = _find(name)
-    if type(own).classify is family.Family.classify:
-        own.classify(None, found)  # says so before anything is built
-    backbone = build(name, image_size or found.size)
-    return keras.Model(backbone.input, own.classify(backbone, found), name=name)
+    own_family, own_spec = _find(name)
+    if type(own_family).classify is family.Family.classify:
+        own_family.classify(None, own_spec)  # raises before anything is built
+    backbone = build(name, image_size or own_spec.size)
+    return keras.Model(backbone.input, own_family.classify(backbone, own_spec), name=name)
 
 
 def weights_installed(name: str) -> bool:
@@ -102,8 +102,8 @@ def weights_installed(name: str) -> bool:
         ValueError: the name is unknown.
         FileNotFoundError: the package is missing; the message names it.
     """
-    own, found = _find(name)
-    return own.installed(found)
+    own_family, own_spec = _find(name)
+    return own_family.installed(own_spec)
 
 
 def own_size(name: str) -> int:
@@ -113,8 +113,8 @@ def own_size(name: str) -> int:
         ValueError: the name is unknown.
         ImportError: ``hub:`` without KerasHub.
     """
-    own, found = _find(name)
-    return found.size or own.own_size(found)
+    own_family, own_spec = _find(name)
+    return own_spec.size or own_family.own_size(own_spec)
 
 
 def weights_here() -> list[str]:
@@ -123,38 +123,40 @@ def weights_here() -> list[str]:
 
 
 def automatic_stem(layer) -> str:
-    """Return the name Keras gives a layer that was given none, without its number: Conv2D -> "conv2d"."""
+    """Return the name that Keras gives a layer without a name, without its number: Conv2D -> "conv2d"."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(layer).__name__).lower()
 
 
 def _find(name: str) -> tuple[family.Family, Any]:
     for one in FAMILIES:
-        if found := one.spec(name):
-            return one, found
+        if own_spec := one.spec(name):
+            return one, own_spec
     hint = words.did_you_mean(str(name).lower(), [*names(), "hub:<preset>"])
     raise ValueError(f"Unknown backbone {name!r}.{hint}")
 
 
-def _check_size(found: family.Spec, image_size) -> tuple[int, int]:
+def _check_size(own_spec: family.Spec, image_size) -> tuple[int, int]:
     sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     whole = len(sides) == 2 and all(
         isinstance(side, (int, np.integer)) and not isinstance(side, bool) for side in sides
     )
     if not whole:
-        raise ValueError(f"image_size is one whole number of pixels or (height, width); got {image_size!r}.")
-    if min(sides) < found.min_size:
-        raise ValueError(f"{found.name} needs images of at least {found.min_size} px; got image_size {image_size}.")
+        raise ValueError(f"image_size must be one whole number of pixels or (height, width); got {image_size!r}.")
+    if min(sides) < own_spec.min_size:
+        raise ValueError(
+            f"{own_spec.name} needs images of at least {own_spec.min_size} px; got image_size {image_size}."
+        )
     return int(sides[0]), int(sides[1])
 
 
-def _check_path(own: family.Family, weights: str) -> Path:
+def _check_path(own_family: family.Family, weights: str) -> Path:
     path = project.resolve(weights)
-    if not path.name.endswith(own.endings):
+    if not path.name.endswith(own_family.endings):
         raise ValueError(
-            f'weights is "imagenet", "none" or a file ending in {", ".join(own.endings)}; got {weights!r}.'
+            f'weights must be "imagenet", "none" or a file ending in {", ".join(own_family.endings)}; got {weights!r}.'
         )
     if not path.is_file():
-        raise FileNotFoundError(f'No weights file {path}. Give an existing file, "imagenet" or "none".')
+        raise FileNotFoundError(f'No weights file {path}. Set an existing file, "imagenet" or "none".')
     return path
 
 

@@ -1,8 +1,8 @@
-"""Classifiers on a frozen backbone, and thawing: which of their weights train.
+"""Classifiers on a frozen backbone.
 
 A classifier is input -> sub-model "backbone" (called with training=False) -> head: ``head_pool`` (or, within the
-backbone, a ``level_...`` for each level that is read), ``head_scale`` if asked for, ``head_dropout``, optional dense
-layers, ``probabilities``. `unfreeze` says what of the backbone trains; the head always does.
+backbone, a ``level_...`` for each level that is read), ``head_scale`` if requested, ``head_dropout``, optional dense
+layers, ``probabilities``. `unfreezing.unfreeze` sets what of the backbone trains; the head always does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ def build(
     pool: levels_of.Pool = "mean",
     standardised: bool = False,
 ) -> keras.Model:
-    """Builds a classifier on a frozen backbone.
+    """Build a classifier on a frozen backbone.
 
     Args:
         backbone: a name of `backbones.names()` or ``hub:<preset>``.
@@ -44,15 +44,15 @@ def build(
         dropout: share of the pooled features dropped in training, 0 to below 1.
         batch_norm: BatchNormalization after that dropout.
         dense: hidden layers, each a number of units or a dict of ``units`` and any of ``activation`` ("relu"),
-            ``dropout`` (0), ``batch_norm`` (False), ``l1``, ``l2`` (0); dense, dropout, BatchNormalization follow
-            one another in this order.
+            ``dropout`` (0), ``batch_norm`` (False), ``l1``, ``l2`` (0); the order is dense, dropout,
+            BatchNormalization.
         l1: lasso penalty on the kernel of the last layer.
         l2: ridge penalty on the kernel of the last layer.
         levels: what the head reads: "top", the last feature map; "all", the ends of the backbone's blocks too; or
             names, such as ``["block3", "block5", "top"]``. With several, the backbone's output is the pooled levels.
-        pool: what is taken of each channel of a feature map: its mean, or also its maximum or its standard deviation,
-            which makes twice as many features. Of tokens also "class", the class token, and "class_mean".
-        standardised: with a layer ``head_scale`` that gives each feature mean 0 and standard deviation 1, once
+        pool: the statistics of each channel of a feature map: its mean, or also its maximum or its standard deviation,
+            which gives twice as many features. For tokens also "class", the class token, and "class_mean".
+        standardised: add a layer ``head_scale`` that gives each feature mean 0 and standard deviation 1, after
             `features.standardise` has set it; several levels always have it.
 
     Returns:
@@ -72,7 +72,7 @@ def build(
         body = levels_of.read(body, levels, pool)
     body.trainable = False
     for part in unfreezing.parts_of(body):
-        for rate in ("rate", "drop_path_rate", "_dropout"):  # `fit` would draw despite training=False
+        for rate in ("rate", "drop_path_rate", "_dropout"):  # `fit` would drop values despite training=False
             if isinstance(getattr(part, rate, None), float):
                 setattr(part, rate, 0.0)
     inputs = keras.Input(body.input_shape[1:], name="image")
@@ -90,7 +90,7 @@ def build(
 
 
 def check_dense(dense: Sequence[int | dict]) -> list[dict]:
-    """Returns the hidden layers of `classifier` with everything written out.
+    """Return the hidden layers of `classifier` with all settings, also the defaults.
 
     Raises:
         ValueError: an unknown key or activation, or a value out of its range.
@@ -99,26 +99,26 @@ def check_dense(dense: Sequence[int | dict]) -> list[dict]:
 
 
 def _dense_spec(entry: int | dict) -> dict:
-    given = dict(entry) if isinstance(entry, dict) else {"units": entry}
-    unknown = given.keys() - {"units", *DENSE_DEFAULTS}
+    settings = dict(entry) if isinstance(entry, dict) else {"units": entry}
+    unknown = settings.keys() - {"units", *DENSE_DEFAULTS}
     if unknown:
         raise ValueError(f"A dense layer has no {sorted(unknown)}; it takes units, {', '.join(DENSE_DEFAULTS)}.")
-    unfreezing.whole(given.get("units"), 1, 10**6, "units of a dense layer")
-    spec = DENSE_DEFAULTS | given
+    unfreezing.whole(settings.get("units"), 1, 10**6, "units of a dense layer")
+    spec = DENSE_DEFAULTS | settings
     try:
         keras.activations.get(spec["activation"])
     except (TypeError, ValueError):
-        raise ValueError(f"A dense layer's activation is one of Keras, such as relu; got {given!r}.") from None
+        raise ValueError(f"A dense layer's activation must be one of Keras, such as relu; got {settings!r}.") from None
     _check_head(spec, "a dense layer")
     _share_dropped(spec["dropout"])
     return spec
 
 
 def output_settings(output: Mapping[str, Any]) -> dict:
-    """Returns what 03's parameter `output` means as arguments of `classifier`: batch_norm, l1 and l2.
+    """Return 03's parameter `output` as arguments of `build`: batch_norm, l1 and l2.
 
     Args:
-        output: any of ``batch_norm``, of the pooled features, and ``l1`` and ``l2``, of the last layer.
+        output: any of ``batch_norm`` for the pooled features, and ``l1`` and ``l2`` for the last layer.
 
     Raises:
         ValueError: an unknown key, or a value out of its range.
@@ -133,9 +133,9 @@ def output_settings(output: Mapping[str, Any]) -> dict:
 def _check_head(spec: dict, what: str) -> dict:
     for name in ("l1", "l2"):
         if isinstance(spec[name], bool) or not isinstance(spec[name], int | float) or spec[name] < 0:
-            raise ValueError(f"{name} of {what} is a number of at least 0; got {spec[name]!r}.")
+            raise ValueError(f"{name} of {what} must be a number of at least 0; got {spec[name]!r}.")
     if not isinstance(spec["batch_norm"], bool):
-        raise ValueError(f"batch_norm of {what} is true or false; got {spec['batch_norm']!r}.")
+        raise ValueError(f"batch_norm of {what} must be true or false; got {spec['batch_norm']!r}.")
     return spec
 
 
@@ -155,7 +155,7 @@ def _regularised(x, suffix: str, dropout: float, batch_norm: bool):
 
 def _share_dropped(dropout: float) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout is a share in [0, 1); got {dropout!r}.")
+        raise ValueError(f"dropout must be a share in [0, 1); got {dropout!r}.")
 
 
 def _penalty(l1: float, l2: float):

@@ -1,4 +1,4 @@
-"""Fetches ImageNet weights while there is a network; `child.ask` calls `fetch` in a process of its own."""
+"""Download ImageNet weights while there is a network; `child.ask` calls `fetch` in a separate process."""
 
 import os
 import socket
@@ -10,13 +10,13 @@ SECONDS_WITHOUT_AN_ANSWER = 60  # Keras itself would wait for ever
 
 
 def fetch(name: str) -> None:
-    """Make sure that the ImageNet weights of a backbone are on this machine and fit it, by building it with them.
+    """Check that the ImageNet weights of a backbone are on this machine and fit it, by building it with them.
 
     Raises:
-        FileNotFoundError: they are not here and not available; the message says where they are expected.
+        FileNotFoundError: the weights are not available; the message names the expected place.
         ImportError: a preset of KerasHub without KerasHub.
     """
-    backbones.weights_installed(name)  # says which package to install, without loading Keras
+    backbones.weights_installed(name)  # names the package to install, without loading Keras
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     socket.setdefaulttimeout(SECONDS_WITHOUT_AN_ANSWER)
     backbones.build(name, backbones.own_size(name), "imagenet")

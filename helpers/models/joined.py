@@ -1,4 +1,4 @@
-"""Several classifiers as one Keras model: the mean of what they say, the mean of their weights, or two stages."""
+"""Several classifiers as one Keras model: the mean of their predictions, the mean of their weights, or two stages."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -7,34 +7,34 @@ import keras
 import numpy as np
 
 Of = Literal["probabilities", "logits"]
-SMALLEST = 1e-7  # of a probability, before its logarithm is taken
+SMALLEST = 1e-7  # lower limit of a probability before its logarithm
 EXACT = {"dtype": "float32"}
 
 
 def mean(models: Sequence[keras.Model], shares: Sequence[float], of: Of = "probabilities") -> keras.Model:
-    """Return the weighted mean of what classifiers say.
+    """Return the weighted mean of the predictions of classifiers.
 
     Args:
         models: images (batch, H, W, 3) -> probabilities (batch, classes), of the same size and the same classes.
-        shares: the weight of each, which add up to 1.
-        of: "probabilities", or "logits": the mean of the logarithms, made probabilities again.
+        shares: the weight of each; they add up to 1.
+        of: "probabilities", or "logits": the mean of the logarithms, converted to probabilities again.
 
     Returns:
         keras.Model: images -> float32 probabilities (batch, classes).
 
     Raises:
-        ValueError: other sizes or classes, or shares that do not add up to 1.
+        ValueError: different sizes or classes, or shares that do not add up to 1.
     """
     check([model.input_shape for model in models], [model.output_shape for model in models])
     if len(shares) != len(models) or not np.isclose(sum(shares), 1) or min(shares) < 0:
         raise ValueError(f"shares are {list(shares)}; expected one for each of {len(models)} models, 1 in all.")
     image = keras.Input(models[0].input_shape[1:], name="image")
-    said = [part_of(model, number)(image, training=False) for number, model in enumerate(models, 1)]
+    outputs = [part_of(model, number)(image, training=False) for number, model in enumerate(models, 1)]
     if of == "logits":
-        said = [keras.ops.log(keras.ops.maximum(keras.ops.cast(one, "float32"), SMALLEST)) for one in said]
+        outputs = [keras.ops.log(keras.ops.maximum(keras.ops.cast(one, "float32"), SMALLEST)) for one in outputs]
     scaled = [
         keras.layers.Rescaling(float(share), name=f"share_{number}", **EXACT)(one)
-        for number, (one, share) in enumerate(zip(said, shares, strict=True), 1)
+        for number, (one, share) in enumerate(zip(outputs, shares, strict=True), 1)
     ]
     total = keras.layers.Add(name="mean", **EXACT)(scaled) if len(scaled) > 1 else scaled[0]
     if of == "logits":
@@ -43,9 +43,9 @@ def mean(models: Sequence[keras.Model], shares: Sequence[float], of: Of = "proba
 
 
 def soup(models: Sequence[keras.Model]) -> keras.Model:
-    """Give the first of some models the mean of the weights of all, and return it.
+    """Set the weights of the first model to the mean of the weights of all, and return it.
 
-    Wortsman et al., "Model soups", ICML 2022. It means something only where they are trained from the same start.
+    Wortsman et al., "Model soups", ICML 2022. It is useful only if all were trained from the same start.
 
     Raises:
         ValueError: the models have other weights than the first one.
@@ -68,21 +68,21 @@ def two_stage(
     *,
     hard: bool = False,
 ) -> keras.Model:
-    """Return P(group) x P(class | group): one model tells groups and single classes apart, one for each group the rest.
+    """Return P(group) x P(class | group): one model for groups and single classes, and one for each group.
 
     Args:
         first: images (batch, H, W, 3) -> probabilities (batch, groups and single classes).
-        first_names: what its outputs are.
+        first_names: the names of its outputs.
         seconds: for each group the model of its classes.
-        second_names: for each group what its model's outputs are.
-        class_names: what the outputs of the whole are to be.
-        hard: only the likeliest group is asked, and every class outside of it has the probability 0.
+        second_names: for each group the names of its model's outputs.
+        class_names: the names of the outputs of the joined model.
+        hard: only the most likely group counts, and every class outside it has the probability 0.
 
     Returns:
         keras.Model: images -> float32 probabilities (batch, classes).
 
     Raises:
-        ValueError: a class is in no group and no single class, or a group has no model.
+        ValueError: a class is neither in a group nor a single class, or a group has no model.
     """
     check([first.input_shape, *(model.input_shape for model in seconds.values())], [])
     own = {name: group for group, names in second_names.items() for name in names}
@@ -95,7 +95,7 @@ def two_stage(
     outer = keras.ops.cast(part_of(first, 1)(image, training=False), "float32")
     if hard:
         outer = keras.ops.one_hot(keras.ops.argmax(outer, axis=1), len(first_names))
-    inner = [keras.ops.ones_like(outer[:, :1])]  # of a class that is no group's, nothing is left to tell
+    inner = [keras.ops.ones_like(outer[:, :1])]  # the factor of a class without a group
     places, at = {}, 1
     for number, (group, model) in enumerate(seconds.items(), 2):
         inner.append(keras.ops.cast(part_of(model, number)(image, training=False), "float32"))
@@ -111,18 +111,18 @@ def two_stage(
 
 
 def _sealed(inner: keras.Model) -> keras.Model:
-    """Return a model that holds another as its one layer, so that what is put on top finds no operation of its name."""
+    """Return a model with `inner` as its only layer, so that layers on top never repeat a name."""
     image = keras.Input(inner.input_shape[1:], name="image")
     return keras.Model(image, inner(image, training=False), name="joined")
 
 
 def part_of(model: keras.Model, number: int) -> keras.Model:
-    """Return the same layers as a model that can stand beside others of its name."""
+    """Return the same layers as a model with its own name, so that several can be joined."""
     return keras.Model(model.input, model.output, name=f"run_{number}")
 
 
 def check(sizes: Sequence[tuple], outputs: Sequence[tuple]) -> None:
-    """Refuse models that take images of different sizes, or give probabilities of different numbers of classes."""
+    """Raise ValueError if the models take images of different sizes, or give different numbers of classes."""
     for what, shapes in (("take images of", sizes), ("give probabilities of", outputs)):
         if different := [shape for shape in shapes if shape[1:] != shapes[0][1:]]:
             raise ValueError(f"The models {what} the shapes {shapes[0][1:]} and {different[0][1:]}; expected the same.")

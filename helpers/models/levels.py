@@ -1,7 +1,7 @@
-"""Levels: what a head reads of a backbone. The ends of its blocks, and "top", the last feature map.
+"""Levels: the outputs of a backbone that a head reads. The ends of its blocks, and "top", the last feature map.
 
-Low levels know textures and edges, high ones things. Images that are unlike ImageNet's (X-rays, solar cells) are often
-told apart better by several levels together (Head2Toe, Evci et al., ICML 2022).
+Low levels detect textures and edges, high levels objects. For images unlike ImageNet's (X-rays, solar cells), several
+levels together often classify better (Head2Toe, Evci et al., ICML 2022).
 """
 
 import math
@@ -14,21 +14,21 @@ from helpers.core import wiring, words
 from helpers.models import unfreezing
 
 Pool = Literal["mean", "mean_max", "mean_std", "class", "class_mean"]
-MOST = 12  # of so many block ends all are read; of more, the last one of each resolution, or every second one ...
-EPSILON = 1e-5  # under the root: without it, the gradient is no number where a map is flat
+MOST = 12  # up to this many block ends, all are read; of more, the last of each resolution, or every second one ...
+EPSILON = 1e-5  # under the root: without it, the gradient is not a number where a map is flat
 
 
 def read(backbone: keras.Model, levels: str | Sequence[str], pool: Pool) -> keras.Model:
-    """Return the backbone with pooled levels as its output, in place of the last feature map.
+    """Return the backbone with pooled levels as its output, instead of the last feature map.
 
     Args:
         backbone: from `backbones.build`; its layers are shared.
-        levels: "all", or names of `names`.
-        pool: what is taken of each channel, see `pooled`.
+        levels: "all", or names from `names`.
+        pool: the statistics of each channel, see `pooled`.
 
     Returns:
-        keras.Model named "backbone": images -> (batch, n), the levels from low to high. What is added to the backbone's
-        layers has no weights and is called ``level_...``.
+        keras.Model named "backbone": images -> (batch, n), the levels from low to high. The added layers have no
+        weights and names ``level_...``.
 
     Raises:
         ValueError: an unknown level or pool.
@@ -46,20 +46,22 @@ def names(backbone: keras.Model) -> list[str]:
     return [*_ends(backbone)]
 
 
-def check(levels: Any, known: Mapping[str, Any] | Sequence[str]) -> list[str]:
-    """Return the names given, each once.
+def check(levels: Any, known_names: Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """Return the names in `levels`, each once.
 
     Raises:
-        ValueError: it is no list of known names.
+        ValueError: `levels` is not a list of known names.
     """
-    given = [levels] if isinstance(levels, str) else levels
-    if not isinstance(given, Sequence) or not given:
-        raise ValueError(f"levels is top, all, auto, or a list of names; got {levels!r}.")
-    for name in given:
-        if name not in known:
-            hint = words.near(str(name), [*known])
-            raise ValueError(f"The backbone has no level {name!r}.{hint} Its levels: {', '.join(known)}; or all, auto.")
-    return [*dict.fromkeys(given)]
+    level_names = [levels] if isinstance(levels, str) else levels
+    if not isinstance(level_names, Sequence) or not level_names:
+        raise ValueError(f"levels must be top, all, auto, or a list of names; got {levels!r}.")
+    for name in level_names:
+        if name not in known_names:
+            hint = words.near(str(name), [*known_names])
+            raise ValueError(
+                f"The backbone has no level {name!r}.{hint} Its levels: {', '.join(known_names)}; or all, auto."
+            )
+    return [*dict.fromkeys(level_names)]
 
 
 def prefix_tokens(backbone: keras.Model) -> int:
@@ -68,14 +70,14 @@ def prefix_tokens(backbone: keras.Model) -> int:
 
 
 def pooled(features: Any, pool: Pool, name: str, first: int = 0) -> Any:
-    """Return (batch, channels), or twice as many numbers, of a map (batch, h, w, channels) or of tokens.
+    """Return (batch, channels), or twice as many numbers, from a map (batch, h, w, channels) or from tokens.
 
     Args:
         features: the map, or tokens (batch, tokens, channels).
-        pool: the mean of each channel; or also its maximum, or its standard deviation, as sqrt(variance + 1e-5). Of
-            tokens it is over the patches' only. "class" is the class token, "class_mean" that and the mean.
-        name: of the layer that does it.
-        first: tokens before those of the patches, the class token the first.
+        pool: the mean of each channel; or also its maximum, or its standard deviation, as sqrt(variance + 1e-5). For
+            tokens, only the patches count. "class" is the class token, "class_mean" that and the mean.
+        name: of the new layer.
+        first: the number of tokens before those of the patches; the class token is the first.
 
     Raises:
         ValueError: an unknown pool, or "class" where there is no class token.
@@ -120,8 +122,8 @@ def _statistics(values: Any, pool: Pool) -> list[Any]:
 def _ends(backbone: keras.Model) -> dict[str, Any]:
     """Map each level to its feature map or tokens.
 
-    A block ends with the last map through which everything passes before the next block begins; a frame of zeros around
-    it does not count.
+    A block ends with the last map through which everything passes before the next block begins; a zero padding does not
+    count.
     """
     block, ends = "", {}
     for node, live in wiring.live_after(backbone, wiring.nodes_of(backbone)):
@@ -131,7 +133,7 @@ def _ends(backbone: keras.Model) -> dict[str, Any]:
             ends[block] = live[0]
     top = backbone.output
     ends = {name: value for name, value in ends.items() if value is not top}
-    if len(ends) > MOST and len(top.shape) == 3:  # blocks of a transformer are all of one size
+    if len(ends) > MOST and len(top.shape) == 3:  # all blocks of a transformer have one size
         kept = [*ends][:: -math.ceil(len(ends) / MOST)]
         ends = {name: value for name, value in ends.items() if name in kept}
     if len(ends) > MOST:

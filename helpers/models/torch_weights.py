@@ -1,4 +1,4 @@
-"""PyTorch's weights files, read without PyTorch and without running what a pickle may hold."""
+"""PyTorch's weights files, read without PyTorch and without running code in a pickle."""
 
 import collections
 import io
@@ -50,7 +50,7 @@ _ADMITTED = {
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
 }
 
-# What PyTorch writes; whatever else a pickle may consist of is refused before any of it is read.
+# What PyTorch writes; a pickle with anything else is refused before it is read.
 _OPCODES = set(
     "PROTO STOP GLOBAL REDUCE BUILD BINPERSID MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE EMPTY_LIST APPEND APPENDS"
     " EMPTY_DICT SETITEM SETITEMS NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE BINPUT LONG_BINPUT"
@@ -59,7 +59,7 @@ _OPCODES = set(
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Unpickles tensors and nothing else: every other name in the file is refused before it is looked up."""
+    """Unpickler of tensors only: every other name in the file is refused before it is looked up."""
 
     def __init__(self, file):
         super().__init__(file)
@@ -69,7 +69,7 @@ class _TensorUnpickler(pickle.Unpickler):
     def load(self):
         start = self.file.tell()
         for number, (opcode, argument, _) in enumerate(pickletools.genops(self.file)):
-            is_new = "PUT" in opcode.name  # it names a place in a list, which is made as long as that
+            is_new = "PUT" in opcode.name  # it sets the length of a list
             if opcode.name not in _OPCODES or (is_new and argument > number):
                 raise pickle.UnpicklingError(f"it has {opcode.name} {argument}, which no weights file needs")
         self.file.seek(start)
@@ -98,7 +98,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         name -> array, float32 or int64; numbers of half or double precision become float32.
 
     Raises:
-        ValueError: the file is in another format or asks for anything but tensors.
+        ValueError: the file is in another format or asks for something other than tensors.
     """
     if Path(path).suffix == ".safetensors":
         return _read_safetensors(path)
@@ -132,13 +132,13 @@ def arrays_of(tensors: Mapping[str, np.ndarray], name: str, *, depthwise: bool =
 def _read_legacy(file) -> tuple[dict, dict[str, _Storage]]:
     """Read the format before 1.6.
 
-    It holds a magic number, a version, facts on the machine, the pickled dictionary, the list of storages, and each
+    It holds a magic number, a version, facts about the machine, the pickled dictionary, the list of storages, and each
     storage's length (int64) and values, little-endian.
     """
     file.seek(0)
     magic, version, _ = (_TensorUnpickler(file).load() for _ in range(3))
     if (magic, version) != (0x1950A86A20F9469CFC6C, 1001):
-        raise ValueError("it does not begin as such a file does")
+        raise ValueError("its first bytes are not those of such a file")
     unpickler = _TensorUnpickler(file)
     state = unpickler.load()
     for key in _TensorUnpickler(file).load():
@@ -168,17 +168,17 @@ def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 
     try:
         tensors = load_file(path)
-    except Exception as error:  # the package has an error of its own, and a KeyError for types NumPy has not
+    except Exception as error:  # the package has its own error, and a KeyError for types that NumPy lacks
         raise ValueError(f"{path} is not a safetensors file that can be read: {error!r}.") from error
     return {name: array.astype("float32") if array.dtype.kind != "i" else array for name, array in tensors.items()}
 
 
 def _check(state: dict, storages: dict[str, _Storage]) -> None:
-    """Make sure that all are tensors and together no larger than what is in the file, before memory is taken."""
+    """Check that all are tensors and together no larger than the file, before memory is allocated."""
     for tensor in state.values():
         numbers = (tensor.offset, *tensor.shape, *tensor.strides)
         if not isinstance(tensor, _Tensor) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError("it holds something else than tensors")
+            raise ValueError("it holds something other than tensors")
     if sum(math.prod(tensor.shape) for tensor in state.values()) > sum(storage.size for storage in storages.values()):
         raise ValueError("its tensors hold more numbers than the file")
 

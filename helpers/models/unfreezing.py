@@ -10,19 +10,19 @@ from helpers.core import wiring, words
 from helpers.models import backbones
 from helpers.models.families import family
 
-SHOWN_BLOCKS = 20  # of those, a message lists the last: NASNet has some seventy
+SHOWN_BLOCKS = 20  # a message lists this many of the last blocks: NASNet has about seventy
 
 
 def unfreeze(model: keras.Model, what: str | int | float | dict) -> pd.DataFrame:
-    """Says which layers of the backbone train. Compile afterwards: a compiled model does not notice.
+    """Set which layers of the backbone train. Compile afterwards: a compiled model ignores the change.
 
-    BatchNormalization layers of the backbone stay frozen, so that their moving statistics stay what they are.
-    The head is not touched.
+    BatchNormalization layers of the backbone stay frozen, so that their moving statistics do not change. The
+    head does not change.
 
     Args:
         model: a model with a sub-model "backbone", or a backbone.
         what: "none"; "all"; a block or layer name ("block7", "conv5", "block14_sepconv1"): from its first layer to
-            the backbone's end; an int: that many last layers; a float in (0, 1]: the shortest tail of layers that
+            the backbone's end; an int: the number of last layers; a float in (0, 1]: the shortest tail of layers that
             holds this share of the backbone's weights (1 is one layer, 1.0 is all);
             {"from_index": n}: from the n-th layer on, in keras.applications' own numbering (the input is 0).
 
@@ -30,8 +30,8 @@ def unfreeze(model: keras.Model, what: str | int | float | dict) -> pd.DataFrame
         The table of `trainable_table`.
 
     Raises:
-        ValueError: an unknown name (close ones and the blocks are listed), a number out of range, or a choice under
-            which no weight of the backbone would train.
+        ValueError: an unknown name (the message lists similar names and the blocks), a number out of range, or a choice
+            under which no weight of the backbone would train.
     """
     body = backbone_of(model)
     layers = layers_of(body)
@@ -55,12 +55,12 @@ def _weight_ids(layers: list) -> set[int]:
 
 
 def layer_shares(model: keras.Model, decay: float) -> dict[int, float]:
-    """The share of the learning rate for each weight that trains, less with each layer of the backbone downwards.
+    """Return the share of the learning rate of each weight that trains; lower layers of the backbone have less.
 
     Args:
         model: a classifier whose trainable flags are set.
-        decay: the share of a layer with weights that train, as a share of the next such layer above it, in (0, 1]. The
-            backbone's uppermost has `decay` itself; the head has 1.
+        decay: the factor from a layer with weights that train to the next lower one, in (0, 1]. The uppermost layer of
+            the backbone has `decay` itself; the head has 1.
 
     Returns:
         id of the variable -> share; the head's are not in it.
@@ -70,7 +70,7 @@ def layer_shares(model: keras.Model, decay: float) -> dict[int, float]:
 
 
 def trainable_table(model: keras.Model) -> pd.DataFrame:
-    """Shows what trains.
+    """Return a table of what trains.
 
     Returns:
         One row each for the backbone's frozen part, its thawed part and the head: first and last layer, number of
@@ -101,7 +101,7 @@ def _size(weights) -> int:
 
 
 def backbone_of(model: keras.Model) -> keras.Model:
-    """The sub-model "backbone", or the model itself if it is one.
+    """Return the sub-model "backbone", or the model itself if it is one.
 
     Raises:
         ValueError: there is none.
@@ -115,12 +115,12 @@ def backbone_of(model: keras.Model) -> keras.Model:
 
 
 def layers_of(backbone: keras.Model) -> list[keras.layers.Layer]:
-    """The backbone's own layers, without what pools its levels for the head."""
+    """Return the backbone's own layers, without those that pool its levels for the head."""
     return [layer for layer in backbone.layers if not layer.name.startswith(wiring.LEVEL)]
 
 
 def first_trainable(backbone: keras.Model, what: str | int | float | dict) -> int:
-    """The index in `layers_of` of the first layer that `what` thaws; their number if nothing.
+    """Return the index in `layers_of` of the first layer that `what` thaws; their number if it thaws none.
 
     Args:
         backbone: from `backbones.build`.
@@ -176,8 +176,8 @@ def _index_of_name(layers: list, name: str) -> int:
         if name and begins.match(label):
             return index
     blocks = block_names(layers)
-    known = dict.fromkeys([*blocks, *(layer.name for layer in layers)])
-    hint = words.near(name, known)
+    known_names = dict.fromkeys([*blocks, *(layer.name for layer in layers)])
+    hint = words.near(name, known_names)
     shown = f"Its last {SHOWN_BLOCKS} blocks" if len(blocks) > SHOWN_BLOCKS else "Its blocks"
     raise ValueError(
         f"The backbone has no block or layer {name!r}.{hint} {shown}: {', '.join(blocks[-SHOWN_BLOCKS:])}."
@@ -185,17 +185,17 @@ def _index_of_name(layers: list, name: str) -> int:
 
 
 def _without_family(name: str) -> str:
-    """``convnext_tiny_stage_3_block_0`` -> ``stage_3_block_0``: ConvNeXt alone puts its own name before its layers'."""
+    """``convnext_tiny_stage_3_block_0`` -> ``stage_3_block_0``: only ConvNeXt puts its own name before its layers'."""
     return re.sub(r"^convnext_[a-z]+_(?=[a-z])", "", name)
 
 
 def block_names(layers: Sequence[keras.layers.Layer]) -> list[str]:
-    """The blocks by which `layers` can be unfrozen, in order: ``block7``, ``conv5``, ``stage_3``."""
+    """Return the blocks by which `layers` can be unfrozen, in order: ``block7``, ``conv5``, ``stage_3``."""
     return list(dict.fromkeys(block for layer in layers if (block := block_of(layer))))
 
 
 def block_of(operation, within: str = "") -> str:
-    """The block that an operation's name says; `within` where Keras named it, "" where it is in no block."""
+    """Return the block in an operation's name; `within` where Keras named it, "" where it is in no block."""
     if operation.name.startswith(backbones.automatic_stem(operation)):
         return within
     match = re.match(r"[A-Za-z_]*?\d+", _without_family(operation.name))
@@ -203,5 +203,5 @@ def block_of(operation, within: str = "") -> str:
 
 
 def parts_of(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """The layer and all within it. Keras has no public walk through layers that are not models."""
+    """Return the layer and all layers in it. Keras has no public function for layers that are not models."""
     return list(layer._flatten_layers())

@@ -1,1 +1,1 @@
-"""What other packages get wrong, put right."""
+"""Corrections of errors in other packages."""

@@ -1,7 +1,7 @@
 """Pixels of more than 8 bits a channel: their values, and which of them are black and white.
 
-A file of 16 bits may hold the values of a camera with 10 or 12, which would be nearly black if 65,535 were white. What
-is white is known from the file (`declared`), from all images of a set (`levels_of`), or from the user.
+A file of 16 bits may hold the values of a camera with 10 or 12, which would be nearly black if 65,535 were white. White
+comes from the file (`declared`), from all images of a set (`levels_of`), or from the user (`from_bits`).
 """
 
 import io
@@ -17,7 +17,7 @@ from PIL import Image
 from helpers.data.formats import png
 
 FULL = 65_535  # of 16 bits
-FILE = "levels.json"  # black and white of a set, in the folder of a stage
+FILE = "levels.json"  # black and white of a set, in a stage's folder
 LEAST_BITS = 8
 ONE_CHANNEL = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 # Tags of TIFF
@@ -63,11 +63,11 @@ class Levels:
         return int(np.count_nonzero((values < self.black) | (values > self.white)))
 
 
-def given(bits: int | Sequence[float] | None) -> Levels | None:
-    """Return the levels that a user names: bits such as 12, or black and white; None for 0, None or nothing.
+def from_bits(bits: int | Sequence[float] | None) -> Levels | None:
+    """Return the levels that a user sets: bits such as 12, or black and white; None for 0, None or an empty list.
 
     Raises:
-        ValueError: neither one nor the other.
+        ValueError: `bits` is neither.
     """
     if not bits:
         return None
@@ -84,7 +84,7 @@ def is_deep(image: Image.Image, data: bytes) -> bool:
     """Return whether an opened image has more than 8 bits a channel that Pillow would not scale by itself."""
     if image.mode in ONE_CHANNEL:
         return True
-    if image.mode == "CMYK":  # inks: nothing but their whole range makes sense, and Pillow takes that
+    if image.mode == "CMYK":  # inks: only their whole range makes sense, and Pillow uses it
         return False
     if image.format == "PNG":
         return png.depth(data) == 16
@@ -98,8 +98,7 @@ def is_deep(image: Image.Image, data: bytes) -> bool:
 def read(image: Image.Image, data: bytes) -> np.ndarray:
     """Return the values of a deep image that Pillow has read, as stored: (height, width) or (height, width, channels).
 
-    Channels are grey, grey and alpha, RGB, or RGBA; a transparent colour becomes alpha. They are not
-    turned yet: see `turned`.
+    Channels are grey, grey and alpha, RGB, or RGBA; a transparent colour becomes alpha. `turned` makes them upright.
 
     Raises:
         ValueError: the file cannot be read at its full depth.
@@ -109,7 +108,7 @@ def read(image: Image.Image, data: bytes) -> np.ndarray:
         if image.format == "TIFF" and image.mode == "I" and _sample_format(image) == UNSIGNED:
             values = values.view(np.uint32) if max(image.tag_v2.get(BITS, (1,))) == 32 else values
         return _with_alpha(values[..., None], data) if image.format == "PNG" else values
-    data += b"\n" if image.format == "PPM" else b""  # without it, OpenCV takes the last number of a text to be cut off
+    data += b"\n" if image.format == "PPM" else b""  # without it, OpenCV drops the last number of a text
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if values is None or values.dtype != np.uint16:
         raise ValueError("its channels of more than 8 bits cannot be read: save it with 8 bits a channel")
@@ -120,7 +119,7 @@ def read(image: Image.Image, data: bytes) -> np.ndarray:
 
 
 def why_not_read(image: Image.Image) -> str:
-    """Return why the values of an opened image would be read wrongly, "" when they are not."""
+    """Return why the values of an opened image would be read incorrectly, "" when they are read correctly."""
     if image.format == "TIFF" and max(image.tag_v2.get(BITS, (1,))) <= 8 and _sample_format(image) not in (UNSIGNED, 4):
         return "a TIFF of 8 bits with a sign is not read: save it without a sign, or with 16 bits"
     return ""
@@ -137,7 +136,7 @@ def is_inverted(image: Image.Image) -> bool:
 
 
 def declared(image: Image.Image, data: bytes) -> Levels | None:
-    """Return black and white as the file itself says them, None when it does not."""
+    """Return black and white as the file declares them, None when it does not."""
     if image.format == "TIFF":
         tags = image.tag_v2
         low, high = (_first(tags, names) for names in (LOWEST, HIGHEST))
@@ -154,27 +153,29 @@ def declared(image: Image.Image, data: bytes) -> Levels | None:
 
 
 def own(image: Image.Image, data: bytes, values: np.ndarray) -> Levels | None:
-    """Return black and white for an image alone: as it declares them if its values fit, else the depth that holds them.
+    """Return black and white for a single image: as it declares them if its values fit, else the depth that holds them.
 
-    None where black and white could be anything: 32 bits, fractions or negative numbers.
+    Return None where black and white are unknown: 32 bits, fractions or negative numbers.
     """
-    said = declared(image, data)
-    if said and said.black <= values.min() and values.max() <= said.white:
-        return said
+    declared_levels = declared(image, data)
+    if declared_levels and declared_levels.black <= values.min() and values.max() <= declared_levels.white:
+        return declared_levels
     wide = image.mode == "F" or (image.format == "TIFF" and max(image.tag_v2.get(BITS, (16,))) > 16)
     return None if wide or values.min() < 0 or values.max() > FULL else full(values.max())
 
 
-def levels_of(lowest: Sequence[float], highest: Sequence[float], said: Sequence[Levels | None]) -> tuple[Levels, str]:
+def levels_of(
+    lowest: Sequence[float], highest: Sequence[float], declared_levels: Sequence[Levels | None]
+) -> tuple[Levels, str]:
     """Return black and white for a set of deep images, and where they come from, in words.
 
     Args:
         lowest, highest: the smallest and the largest value of each image.
-        said: what each file declares.
+        declared_levels: what each file declares.
     """
-    fits = [one for one, low, high in zip(said, lowest, highest, strict=True)
+    fits = [one for one, low, high in zip(declared_levels, lowest, highest, strict=True)
             if one and one.black <= low and high <= one.white]  # fmt: skip
-    if len(fits) == len(said):
+    if len(fits) == len(declared_levels):
         levels = Levels(min(one.black for one in fits), max(one.white for one in fits))
         several = "; they differ, so the widest range is used" if len(set(fits)) > 1 else ""
         return levels, f"the files say so{several}"
@@ -183,24 +184,24 @@ def levels_of(lowest: Sequence[float], highest: Sequence[float], said: Sequence[
 
 
 def full(largest: float) -> Levels:
-    """Return the levels of the smallest depth, 8 bits or more, that holds a value."""
+    """Return the levels of the smallest depth, at least 8 bits, that holds a value."""
     return Levels(0, 2 ** max(LEAST_BITS, math.ceil(largest).bit_length()) - 1)
 
 
 def turned(plain: Image.Image, image: Image.Image, data: bytes) -> Image.Image:
-    """Return `plain`, made of what `read` returned, upright as the EXIF orientation of `image` says."""
+    """Return `plain`, made from what `read` returned, upright by the EXIF orientation of `image`."""
     turn = TURNS.get(_orientation(image, data))
     return plain.transpose(turn) if turn is not None else plain
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
-    """Return the EXIF orientation of an image whose pixels still lie as stored; Pillow turns those of a TIFF itself."""
+    """Return the EXIF orientation of an image whose pixels are still as stored; Pillow itself turns those of a TIFF."""
     try:
         if image.format == "TIFF":
             one_channel = image.mode in ONE_CHANNEL
             return 1 if one_channel else Image.open(io.BytesIO(data)).tag_v2.get(ORIENTATION, 1)
         return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged metadata say nothing about the orientation
+    except Exception:  # damaged metadata do not give the orientation
         return 1
 
 
@@ -227,10 +228,10 @@ def _first(tags, names: Sequence[int]) -> float | None:
 
 
 def _largest_of_ppm(data: bytes) -> int:
-    """Return the value that the header of a PGM or PPM calls white; 255 where there is none."""
+    """Return the value that the header of a PGM or PPM declares as white; 255 without one."""
     header = re.sub(rb"#[^\n\r]*", b"", data[:4096])
-    found = re.match(rb"P[2356]\s+\d+\s+\d+\s+(\d+)\s", header)
-    return int(found[1]) if found else 255
+    match = re.match(rb"P[2356]\s+\d+\s+\d+\s+(\d+)\s", header)
+    return int(match[1]) if match else 255
 
 
 def _bits_of_jpeg2000(data: bytes) -> int:

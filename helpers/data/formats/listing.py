@@ -1,4 +1,4 @@
-"""The images among files and folders, in order; of one folder at a time, so a million of them need little memory."""
+"""List the images among files and folders, in order: one folder at a time, so a million images need little memory."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -12,10 +12,10 @@ IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin
 def find(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
     """Return the files among `paths`, and the images below the folders among them, sorted within each folder.
 
-    Hidden files, those that operating systems leave behind, and links to a folder above are passed over.
+    Hidden files, system files and links to a folder above are skipped.
 
     Raises:
-        FileNotFoundError: a path does not exist, or, once it is its turn, a folder holds no image.
+        FileNotFoundError: a path does not exist; or, when the iteration reaches it, a folder holds no image.
     """
     paths = [Path(path) for path in paths]
     for path in paths:
@@ -55,7 +55,7 @@ def _below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
 
 
 def is_folder(entry: os.DirEntry) -> bool:
-    """Return whether an entry is a folder or leads to one; a link that leads to itself does not."""
+    """Return whether an entry is a folder or a link to one; a link to itself is not."""
     try:
         return entry.is_dir()
     except OSError:
@@ -63,5 +63,5 @@ def is_folder(entry: os.DirEntry) -> bool:
 
 
 def is_clutter(name: str) -> bool:
-    """Return whether a name is hidden or one that an operating system leaves behind."""
+    """Return whether a name is hidden or that of a system file."""
     return name.startswith(".") or name.lower() in IGNORED_NAMES

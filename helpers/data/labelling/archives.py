@@ -1,4 +1,4 @@
-"""Unpacking what people have after a download: a zip or tar archive, into data/, and never anywhere else."""
+"""Unpacking a downloaded zip or tar archive into a new folder."""
 
 import lzma
 import os
@@ -16,8 +16,8 @@ from helpers.data.formats import listing
 from helpers.data.labelling import folders
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-OTHERS = (".7z", ".rar", ".gz", ".zst")  # known, and not unpacked here
-LEAST, RATIO = 2**30, 100  # bytes that may always be unpacked, and more of them: so many times the archive's size
+OTHERS = (".7z", ".rar", ".gz", ".zst")  # recognised, but not unpacked here
+LEAST, RATIO = 2**30, 100  # bytes that are always allowed; beyond them, the limit in archive sizes
 BLOCK = 2**20
 
 
@@ -25,7 +25,7 @@ def is_archive(path: Path) -> bool:
     """Return whether a file is named like an archive.
 
     Raises:
-        ValueError: it is one of a kind that is not unpacked here.
+        ValueError: it is an archive of a kind that is not unpacked here.
     """
     name = path.name.lower()
     if name.endswith(SUFFIXES):
@@ -46,21 +46,23 @@ def unpack(archive: Path, folder: Path) -> Path:
         `folder`.
 
     Raises:
-        FileExistsError: there is such a folder.
+        FileExistsError: the folder exists.
         ValueError: the archive is damaged or locked, or holds links, devices, paths that lead out of the folder, or far
             more than its size allows.
     """
     if folder.exists():
         shown = project.display_path(folder)
-        raise FileExistsError(f"{shown} exists already. Name it in place of the archive, or remove it first.")
+        raise FileExistsError(f"{shown} exists already. Name it instead of the archive, or remove it first.")
     staging = folder.with_name(f".{folder.name}.{os.getpid()}{disk.TEMPORARY}")
     staging.mkdir(parents=True)
     try:
         _unpack(archive, staging)
         os.replace(staging, folder)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{archive.name} is damaged or no archive of its kind: {error}. Download it again.") from None
-    except (RuntimeError, NotImplementedError) as error:  # of zipfile: a password, a method of packing
+        raise ValueError(
+            f"{archive.name} is damaged or not an archive of its kind: {error}. Download it again."
+        ) from None
+    except (RuntimeError, NotImplementedError) as error:  # from zipfile: a password, an unknown compression
         raise ValueError(f"{archive.name} cannot be unpacked here: {error}. Unpack it yourself.") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -69,7 +71,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 def _unpack(archive: Path, staging: Path) -> None:
     limit = max(LEAST, RATIO * archive.stat().st_size)
-    left = min(limit, shutil.disk_usage(staging).free - LEAST // 10)
+    bytes_left = min(limit, shutil.disk_usage(staging).free - LEAST // 10)
     is_zip = archive.name.lower().endswith(".zip")
     with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
         members = opened.infolist() if is_zip else opened.getmembers()
@@ -82,8 +84,8 @@ def _unpack(archive: Path, staging: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with stream, target.open("wb") as file:
                     while block := stream.read(BLOCK):
-                        left -= len(block)
-                        if left < 0:
+                        bytes_left -= len(block)
+                        if bytes_left < 0:
                             raise ValueError(
                                 f"{archive.name} holds more than {limit:,} bytes, which is {RATIO} times its size,"
                                 " or more than the disk has free. Nothing is kept. If you trust it, unpack it"
@@ -108,7 +110,7 @@ def _tarred(opened: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[tuple[
 
 
 def _place(staging: Path, name: str) -> Path | None:
-    """Return where a member goes, None for what an operating system left behind."""
+    """Return where a member goes, None for a hidden or system file."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]) or "\0" in name:
         raise ValueError(_refused(name, "a path that leads out of the folder"))

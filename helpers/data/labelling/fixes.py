@@ -1,7 +1,7 @@
-"""Corrected labels, applied to a source: what `thaw review` found is corrected and no image changes.
+"""Corrected labels, applied to a source: the labels from `thaw review` change, the images do not.
 
-A fixes file is a CSV with the columns path (relative to the source's root), label (the right one; empty takes the image
-out) and sha256 (of the image that was reviewed, so that a fix can never hit another one).
+A fixes file is a CSV with the columns path (relative to the source's root), label (the correct one; empty removes the
+image) and sha256 (of the reviewed image, so that a fix never changes another one).
 """
 
 import unicodedata
@@ -21,7 +21,7 @@ def read(file: Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such table, or it asks for two things of one image.
+        ValueError: it is not such a table, or it has two fixes for one image.
     """
     if not file.is_file():
         raise FileNotFoundError(f"fixes: there is no file {project.display_path(file)}.")
@@ -41,7 +41,7 @@ def read(file: Path) -> pd.DataFrame:
 
 
 def apply(table: pd.DataFrame, root: Path, file: Path) -> tuple[pd.DataFrame, pd.DataFrame, int]:
-    """Lay a fixes file over a source's table.
+    """Apply a fixes file to a source's table.
 
     Args:
         table: path and label of every image, and any other columns.
@@ -49,42 +49,44 @@ def apply(table: pd.DataFrame, root: Path, file: Path) -> tuple[pd.DataFrame, pd
         file: the fixes file.
 
     Returns:
-        The table with the labels corrected and the images removed; what was changed (path, from, to, sha256; an empty
-        `to` is an image that was taken out); and how many fixes are for images that the source no longer has.
+        The table with the labels corrected and the images removed; the changes (path, from, to, sha256; an empty
+        `to` is a removed image); and how many fixes are for images that the source no longer has.
 
     Raises:
-        FileNotFoundError, ValueError: as `read`; or an image is not the one that was reviewed, a label is not one of
+        FileNotFoundError, ValueError: as `read`; or an image differs from the reviewed one, a label is not one of
             the source's classes, or no image of the fixes file is in the source at all.
     """
     fixes, classes = read(file), set(table["label"])
     unknown = fixes.loc[~fixes["label"].isin(classes | {""}), "label"].drop_duplicates()
     _refuse(file, unknown, f"are not among the classes ({', '.join(sorted(classes)[:10])})", what="labels")
-    known = fixes[fixes["path"].isin(table["path"])].set_index("path")
-    if len(fixes) and known.empty:
+    fixes_here = fixes[fixes["path"].isin(table["path"])].set_index("path")
+    if len(fixes) and fixes_here.empty:
         raise ValueError(
             f"fixes: the source has none of the {len(fixes)} images in {file.name}, such as {fixes['path'][0]!r}."
-            " Was it written for another source?"
+            " Use the fixes file of this source."
         )
-    found = pd.Series([_hash(root / path) for path in known.index], known.index, dtype=str)
-    other = (found != "") & (found != known["sha256"].str.strip().str.lower())
+    hashes = pd.Series([_hash(root / path) for path in fixes_here.index], fixes_here.index, dtype=str)
+    other = (hashes != "") & (hashes != fixes_here["sha256"].str.strip().str.lower())
     _refuse(
-        file, known.index[other], "are not the ones that were reviewed: their content is another. Review them again"
+        file,
+        fixes_here.index[other],
+        "are not the reviewed ones: their content has changed. Review them again",
     )
-    known = known[found != ""]
-    to = table["path"].map(known["label"])
-    sha256 = table["path"].map(known["sha256"])
+    fixes_here = fixes_here[hashes != ""]
+    to = table["path"].map(fixes_here["label"])
+    sha256 = table["path"].map(fixes_here["sha256"])
     changes = pd.DataFrame({"path": table["path"], "from": table["label"], "to": to, "sha256": sha256})
     changes = changes[to.notna() & (to != table["label"])].reset_index(drop=True)
     patched = table.assign(label=to.fillna(table["label"]))
-    return patched[patched["label"] != ""].reset_index(drop=True), changes, len(fixes) - len(known)
+    return patched[patched["label"] != ""].reset_index(drop=True), changes, len(fixes) - len(fixes_here)
 
 
 def sentence(changes: pd.DataFrame) -> str:
-    """Say what was changed, such as "12 labels corrected, 3 images removed by fixes.csv."; "" when nothing was."""
+    """Return the changes in words, such as "12 labels corrected, 3 images removed by fixes.csv."; "" if none."""
     removed = int((changes["to"] == "").sum())
     counts = {"label": (len(changes) - removed, "corrected"), "image": (removed, "removed")}
-    said = [f"{n:,} {what}{'s' if n > 1 else ''} {done}" for what, (n, done) in counts.items() if n]
-    return f"{', '.join(said)} by fixes.csv." if said else ""
+    parts = [f"{n:,} {what}{'s' if n > 1 else ''} {done}" for what, (n, done) in counts.items() if n]
+    return f"{', '.join(parts)} by fixes.csv." if parts else ""
 
 
 def _hash(path: Path) -> str:

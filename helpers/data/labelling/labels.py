@@ -15,7 +15,7 @@ import pandas as pd
 from helpers.core import project
 from helpers.data.labelling import tables
 
-NO_LABEL = {"nan", "<na>", "#n/a", "n/a"}  # as tools write that there is none
+NO_LABEL = {"nan", "<na>", "#n/a", "n/a"}  # how tools write a missing label
 ROLES = ("path", "label", "split", "group")
 FACTS = (
     "value",
@@ -43,18 +43,18 @@ def read(root: Path, parameters: Mapping[str, Any]) -> tuple[pd.DataFrame, list[
 
     Returns:
         The usable rows as text (path relative to `root`, label, split and group where the file has them, and its
-        other columns); the others as rows of quarantine.csv; and sentences about how the labels were understood.
+        other columns); the others as rows of quarantine.csv; and sentences about how the labels were read.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, lacks a column, or the thresholds do not fit.
     """
     table = _named(tables.read(project.resolve(parameters["labels"])), parameters)
-    found = [_locate(root, path, parameters["suffix"]) for path in table["path"]]
-    if any(reason == "missing" for _, reason, _ in found):
-        found = _look_for_other_forms(root, found)
-    table["path"] = [path for path, _, _ in found]
-    table = table.assign(reason=[reason for _, reason, _ in found], detail=[detail for _, _, detail in found])
+    locations = [_locate(root, path, parameters["suffix"]) for path in table["path"]]
+    if any(reason == "missing" for _, reason, _ in locations):
+        locations = _look_for_other_forms(root, locations)
+    table["path"] = [path for path, _, _ in locations]
+    table = table.assign(reason=[reason for _, reason, _ in locations], detail=[detail for _, _, detail in locations])
     notes: list[str] = []
     if parameters["thresholds"]:
         table = _cut(table, parameters["thresholds"], parameters["class_names"])
@@ -68,20 +68,22 @@ def read(root: Path, parameters: Mapping[str, Any]) -> tuple[pd.DataFrame, list[
 def _named(table: pd.DataFrame, parameters: Mapping[str, Any]) -> pd.DataFrame:
     """Return the table with its columns under the names of the inventory; other columns keep theirs."""
     table.columns = [str(column).strip() for column in table.columns]
-    given = dict(zip(ROLES, (parameters[f"{role}_column"] for role in ROLES), strict=True))
-    missing = [name for role, name in given.items() if name not in table and (role in ROLES[:2] or name != role)]
+    columns_by_role = dict(zip(ROLES, (parameters[f"{role}_column"] for role in ROLES), strict=True))
+    missing = [
+        name for role, name in columns_by_role.items() if name not in table and (role in ROLES[:2] or name != role)
+    ]
     if missing:
         columns = ", ".join(table.columns)
         raise ValueError(f"labels: the file has no column {', '.join(map(repr, missing))}. It has: {columns}.")
-    roles = {name: role for role, name in given.items() if name in table}
-    if len(roles) < len([name for name in given.values() if name in table]):
-        raise ValueError(f"labels: one column cannot be two things: {given}.")
+    roles = {name: role for role, name in columns_by_role.items() if name in table}
+    if len(roles) < len([name for name in columns_by_role.values() if name in table]):
+        raise ValueError(f"labels: one column cannot have two roles: {columns_by_role}.")
     others = {column: f"given_{column}" for column in (*ROLES, *FACTS) if column in table and column not in roles}
     return table.rename(columns=others | roles).reset_index(drop=True)
 
 
 def _locate(root: Path, name: str, suffix: str) -> tuple[str, str, str]:
-    """Return the path that a row means, relative to `root`, and why it cannot be used: a reason and a detail, or ""."""
+    """Return the path of a row, relative to `root`, and a reason and a detail why it is unusable, both "" if usable."""
     text = name.strip()
     if not text:
         return name, "no path", "the path is empty"
@@ -93,24 +95,24 @@ def _locate(root: Path, name: str, suffix: str) -> tuple[str, str, str]:
         return name, "outside the source", "the path leads out of the source folder"
     relative = PurePosixPath(Path(path).relative_to(os.path.normpath(root))).as_posix()
     if not os.path.lexists(path):
-        return relative, "missing", "the labels file names it, but there is no such file"
+        return relative, "missing", "the labels file names it, but the file does not exist"
     return relative, "", ""
 
 
-def _look_for_other_forms(root: Path, found: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Find missing names that a file system holds in another Unicode form, as those of macOS do, or in another case."""
-    folders = {root / PurePosixPath(path).parent for path, reason, _ in found if reason == "missing"}
+def _look_for_other_forms(root: Path, locations: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Find missing names that a file system holds in another Unicode form, as macOS does, or in another case."""
+    folders = {root / PurePosixPath(path).parent for path, reason, _ in locations if reason == "missing"}
     files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
     present: dict[str, set[str]] = defaultdict(set)
     for name in (str(file.relative_to(root)) for file in files):
         for form in {_form(name), _form(name).casefold()}:
             present[form].add(name)
     others = {}
-    for path in (path for path, reason, _ in found if reason == "missing"):
+    for path in (path for path, reason, _ in locations if reason == "missing"):
         like = present.get(_form(path)) or present.get(_form(path).casefold()) or set()
-        if len(like) == 1:  # two files whose names differ in case only: neither is taken
+        if len(like) == 1:  # if two names differ only in case, neither is used
             others[path] = min(like)
-    return [(others[row[0]], "", "") if others.get(row[0]) else row for row in found]
+    return [(others[row[0]], "", "") if others.get(row[0]) else row for row in locations]
 
 
 def _form(name: str) -> str:
@@ -118,35 +120,35 @@ def _form(name: str) -> str:
 
 
 def _understand(table: pd.DataFrame) -> list[str]:
-    """Take labels for what they mean, in place: "nan" is none, and 0.0 is 0 where both are written.
+    """Interpret labels in the table itself: "nan" is a missing label, and 0.0 is 0 where both occur.
 
     Returns:
-        Sentences about what was understood, or should be looked at.
+        Sentences about the interpretation, or about labels to check.
     """
     notes, text = [], table["label"].str.strip()
     none = text.str.lower().isin(NO_LABEL) & (table["reason"] == "")
-    table.loc[none, "detail"] = "the label is " + text[none] + ", which means that there is none"
+    table.loc[none, "detail"] = "the label is " + text[none] + ", which means no label"
     table.loc[none, "reason"] = "no label"
-    named = text[~none & (text != "")].unique()
-    whole = {name: name.partition(".")[0] for name in named if re.fullmatch(r"-?\d+\.0+", name)}
-    if whole and all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in named) and {*whole.values()} & {*named}:
+    names = text[~none & (text != "")].unique()
+    whole = {name: name.partition(".")[0] for name in names if re.fullmatch(r"-?\d+\.0+", name)}
+    if whole and all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names) and {*whole.values()} & {*names}:
         table["label"] = text.replace(whole)
         notes.append(
             f"Numbers written in two ways are one class: {', '.join(f'{a} is {b}' for a, b in whole.items())}."
         )
     for mark in "|;,":
-        pieces = {name: {piece.strip() for piece in name.split(mark)} for name in named if mark in name.strip(mark)}
-        if pieces and all(inner & {*named} for inner in pieces.values()):
+        pieces = {name: {piece.strip() for piece in name.split(mark)} for name in names if mark in name.strip(mark)}
+        if pieces and all(inner & {*names} for inner in pieces.values()):
             example = min(pieces, key=len)
             notes.append(
-                f"{example!r} looks like several labels of one image, which Thaw does not do: each of the {len(pieces)}"
-                f" combinations is a class of its own. Keep one label an image, or leave those images out."
+                f"{example!r} looks like several labels of one image, which Thaw does not support: each"
+                f" of the {len(pieces)} combinations is a class. Keep one label per image, or leave those images out."
             )
     return notes
 
 
 def _cut(table: pd.DataFrame, thresholds: list[float], names: list[str]) -> pd.DataFrame:
-    """Turn numeric labels into classes: a value above a threshold belongs to the class after it."""
+    """Convert numeric labels to classes: a value above a threshold belongs to the class after it."""
     if any(low >= high for low, high in itertools.pairwise(thresholds)):
         raise ValueError(f"thresholds: {thresholds} must rise.")
     if not names:

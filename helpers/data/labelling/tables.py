@@ -1,4 +1,4 @@
-"""Tables of labels as people have them: whichever character divides them, and whatever their columns are called."""
+"""Tables of labels with any separator and any column names."""
 
 import csv
 import io
@@ -23,23 +23,23 @@ LABELS = ("label", "labels", "class", "class_name", "classname", "category", "ta
 LABELS += ("label_name", "class_label", "y", "dx")
 GROUPS = ("group", "group_id", "patient", "patient_id", "patientid", "subject", "subject_id", "lesion_id")
 SPLITS = ("split", "part", "subset", "set", "partition", "fold", "usage")
-SAMPLE = 200  # rows that are looked at to find the columns
+SAMPLE = 200  # rows that are read to find the columns
 
 
 def read(file: Path) -> pd.DataFrame:
     """Return a CSV, TSV or Parquet file as text, with its columns under their own names; empty cells are empty text.
 
-    What divides the columns is found out. Blanks after it and around the names do not count, nor do empty lines and
-    empty values behind the last column.
+    The separator is detected. Spaces after it and around the names, empty lines, and empty values after the last column
+    are ignored.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read as a table; the message shows the line and what was understood.
+        ValueError: it cannot be read as a table; the message shows the line and the columns that were read.
     """
     if not file.is_file():
         raise FileNotFoundError(f"labels: there is no file {file}.")
     if file.suffix.lower() in (".xls", ".xlsx", ".ods"):
-        raise ValueError(f"labels: {file.name} is a spreadsheet's own file. Save it as CSV (UTF-8) and name that.")
+        raise ValueError(f"labels: {file.name} is a spreadsheet. Save it as CSV (UTF-8) and name that file.")
     try:
         if file.suffix.lower() in (".parquet", ".pq"):
             return pd.read_parquet(file).map(lambda value: "" if pd.isna(value) else str(value))
@@ -59,7 +59,7 @@ def _text(data: bytes) -> str:
 
 
 def separator(text: str) -> str:
-    """Return the character that divides the columns: by it, the lines have as many as the first, and more than one."""
+    """Return the separator: with it, the first line has several columns, and most lines have as many."""
     widths = {}
     for character in SEPARATORS:
         try:
@@ -92,7 +92,7 @@ def _table(text: str, character: str, name: str) -> pd.DataFrame:
                 raise ValueError(
                     f"labels: line {lines.line_num} of {name} has {len(line)} values, but the first line names"
                     f" {len(head)} columns, divided by {NAMES[character]}: {', '.join(head)}. The line: {shown[:200]}."
-                    ' Put quotation marks " around a value that holds the dividing character.'
+                    ' Put quotation marks " around a value that holds the separator.'
                 )
             rows.append(line + [""] * (len(head) - len(line)))
     except csv.Error as error:
@@ -113,12 +113,12 @@ def _table(text: str, character: str, name: str) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Columns:
-    """How a table of labels is read.
+    """The columns of a table of labels.
 
     Attributes:
         source: the folder that its paths are relative to.
         parameters: those of 00_explore that differ from their defaults.
-        notes: what was understood, in sentences.
+        notes: sentences about how the table was read.
     """
 
     source: Path
@@ -127,15 +127,15 @@ class Columns:
 
 
 def find_columns(file: Path, label: str = "", group: str = "") -> Columns:
-    """Find out which columns of a table hold the paths and the labels, and which folder the paths are relative to.
+    """Detect which columns of a table hold the paths and the labels, and which folder the paths are relative to.
 
     Args:
         file: the table.
-        label: the column that holds the class; "": found out.
-        group: the column whose equal values stay together; "": found out, by its name.
+        label: the column that holds the class; "": detected.
+        group: the column whose equal values stay together; "": detected by its name.
 
     Raises:
-        FileNotFoundError, ValueError: as `read`; or the columns cannot be told, or no image is found.
+        FileNotFoundError, ValueError: as `read`; or the columns cannot be detected, or no image is found.
     """
     table = read(file)
     if unknown := [column for column in (label, group) if column and column not in table]:
@@ -146,28 +146,28 @@ def find_columns(file: Path, label: str = "", group: str = "") -> Columns:
     split = _named(rest, SPLITS, lambda column: {*table[column].str.strip().str.lower()} <= {*folders.PARTS})
     group = group or _named(rest, GROUPS, lambda column: column != label and table[column].nunique() > 1)
     label = label or _find_label(file, table, [column for column in rest if column not in (split, group)])
-    found = {"path": path, "label": label, "split": split, "group": group}
+    columns_by_role = {"path": path, "label": label, "split": split, "group": group}
     parameters = {"labels": project.display_path(file)}
-    parameters |= {f"{role}_column": column for role, column in found.items() if column and column != role}
+    parameters |= {f"{role}_column": column for role, column in columns_by_role.items() if column and column != role}
     parameters |= {"suffix": suffix} if suffix else {}
-    said = ", ".join(f"{role} {column!r}" for role, column in found.items() if column)
-    notes = [f"Columns of {file.name}: {said}{f'; {suffix} is added to the names' if suffix else ''}."]
+    roles = ", ".join(f"{role} {column!r}" for role, column in columns_by_role.items() if column)
+    notes = [f"Columns of {file.name}: {roles}{f'; {suffix} is added to the names' if suffix else ''}."]
     if share < 1:
-        notes.append(f"Of {len(sample)} rows looked at, {1 - share:.0%} name no file that is there: 00 will list them.")
+        notes.append(f"Of {len(sample)} rows checked, {1 - share:.0%} name a file that does not exist: 00 lists them.")
     return Columns(source, parameters, notes)
 
 
 def _find_images(file: Path, sample: pd.DataFrame) -> tuple[str, Path, str, float]:
-    """Return the column of paths, the folder that they are relative to, the suffix that they lack, and their share."""
+    """Return the column of paths, their folder, the suffix that they lack, and the share of rows with a file."""
     inner = sorted(
         Path(e.path) for e in os.scandir(file.parent) if listing.is_folder(e) and not listing.is_clutter(e.name)
     )
     inner += [child for path in inner for child in sorted(path.iterdir()) if child.is_dir()][:100]
-    listed = cache(lambda folder: {name.casefold() for name in os.listdir(folder)} if folder.is_dir() else set())
+    names_in = cache(lambda folder: {name.casefold() for name in os.listdir(folder)} if folder.is_dir() else set())
 
-    def is_there(root: Path, name: str) -> bool:  # in whatever case it is written
+    def is_there(root: Path, name: str) -> bool:  # in any case
         path = root / name.strip().replace("\\", "/")
-        return bool(name.strip()) and path.name.casefold() in listed(path.parent)
+        return bool(name.strip()) and path.name.casefold() in names_in(path.parent)
 
     best: tuple[float, str, Path, str] = (0.0, "", file.parent, "")
     for column in sample:
@@ -206,12 +206,12 @@ def _find_label(file: Path, table: pd.DataFrame, columns: list[str]) -> str:
     shown = "; ".join(f"{column}: {', '.join(values)}" for column, values in few.items())
     what = "Several columns could hold the labels" if likely else "No column could hold the labels"
     raise ValueError(
-        f"labels: {what} of {file.name} ({shown or 'there is no other column'}). Say which: thaw new NAME"
+        f"labels: {what} of {file.name} ({shown or 'there is no other column'}). Choose one: thaw new NAME"
         f" {file.name} --label COLUMN, or explore.label_column in a recipe."
     )
 
 
 def _named(columns: list[str], names: tuple[str, ...], is_fit) -> str:
-    """Return the first of `names` that is a column, in any case and with blanks for _, and fits; "" for none."""
-    known = {column.lower().replace(" ", "_").replace("-", "_"): column for column in reversed(columns)}
-    return next((known[name] for name in names if name in known and is_fit(known[name])), "")
+    """Return the first of `names` that is a column, in any case and with spaces for _, and fits; "" for none."""
+    by_name = {column.lower().replace(" ", "_").replace("-", "_"): column for column in reversed(columns)}
+    return next((by_name[name] for name in names if name in by_name and is_fit(by_name[name])), "")

@@ -14,13 +14,13 @@ CAFFE_MEAN = (123.68, 116.779, 103.939)  # RGB, of pixels in 0-255
 
 @dataclass(frozen=True)
 class Spec(family.Spec):
-    """What is known of a network of keras.applications.
+    """The facts about a network of keras.applications.
 
     Attributes:
         class_name: the function in keras.applications.
         module: the module in keras.applications that holds its ``preprocess_input``.
-        contract: what happens to RGB 0-255 first. "tf": scaled to -1..1; "torch": standardised with the ImageNet
-            statistics; "caffe": turned to BGR and centred; "inside": the network's graph already begins with it.
+        contract: the preprocessing of RGB 0-255. "tf": scaled to -1..1; "torch": standardised with the ImageNet
+            statistics; "caffe": changed to BGR and centred; "inside": part of the network's graph.
     """
 
     class_name: str
@@ -102,7 +102,7 @@ class Applications(family.Family):
     specs = SPECS
 
     def features(self, spec: Spec, image: Any, imagenet: bool) -> Any:
-        """Build the network behind its preprocessing; see `family.Family`."""
+        """Build the network after its preprocessing; see `family.Family`."""
         import keras
 
         network, x = getattr(keras.applications, spec.class_name), _preprocess(image, spec.contract)
@@ -115,7 +115,7 @@ class Applications(family.Family):
             raise
 
     def finish(self, model: Any, spec: Spec, imagenet: bool) -> None:
-        """Give random EfficientNets the ImageNet statistics; see `family.Family`."""
+        """Set the ImageNet statistics of random EfficientNets; see `family.Family`."""
         if spec.module == "efficientnet" and not imagenet:
             _set_normalization(model)
 
@@ -134,7 +134,7 @@ class Applications(family.Family):
 
 
 def _name_of(file: str) -> str:
-    """Return the network whose weights a file of Keras holds; its name begins that of the file, in many spellings."""
+    """Return the network whose weights a file of Keras holds: its name, in some spelling, starts the file's."""
     begin = _bare(file.removeprefix("weights_"))
     return max((name for name in SPECS if begin.startswith(_bare(name))), key=len, default="")
 
@@ -144,7 +144,7 @@ def _bare(text: str) -> str:
 
 
 def _preprocess(inputs, contract: str):
-    """What the network's preprocess_input does, as stock Keras layers and operations, which reload in safe mode."""
+    """Return what preprocess_input gives, from standard Keras layers and operations, which reload in safe mode."""
     import keras
 
     if contract == "tf":
@@ -164,10 +164,10 @@ def _no_download(spec: Spec, error: Exception) -> FileNotFoundError:
 
 
 def _set_normalization(model) -> None:
-    """Give EfficientNet B0-B7 the ImageNet statistics in its Normalization layer.
+    """Set the ImageNet statistics in the Normalization layer of EfficientNet B0-B7.
 
-    Keras divides by the square root of the deviation twice, the second time in a Rescaling layer that is only there
-    with weights="imagenet". Without that layer, the true variance here makes the same function of the pixels.
+    Keras divides by the square root of the deviation twice, the second time in a Rescaling layer that exists only
+    with weights="imagenet". Without that layer, the true variance here gives the same function of the pixels.
     """
     layer = next(layer for layer in model.layers if type(layer).__name__ == "Normalization")
     layer.adapt_mean.assign(family.IMAGENET_MEAN)

@@ -49,7 +49,7 @@ class EfficientNetLite(family.Family):
             _load(model, torch_weights.read(weights_file(spec.name)))
 
     def load(self, model: Any, spec: family.Spec, path: Path) -> None:
-        """Read weights from a file, also from a PyTorch one; see `family.Family`."""
+        """Read weights from a file, also from a PyTorch file; see `family.Family`."""
         if path.suffix in torch_weights.ENDINGS:
             _load(model, torch_weights.read(path))
         else:
@@ -77,14 +77,14 @@ class EfficientNetLite(family.Family):
 
 
 def _channels(channels: int, width: float) -> int:
-    """Scaled to the nearest multiple of 8, never more than a tenth below."""
+    """Return scaled channels, rounded to the nearest multiple of 8, never more than a tenth below."""
     scaled = channels * width
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * scaled else rounded
 
 
 def _network(name: str, x):
-    """The graph from the scaled image to ``top_activation``; layers are named as in keras.applications' EfficientNet.
+    """Build the graph from scaled image to ``top_activation``; layers are named as in keras.applications' EfficientNet.
 
     Stochastic depth is left out: Thaw always calls a backbone with training=False.
     """
@@ -100,7 +100,7 @@ def _network(name: str, x):
 
 
 def _block(x, block: str, kernel: int, stride: int, expansion: int, channels: int):
-    """Inverted bottleneck: expand, filter each channel, project; add the input where the shapes allow it."""
+    """Add an inverted bottleneck: expand, filter each channel, project; add the input where the shapes allow it."""
     import keras
 
     entry = x
@@ -115,7 +115,7 @@ def _block(x, block: str, kernel: int, stride: int, expansion: int, channels: in
 
 
 def _conv(x, conv: str, norm: str, channels: int | None, *, kernel: int = 1, stride: int = 1, activation: str = ""):
-    """Convolution (one filter per channel if `channels` is None), BatchNormalization and, if named, ReLU6."""
+    """Add a convolution (one filter per channel if `channels` is None), BatchNormalization and, if named, ReLU6."""
     import keras
 
     options = {"strides": stride, "padding": "same", "use_bias": False, "name": conv}
@@ -138,8 +138,8 @@ def weights_file(name: str) -> Path:
         FileNotFoundError: the package is not installed; the message names it.
     """
     package = _package(name)
-    found = importlib.util.find_spec(package)
-    files = sorted(Path(found.submodule_search_locations[0], "models").glob("*.pth")) if found else []
+    package_spec = importlib.util.find_spec(package)
+    files = sorted(Path(package_spec.submodule_search_locations[0], "models").glob("*.pth")) if package_spec else []
     if not files:
         pip_name = package.replace("_", "-")
         raise FileNotFoundError(
@@ -158,7 +158,7 @@ def _load(model, tensors: dict[str, np.ndarray]) -> None:
         layer.set_weights(torch_weights.arrays_of(tensors, source, depthwise=kind == "dwconv"))
 
 
-# The part of the network and our layer's name there -> the name of the PyTorch module
+# The part of the network and Thaw's layer name in it -> the name of the PyTorch module
 _TORCH_NAMES = {
     ("stem", "conv"): "_conv_stem",
     ("stem", "bn"): "_bn0",

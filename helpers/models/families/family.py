@@ -1,4 +1,4 @@
-"""What a family of backbones tells of itself: its names, its graph, its weights.
+"""A family of backbones: its names, its graph, its weights.
 
 A family is a subclass of `Family` in a module of its own, and a line in `models.backbones.FAMILIES`. Importing its
 module loads no Keras; its functions do.
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-PREPROCESS = "preprocess_"  # first part of the name of every layer put before a family's own layers
+PREPROCESS = "preprocess_"  # prefix of every layer before a family's own layers
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of pixels in 0-1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of a backbone before it is built.
+    """The facts about a backbone before it is built.
 
     Attributes:
         name: the name used in recipes.
@@ -34,10 +34,10 @@ class Spec:
 
 
 class Family:
-    """A family of backbones. A subclass has `specs` and `features`; the rest is for what differs from the others.
+    """A family of backbones. A subclass has `specs` and `features`, and overrides the rest where it differs.
 
     Attributes:
-        specs: what is known of each backbone, by name.
+        specs: the facts about each backbone, by name.
         endings: of the files that `load` reads.
     """
 
@@ -54,7 +54,7 @@ class Family:
         Args:
             spec: of the backbone.
             image: the input tensor, RGB 0-255 (batch, H, W, 3). The family's own preprocessing comes first, made of
-                stock Keras layers.
+                standard Keras layers.
             imagenet: with its ImageNet weights if Keras itself loads them; else `finish` may.
 
         Raises:
@@ -82,7 +82,7 @@ class Family:
             _load_every_weight(model, path)
 
     def own_size(self, spec: Spec) -> int:
-        """Return the size in pixels that suits the weights of a backbone whose `spec` does not tell it."""
+        """Return the size in pixels that suits the weights of a backbone whose `spec` has no size."""
         return 224
 
     def prefix_tokens(self, model: Any) -> int:
@@ -90,7 +90,7 @@ class Family:
         return 0
 
     def classify(self, backbone: Any, spec: Spec) -> Any:
-        """Return the logits of ImageNet's 1,000 classes, with their weights, on top of a backbone with its own.
+        """Return the logits of ImageNet's 1,000 classes, with their weights, on top of a backbone with its weights.
 
         Raises:
             ValueError: the family has no such weights here.
@@ -119,7 +119,7 @@ def standardised(image: Any) -> Any:
 
 
 def no_download(name: str, file: str, error: Exception) -> FileNotFoundError:
-    """Return the error that tells where a file of weights is expected that could not be downloaded."""
+    """Return the error for weights that could not be downloaded, with the place where their file is expected."""
     return FileNotFoundError(
         f"The ImageNet weights of {name} are not on this machine and could not be downloaded.\n"
         f"  expected: {keras_home() / 'models' / file}\n"
@@ -136,7 +136,7 @@ def keras_home() -> Path:
 
 
 def _load_every_weight(model, path: Path) -> None:
-    """Keras only warns when an h5 file lacks some layers and leaves those at random; NaN shows which they are."""
+    """Load weights, and raise an error where Keras only warns: layers that an h5 file lacks keep NaN."""
     import keras
 
     weights = [weight for weight in model.weights if weight.dtype.startswith("float")]
@@ -151,9 +151,11 @@ def _load_every_weight(model, path: Path) -> None:
 
 
 def _copy_weights(source, target) -> None:
-    given, wanted = ([tuple(w.shape) for w in model.weights] for model in (source, target))
-    if given != wanted:
-        raise ValueError(f"it has {len(given)} weight arrays, expected {len(wanted)}, or their shapes differ")
+    source_shapes, target_shapes = ([tuple(w.shape) for w in model.weights] for model in (source, target))
+    if source_shapes != target_shapes:
+        raise ValueError(
+            f"it has {len(source_shapes)} weight arrays, expected {len(target_shapes)}, or their shapes differ"
+        )
     target.set_weights(source.get_weights())
     for layer in target.layers:
         if hasattr(layer, "finalize_state"):

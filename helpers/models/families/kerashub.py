@@ -2,7 +2,7 @@
 
 Convolutional backbones end in a feature map, (batch, height, width, channels), vision transformers in tokens, (batch,
 tokens, channels). A transformer's encoder is one layer in KerasHub; here each of its blocks is a layer, ``block1`` to
-``block12``, so that some of them can train while what the others give is kept.
+``block12``, so that some of them can train while the outputs of the others are cached.
 """
 
 import inspect
@@ -17,19 +17,19 @@ SMALLEST = 32  # pixels
 GIVES = {
     "map": ("CSPNet", "DenseNet", "EfficientNet", "MobileNet", "ResNet", "VGG", "Xception"),
     "tokens": ("DeiT", "DINOV2", "DINOV3", "SigLIP", "ViT"),
-}  # kinds of backbones. KerasHub 0.32 saves Swin and MiT in a form that it cannot load, HGNetV2 gives several maps
+}  # kinds of backbones. KerasHub 0.32 cannot load its own saved Swin and MiT; HGNetV2 gives several maps
 
 
 class KerasHub(family.Family):
     """Every preset of the installed KerasHub whose backbone returns a feature map or tokens."""
 
     def spec(self, name: str) -> family.Spec | None:
-        """Return the preset that a name such as ``hub:resnet_50_imagenet`` means; whether it exists is not known."""
+        """Return the preset of a name such as ``hub:resnet_50_imagenet``, without a check that it exists."""
         is_preset = isinstance(name, str) and re.fullmatch(r"hub:\S+", name)
         return family.Spec(name, None, SMALLEST) if is_preset else None
 
     def features(self, spec: family.Spec, image: Any, imagenet: bool) -> Any:
-        """Build a preset, its image converter's scale and offset first, laid flat so that its layers can be named."""
+        """Build a preset after its image converter's scale and offset, flattened so that its layers have names."""
         import keras
 
         keras_hub = _keras_hub(spec.name)
@@ -72,11 +72,11 @@ class KerasHub(family.Family):
 
 @dataclass(frozen=True)
 class Preset:
-    """What the installed KerasHub tells of a preset before it is downloaded.
+    """The facts about a preset in the installed KerasHub, before it is downloaded.
 
     Attributes:
         name: as recipes take it, ``hub:<preset>``.
-        weights: how many, the text tower of a pair included; 0 where KerasHub does not say.
+        weights: their number, with the text tower of a pair; 0 where KerasHub does not state it.
         size: height and width in pixels that its name or description states; None where they do not.
         gives: "map" or "tokens".
     """
@@ -94,15 +94,15 @@ def presets() -> list[Preset]:
         ImportError: KerasHub is not installed.
     """
     models = _keras_hub("The list of presets").models
-    found = []
+    all_presets = []
     for gives, kinds in GIVES.items():
         for kind in (getattr(models, f"{kind}Backbone", None) for kind in kinds):
-            found += [_facts(name, about, gives) for name, about in getattr(kind, "presets", {}).items()]
-    return sorted(found, key=lambda preset: preset.name)
+            all_presets += [_facts(name, entry, gives) for name, entry in getattr(kind, "presets", {}).items()]
+    return sorted(all_presets, key=lambda preset: preset.name)
 
 
-def _facts(name: str, about: dict[str, Any], gives: str) -> Preset:
-    facts = about.get("metadata", {})
+def _facts(name: str, entry: dict[str, Any], gives: str) -> Preset:
+    facts = entry.get("metadata", {})
     stated = re.search(r"(\d{3})x\1|image size (\d{3})", facts.get("description", ""))
     size = next(filter(None, stated.groups())) if stated else None
     return Preset(f"hub:{name}", int(facts.get("params") or 0), size and int(size), gives)
@@ -113,19 +113,19 @@ def _keras_hub(what: str) -> Any:
         import keras_hub
     except ImportError as error:
         raise ImportError(f'{what} needs KerasHub: pip install -e ".[hub]".') from error
-    mended.mend()
+    mended.correct()
     return keras_hub
 
 
 def _preset(name: str, preset: str, shape: tuple[int, int, int], imagenet: bool) -> Any:
-    """Return the backbone of a preset for images of a size, or say that it takes only images of its own."""
+    """Return the backbone of a preset for images of a size; raise an error if it takes only its own size."""
     import keras_hub
 
     backbone = keras_hub.models.Backbone
     try:
         try:
             hub = backbone.from_preset(preset, load_weights=imagenet, image_shape=shape)
-        except TypeError:  # a pair of towers, for images and for texts, has no shape of its own
+        except TypeError:  # a pair of towers, for images and for texts, has no own shape
             hub = backbone.from_preset(preset, load_weights=imagenet)
     except ValueError as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -133,9 +133,9 @@ def _preset(name: str, preset: str, shape: tuple[int, int, int], imagenet: bool)
             f"{name} cannot be built for images of {shape[0]}x{shape[1]} px: {reason} Most transformers take only the"
             " size of their pre-training, a multiple of their patches: set resize.image_size to it."
         ) from error
-    known = [kind for kinds in GIVES.values() for kind in kinds]
-    if (kind := type(hub).__name__.removesuffix("Backbone")) not in known:
-        raise ValueError(f"{name} is a {kind}, which cannot be a backbone here. Take one of {', '.join(known)}.")
+    known_kinds = [kind for kinds in GIVES.values() for kind in kinds]
+    if (kind := type(hub).__name__.removesuffix("Backbone")) not in known_kinds:
+        raise ValueError(f"{name} is a {kind}, which cannot be a backbone here. Take one of {', '.join(known_kinds)}.")
     hub = _in_force(getattr(hub, "vision_encoder", hub))
     own = tuple(hub.inputs[0].shape[1:])
     if len(hub.inputs) != 1 or own[:2] not in (shape[:2], (None, None)):
@@ -146,7 +146,7 @@ def _preset(name: str, preset: str, shape: tuple[int, int, int], imagenet: bool)
 
 
 def _in_force(hub: Any) -> Any:
-    """Return the network in the precision in force; a tower within a pair keeps that of its file."""
+    """Return the network in the precision in force; a tower in a pair keeps that of its file."""
     import keras
 
     policy = keras.config.dtype_policy().name

@@ -1,7 +1,7 @@
 """Networks as torchvision defines them: those of PyTorch that keras.applications lacks, or has in another form.
 
 Layers, names and numbers follow torchvision 0.29 (BSD 3-Clause), whose weights they take, and those of timm under the
-same names. In `tv_resnet50` the stride of a block lies in its 3x3 convolution, in `resnet50` of keras.applications not.
+same names. In `tv_resnet50` a block's stride is in its 3x3 convolution, unlike in `resnet50` of keras.applications.
 Importing this module does not load Keras.
 """
 
@@ -26,12 +26,12 @@ DENSE_CHANNELS = 4  # of a layer's first convolution, in growths
 
 @dataclass(frozen=True)
 class Spec(family.Spec):
-    """What is known of a network of torchvision.
+    """The facts about a network of torchvision.
 
     Attributes:
         kind: "resnet", "vgg" or "densenet".
         repeats: blocks of each stage of a ResNet, convolutions of a VGG's, layers of a DenseNet's.
-        file: of its ImageNet weights (IMAGENET1K_V1). The part after "-" begins the file's SHA-256.
+        file: of its ImageNet weights (IMAGENET1K_V1). The part after "-" is the start of the file's SHA-256.
         bottleneck: a ResNet's block has three convolutions, not two.
         groups: of the 3x3 convolutions of a bottleneck.
         width: channels of each group where the stage has 64.
@@ -74,13 +74,13 @@ SPECS = {
 
 
 class Torchvision(family.Family):
-    """Networks of torchvision; their ImageNet weights are PyTorch files, which are downloaded once or given."""
+    """Networks of torchvision; their ImageNet weights are PyTorch files, which are downloaded once or provided."""
 
     specs = SPECS
     endings = (*family.Family.endings, *torch_weights.ENDINGS)
 
     def features(self, spec: Spec, image: Any, imagenet: bool) -> Any:
-        """Build the network behind its preprocessing; see `family.Family`."""
+        """Build the network after its preprocessing; see `family.Family`."""
         return BUILD[spec.kind](spec, family.standardised(image))
 
     def finish(self, model: Any, spec: Spec, imagenet: bool) -> None:
@@ -104,20 +104,22 @@ def give(model: Any, spec: Spec, tensors: dict[str, np.ndarray]) -> None:
     """Set every weight of a model from a state dict of torchvision or timm, by name.
 
     Raises:
-        ValueError: a tensor is missing, is left over, or has another shape. The model is unchanged.
+        ValueError: a tensor is missing, belongs to no layer, or has another shape. The model is unchanged.
     """
-    # Files of DenseNets from before 2018 say norm.1 for norm1
-    known = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name): tensors[name] for name in tensors}
+    # DenseNet files from before 2018 have norm.1 for norm1
+    named_tensors = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name): tensors[name] for name in tensors}
     new, used = {}, set()
     for layer in (layer for layer in model.layers if layer.weights and not layer.name.startswith(family.PREPROCESS)):
         name = torch_name(spec, layer.name)
-        found = [key for key in known if key.startswith(f"{name}.") and not key.endswith("num_batches_tracked")]
+        own_names = [
+            key for key in named_tensors if key.startswith(f"{name}.") and not key.endswith("num_batches_tracked")
+        ]
         shapes = [tuple(weight.shape) for weight in layer.weights]
-        arrays = torch_weights.arrays_of(known, name) if f"{name}.weight" in known else []
+        arrays = torch_weights.arrays_of(named_tensors, name) if f"{name}.weight" in named_tensors else []
         if [array.shape for array in arrays] != shapes:
             raise ValueError(f"{name} holds {[array.shape for array in arrays]} in it, expected {shapes}")
-        new[layer], used = arrays, used.union(found)
-    rest = [name for name in known if name not in used and not name.startswith(UNUSED)]
+        new[layer], used = arrays, used.union(own_names)
+    rest = [name for name in named_tensors if name not in used and not name.startswith(UNUSED)]
     if rest := [name for name in rest if not name.endswith("num_batches_tracked")]:
         raise ValueError(f"{len(rest)} arrays in it belong to no layer, {rest[0]} the first")
     for layer, arrays in new.items():
@@ -134,7 +136,7 @@ def torch_name(spec: Spec, name: str) -> str:
             return f"features.transition{int(block[5:]) - 1}.{part}"
         ends = {"stem_conv": "features.conv0", "stem_norm": "features.norm0", "top_norm": "features.norm5"}
         return ends.get(name) or f"features.dense{block}.dense{layer}.{part}"
-    number, index = int(block[5:]), int(layer[4:])  # VGG counts convolutions, norms, activations and pools through
+    number, index = int(block[5:]), int(layer[4:])  # VGG counts convolutions, norms, activations and pools together
     before = sum(spec.repeats[: number - 1]) + index - 1
     return f"features.{3 * before + number - 1 + (layer[:4] == 'norm')}"
 
@@ -142,8 +144,8 @@ def torch_name(spec: Spec, name: str) -> str:
 def _fetch(spec: Spec) -> Path:
     import keras
 
-    if found := _on_this_machine(spec):
-        return found
+    if path := _on_this_machine(spec):
+        return path
     try:
         path = Path(keras.utils.get_file(spec.file, HOST + spec.file, cache_subdir="models"))
     except Exception as error:  # a failed download is a bare Exception
@@ -155,7 +157,7 @@ def _fetch(spec: Spec) -> Path:
 
 
 def _on_this_machine(spec: Spec) -> Path | None:
-    """Return the file where Keras or PyTorch keeps what was downloaded."""
+    """Return the file that Keras or PyTorch has downloaded, None without one."""
     torch_home = Path(os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch")
     places = (family.keras_home() / "models", torch_home / "hub" / "checkpoints")
     return next((place / spec.file for place in places if (place / spec.file).is_file()), None)
@@ -201,7 +203,7 @@ def _vgg(spec: Spec, x: Any) -> Any:
 
 
 def _densenet(spec: Spec, x: Any) -> Any:
-    """Build a DenseNet (Huang et al., 2016). A block begins with the transition from the one before."""
+    """Build a DenseNet (Huang et al., 2016). A block begins with the transition from the previous one."""
     import keras
 
     x = _stem(x, 2 * spec.width)
@@ -226,7 +228,7 @@ def _stem(x: Any, channels: int) -> Any:
     import keras
 
     x = _relu(_norm(_conv(x, "stem_conv", channels, 7, 2), "stem_norm"), "stem_relu")
-    x = keras.layers.ZeroPadding2D(1, name="stem_frame")(x)  # nothing is below zero, so zeros are never the maximum
+    x = keras.layers.ZeroPadding2D(1, name="stem_frame")(x)  # no value is below zero, so zeros never change the maximum
     return keras.layers.MaxPooling2D(3, 2, name="stem_pool")(x)
 
 
