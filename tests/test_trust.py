@@ -42,7 +42,7 @@ def test_the_temperature_that_was_hidden_is_found_and_mends_the_error():
     )
     assert before > 0.1 and after < 0.02
     assert (found(too_sure).argmax(axis=1) == too_sure.argmax(axis=1)).all()
-    assert "less confident" in str(found)
+    assert "less sure" in str(found)
 
 
 def test_vector_scaling_mends_a_class_that_is_always_shifted():

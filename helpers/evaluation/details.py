@@ -1,4 +1,4 @@
-"""What lies behind the accuracy, as tables to show or draw: classes, confusions, confidence, mistakes.
+"""What is behind the accuracy, as tables to show or draw: classes, confusions, confidence, mistakes.
 
 A new figure of 05 gets its numbers here. No training stage imports this module, so a change here trains nothing again.
 """

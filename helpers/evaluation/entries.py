@@ -61,7 +61,7 @@ def read(names: Sequence[str]) -> list[Run]:
         names: of runs, or folders of runs or of their stage evaluate.
 
     Raises:
-        FileNotFoundError: one of them is no run that 05_evaluate has measured.
+        FileNotFoundError: one of them is not a run that 05_evaluate has measured.
         ValueError: fewer than two, or one of them twice.
     """
     if len(names) < 2 or len(set(names)) < len(names):

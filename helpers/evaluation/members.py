@@ -121,7 +121,7 @@ def interval(values: pd.Series) -> tuple[float, float]:
 
 
 def effects(members: pd.DataFrame, varies: list[str], monitor: str = "val_loss") -> pd.DataFrame:
-    """Return the main effect of each value of each thing that varies: the mean of its members less that of all.
+    """Return the main effect of each value of each thing that varies: the mean of its members minus that of all.
 
     The interval is that of the mean over these members by Student's t, so what else varies among them widens it.
     A parameter with about as many values as there are members, such as a rate that a search draws, gets no rows.
@@ -182,7 +182,7 @@ def sentence(board: pd.DataFrame, varies: list[str], monitor: str = "val_loss") 
     if best["seeds"] < 2 or second["seeds"] < 2:
         return f"{text}; one seed each, so a small lead may be chance."
     apart = best["high"] < second["low"] or best["low"] > second["high"]
-    return f"{text}; its interval over seeds {'lies apart from' if apart else 'overlaps'} that of the second."
+    return f"{text}; its interval over seeds {'is separate from' if apart else 'overlaps'} that of the second."
 
 
 def _short(value: Any) -> str:

@@ -285,7 +285,7 @@ def _interval(name: str, value: float, draws: np.ndarray, counts: dict) -> dict:
             exact = binomtest(counts["n_correct"], counts["n"]).proportion_ci(LEVEL, method="exact")
             low, high = float(exact.low), float(exact.high)
     elif name == "ece":
-        # Resampling adds noise to each bin and ECE takes its absolute value, so resamples lie too high.
+        # Resampling adds noise to each bin and ECE takes its absolute value, so resamples are too high.
         low = min(low, value)
     return {"value": value, "low": low, "high": high}
 

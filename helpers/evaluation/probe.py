@@ -147,9 +147,9 @@ def recommendation(table: pd.DataFrame) -> str:
     if len(equal) == 1:
         why = "it is better than every other by more than chance" if len(available) > 1 else "there is no other"
     elif name == best:
-        why = f"it is the best, and the fastest of the {len(equal)} that validation cannot tell apart"
+        why = f"it is the best, and the fastest of the {len(equal)} that validation cannot separate"
     else:
-        why = f"it is the fastest of the {len(equal)} that validation cannot tell from {best}"
+        why = f"it is the fastest of the {len(equal)} that validation cannot separate from {best}"
     return f"Recommended: {name}; {why}."
 
 

@@ -191,9 +191,7 @@ def reliability(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.vlines(table["confidence"], table["confidence"], table["accuracy"], color="#C5CDD3", linewidth=2, zorder=1)
     area = 20 + 280 * table["count"] / max(1, table["count"].max())
     ax.scatter(table["confidence"], table["accuracy"], s=area, color=theme.BLUE, alpha=0.75, linewidths=0, zorder=3)
-    ax.text(
-        0.97, 0.03, "below the line: too confident", transform=ax.transAxes, fontsize=8, color=theme.GREY, ha="right"
-    )
+    ax.text(0.97, 0.03, "below the line: too sure", transform=ax.transAxes, fontsize=8, color=theme.GREY, ha="right")
     ax.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal", ylabel="share that was correct",
            xlabel="confidence (disc area: images)")  # fmt: skip
     ax.xaxis.set_major_formatter(theme.PERCENT)

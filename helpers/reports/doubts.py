@@ -30,9 +30,7 @@ def calibration(bins: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axe
     colours = [*["#B9C2C9"] * (len(bins) - 1), theme.BLUE]
     for (name, table), colour in zip(bins.items(), colours, strict=True):
         ax.plot(table["confidence"], table["accuracy"], "o-", color=colour, markersize=5, linewidth=1.2, label=name)
-    ax.text(
-        0.97, 0.03, "below the line: too confident", transform=ax.transAxes, fontsize=8, color=theme.GREY, ha="right"
-    )
+    ax.text(0.97, 0.03, "below the line: too sure", transform=ax.transAxes, fontsize=8, color=theme.GREY, ha="right")
     ax.set(xlim=(low, 1.02), ylim=(low, 1.02), aspect="equal", xlabel="confidence", ylabel="share that was correct")
     ax.xaxis.set_major_formatter(theme.PERCENT)
     ax.yaxis.set_major_formatter(theme.PERCENT)

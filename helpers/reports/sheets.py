@@ -143,7 +143,7 @@ def thumbnail(image: np.ndarray | str | Path, side: int = TILE) -> np.ndarray:
     A file is decoded as everywhere in the suite, so a figure shows what the model reads.
 
     Raises:
-        ValueError: an array that is no image.
+        ValueError: an array that is not an image.
         ImageError: a file that cannot be read as an image.
     """
     if isinstance(image, str | Path):

@@ -98,7 +98,7 @@ def standardise(model: keras.Model, cut: frontier.Cut, banks: feeds.Banks | None
 
 
 def scale_of(model: keras.Model) -> keras.layers.BatchNormalization | None:
-    """Return the layer that standardises, None where the head has none."""
+    """Return the layer that standardises, None if the head has none."""
     return next((layer for layer in model.layers if layer.name == classifier.SCALE), None)
 
 

@@ -33,7 +33,7 @@ class Feed:
         train: training data, one epoch long.
         val: validation data for `fit`, in order; of several ranks, each has its part.
         all_val: the same of every validation image, for `predict`.
-        clock: the callback that tells `train` which epoch it is; `fit` must get it.
+        clock: the callback that sets the epoch of `train`; `fit` must get it.
         steps: batches an epoch.
         steps_per_execution: steps that `fit` runs in one call; more than one if a step takes less time than its start.
         folders: of the activations; empty when the whole model trains.

@@ -172,7 +172,7 @@ class Backup(keras.callbacks.BackupAndRestore):
 
     It also restores what Keras leaves out: the state of the other callbacks, by replaying history.csv to them, and the
     random numbers of dropout, which follow from the number of each epoch. It does not restore the learning rate: that
-    is the one that the model was compiled with, less what a plateau has taken off. So a user can change it.
+    is the one that the model was compiled with, minus the reductions of a plateau. So a user can change it.
     """
 
     def __init__(

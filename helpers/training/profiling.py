@@ -46,7 +46,7 @@ def write_profile(out: Path, steps: Sequence[int] = (1, 1)) -> pd.DataFrame | No
     """Write profile.csv of the newest profile in a stage's folder and return its first rows.
 
     Columns: op (the kind of operation on a CPU, the kernel on a GPU), calls, milliseconds (of all threads or streams
-    together), share (of all operations, 0 to 1). The trace itself lies in logs/, for TensorBoard's profile plugin.
+    together), share (of all operations, 0 to 1). The trace itself is in logs/, for TensorBoard's profile plugin.
 
     Args:
         out: the stage's folder.

@@ -78,7 +78,7 @@ MIXES = {
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images. It holds settings only, so that a fingerprint can tell two of them apart.
+    """The changes to training images. It holds only settings, so that two of them have different fingerprints.
 
     Attributes:
         layers: (name in keras.layers, arguments), applied in this order after the flips.

@@ -56,7 +56,7 @@ def members(own: Mapping[str, Path], runs: Sequence[str], monitor: str = "val_lo
         monitor: what decides between the phases.
 
     Raises:
-        FileNotFoundError: one of them is no run whose phases are done.
+        FileNotFoundError: one of them is not a run whose phases are done.
         ValueError: no other run is named, or one is named twice.
     """
     if not runs or len(set(runs)) < len(runs):

@@ -48,7 +48,7 @@ class Calibration:
         if self.method == "vector":
             return f"Each class has its own scale, {min(self.scale):.2f} to {max(self.scale):.2f}, and shift, {of}."
         temperature = 1 / self.scale[0]
-        what = "less confident" if temperature > 1 else "more confident"
+        what = "less sure" if temperature > 1 else "more sure"
         return f"Temperature {temperature:.3f}, {of}: the model becomes {what}."
 
 

@@ -95,7 +95,7 @@ def _gradients(score: Callable[[list], Any], maps: list) -> list:
 
 
 def _in_place(each: tf.Tensor) -> tf.Tensor:
-    """Return (n, h, w, 1) of (n, h, w), or of the tokens (n, t) of a transformer, without tokens that are no place."""
+    """Return (n, h, w, 1) of (n, h, w), or of the tokens (n, t) of a transformer that are places."""
     if len(each.shape) == 2:
         side = int(each.shape[1] ** 0.5)
         each = tf.reshape(each[:, each.shape[1] - side * side :], (-1, side, side))
