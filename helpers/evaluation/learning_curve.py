@@ -179,7 +179,7 @@ def gains(
 def _errors(features: Features, rows: np.ndarray) -> np.ndarray:
     """Return (validation images,) 1 where a probe that learned `rows` of the training images is wrong.
 
-    Each class weighs as much as it does in all training images: fewer or more images of a class change how
+    Each class has the same weight as in all training images. Fewer or more images of a class change how
     well it is learned, but not how common it seems.
     """
     labels = features.train_labels[rows]

@@ -1,7 +1,7 @@
 """A probe: how well a linear classifier separates the classes by the features of a frozen backbone.
 
 The features are those that phase 1 trains on, computed once and kept where the training stages look for them. Each
-backbone runs in a separate process (`core.child`), so that the measured memory is its own, and a backbone that is not
+backbone runs in a separate process (`core.child`), so that the measured memory is its own. A backbone that is not
 available, or does not fit into memory, is a row with a reason. Only train and val are read.
 """
 

@@ -1,7 +1,7 @@
 """Batches of images for Keras: read from a resized folder, augmented, mixed and sampled, the same for the same seed.
 
-Every draw (order, augmentation, sampling) follows from the seed, the epoch and the step and from nothing else, so a
-training that was interrupted and resumes at epoch k sees the same batches as one without an interruption.
+Every draw (order, augmentation, sampling) follows from the seed, the epoch and the step and from nothing else. So a
+training that resumes at epoch k sees the same batches as one without an interruption.
 """
 
 from collections.abc import Callable, Iterator

@@ -33,7 +33,7 @@ def choose_levels(
     """Return the levels that the head reads; for "auto", validation decides between "top" and "all".
 
     A linear probe learns from the plain features of up to SAMPLE training images and is tested on as many of
-    validation, so the choice reads 4,000 images at most, in a separate pass. It prints what it tried.
+    validation. So the choice reads 4,000 images at most, in a separate pass. It prints what it tried.
 
     Args:
         levels: 03's parameter.

@@ -170,8 +170,8 @@ class SmoothedStopping(keras.callbacks.Callback):
 class Backup(keras.callbacks.BackupAndRestore):
     """BackupAndRestore with a backup of one file: after a kill, weights and epoch still belong together.
 
-    It also restores what Keras leaves out: the state of the other callbacks, by replaying history.csv to them, and the
-    random numbers of dropout, which follow from the number of each epoch. It does not restore the learning rate: that
+    It also restores what Keras leaves out. It replays history.csv to the other callbacks for their state; the random
+    numbers of dropout follow from the number of each epoch. It does not restore the learning rate: that
     is the one that the model was compiled with, minus the reductions of a plateau. So a user can change it.
     """
 

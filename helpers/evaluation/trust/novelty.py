@@ -123,8 +123,8 @@ def fit(model, train, features: np.ndarray, *, false_alarms: float, seed: int = 
 
 
 def _threshold(far: np.ndarray, false_alarms: float) -> float:
-    """Return a distance that at most this share of the sorted distances exceeds, in the middle of a gap: at the
-    distance of an image, the last digit would decide about that image.
+    """Return a distance that at most this share of the sorted distances exceeds, in the middle of a gap. At
+    the distance of an image, the last digit would decide about that image.
     """
     place = int(np.ceil((len(far) - 1) * (1 - false_alarms) - 1e-9))
     return float(far[place : place + 2].mean() if place + 1 < len(far) else far[-1] + 1e-3)
