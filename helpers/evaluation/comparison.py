@@ -36,7 +36,7 @@ def compare(
         raise ValueError("the two sets of predictions are not of the same images; compare runs that share a test part")
     first, second = first.set_index("path").sort_index(), second.set_index("path").sort_index()
     if not first["label"].equals(second["label"]):
-        raise ValueError("the two sets of predictions label images differently; compare runs with equal labels")
+        raise ValueError("the two sets of predictions give images different labels; compare runs with equal labels")
     right = [(table["label"] == table["predicted"]).to_numpy() for table in (first, second)]
     gain = right[1].astype(float) - right[0]
     truth = pd.factorize(first["label"])[0]

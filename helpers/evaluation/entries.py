@@ -159,7 +159,7 @@ def same_images(entries: Sequence[Entry], common: bool = False) -> list[str]:
         own = other.predictions.set_index("path")["label"]
         if wrong := [path for path in sorted(shared) if own[path] != labels[path]]:
             raise ValueError(
-                f"{first.name} and {other.name} label {wrong[0]} differently; name runs with equal labels."
+                f"{first.name} and {other.name} give {wrong[0]} other labels; name runs with equal labels."
             )
     return sorted(shared)
 

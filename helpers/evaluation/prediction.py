@@ -265,8 +265,8 @@ def _classify_with(folder: Path, version: str, place: str, files: list[str]) -> 
 def _classify(
     folder: Path, version: str, files: Iterable[str | Path], place: str = ""
 ) -> Iterator[tuple[list, np.ndarray, list[str], int]]:
-    """Yield for some files at a time: their paths; the outputs of `asking` for the readable images; for each file why it
-    is unreadable, or ""; how many hold values beyond the range that the model learned on.
+    """Yield for some files at a time: their paths; the outputs of `asking` for the readable images; why each file
+    is unreadable, or ""; how many hold values beyond the learned range.
     """
     read = _reader(folder, place)
     with ThreadPoolExecutor(cpu_count()) as pool:
