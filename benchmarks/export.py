@@ -30,7 +30,7 @@ def main() -> None:
     print(setting.machine())
     run = project.run_folder(arguments.run)
     model = prediction.load(run / "evaluate")
-    proof = bundle.asked(run / "resize", run / "explore", "val", limit=arguments.checked)
+    proof = bundle.proof_images(run / "resize", run / "explore", "val", limit=arguments.checked)
     samples, certificates, refusals = bundle.samples(run / "resize"), [], []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "bundle")

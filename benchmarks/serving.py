@@ -84,7 +84,7 @@ def proof(run: Path, count: int) -> tuple[list[bytes], list[dict[str, float]]]:
     from helpers.compute import inference
     from helpers.export import bundle
 
-    images = bundle.asked(run / "resize", run / "explore", "val", limit=count)
+    images = bundle.proof_images(run / "resize", run / "explore", "val", limit=count)
     model = keras.saving.load_model(run / "evaluate" / "model.keras")
     about, names = (disk.read_json(run / "evaluate" / f"{name}.json") for name in ("model", "class_names"))
     chances = bundle.expected(inference.fast(model), images.files, about)

@@ -187,7 +187,7 @@ def test_too_few_images_for_a_law_are_measured_all_the_same(features):
     curve = learning_curve.measure(few, range(2))
     table = learning_curve.table(curve)
     assert table["measured"].notna().sum() == 2 and table["accuracy"].isna().all()
-    assert [line.get_label() for line in curves.learning_curve(table).lines] == ["drawn on", "fitted", "measured"]
+    assert [line.get_label() for line in curves.learning_curve(table).lines] == ["extrapolated", "fitted", "measured"]
     assert learning_curve.gains(few, curve.wrong[-1, 0], more=50, seeds=[0], most=9).empty
 
 

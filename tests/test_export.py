@@ -110,7 +110,7 @@ def parts(run):
     """The Keras model, the images of the proof and what it says of them."""
     model = prediction.load(run / "evaluate")
     ask = prediction.asking(model, run / "evaluate")
-    proof = bundle.asked(run / "resize", run / "explore", "val")
+    proof = bundle.proof_images(run / "resize", run / "explore", "val")
     about = disk.read_json(run / "evaluate" / "model.json")
     return model, proof, bundle.expected(ask, proof.files, about), about, ask
 
@@ -269,14 +269,14 @@ def test_a_format_that_calls_other_images_novel_is_refused(parts):
 
 
 def test_the_card_says_how_many_images_are_called_novel(made):
-    assert "and 10.0 % of the validation images too" in (made[0] / "README.md").read_text(encoding="utf-8")
+    assert "but also 10.0 % of the validation images" in (made[0] / "README.md").read_text(encoding="utf-8")
 
 
 # The bundle alone
 
 
 def test_a_bundle_verifies_itself_and_names_nothing_of_thaw(made):
-    assert made[2] == "The bundle is as it was made, and predicts what it should."
+    assert made[2] == "The bundle is unchanged, and its predictions are correct."
     for path in made[0].rglob("*.py"):
         assert "helpers" not in path.read_text(encoding="utf-8"), path
     assert not list(made[0].rglob("__pycache__"))
@@ -287,12 +287,12 @@ def test_one_changed_byte_of_the_model_fails_and_is_named(copy):
     data[len(data) // 2] ^= 1
     (copy / "model.tflite").write_bytes(data)
     code, said = verify(copy)
-    assert code == 1 and "model.tflite is not what it was" in said
+    assert code == 1 and "model.tflite has changed" in said
 
 
 def test_classes_in_another_order_fail_even_where_the_hashes_are_made_anew(copy):
     disk.write_json(copy / "classes.json", CLASSES[::-1])
-    assert "classes.json is not what it was" in verify(copy)[1]
+    assert "classes.json has changed" in verify(copy)[1]
     rehash(copy, "classes.json")
     code, said = verify(copy)
     assert code == 1 and "classes.json says ['square', 'disc', 'cross']" in said
@@ -369,7 +369,7 @@ def test_requirements_are_hashed_and_are_those_of_the_lock(made):
 def test_a_decision_says_unsure_or_names_candidates(made, decision, expected):
     model = loading.load(made[0]).Model(made[0])
     model.decision, model.classes = decision, ["a", "b", "c"]
-    model.network, model.known = lambda batch: [np.array([[0.7, 0.2, 0.1]])], None
+    model.network, model.novelty = lambda batch: [np.array([[0.7, 0.2, 0.1]])], None
     said = model.answer(np.zeros((SIZE, SIZE, 3), np.uint8))
     assert sum(said["probabilities"].values()) == pytest.approx(1)
     for key, value in expected.items():
@@ -436,7 +436,7 @@ def test_an_interrupted_prediction_goes_on_behind_its_last_whole_line(made, phot
 
 
 def test_a_folder_that_is_no_bundle_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no bundle"):
+    with pytest.raises(FileNotFoundError, match="is not a bundle"):
         loading.load(tmp_path)
 
 
@@ -450,7 +450,7 @@ def test_07_writes_a_bundle_and_its_function(run, by_hand, tmp_path):
     )
     assert stages.status(tmp_path / "export") == "done"
     assert left["parities"][0].format == "litert" and len(left["proof"]) == 12
-    assert verify(tmp_path / "export" / "bundle") == (0, "The bundle is as it was made, and predicts what it should.\n")
+    assert verify(tmp_path / "export" / "bundle") == (0, "The bundle is unchanged, and its predictions are correct.\n")
     assert (tmp_path / "export" / "function" / "main.py").is_file()
 
 

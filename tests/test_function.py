@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
     disk.write_json(place / "decision.json", {"promise": promise})
     distances.Novelty(distances.unit(np.ones((6, 3))), 0.3, 0.05).write(place)
     made, model = place / "bundle", novelty.with_features(model)
-    about, proof = bundle.begin(made, place), bundle.asked(place, place, "val")
+    about, proof = bundle.begin(made, place), bundle.proof_images(place, place, "val")
     given = bundle.expected(prediction.asking(model, place), proof.files, about)
     few = np.zeros((1, SIZE, SIZE, 3), np.float32)
     bundle.add(made, ["litert"], model, proof, given, name="toy", representative=few, tolerance=0)

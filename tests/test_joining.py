@@ -159,7 +159,7 @@ def test_confused_classes_stand_side_by_side():
     ("groups", "said"),
     [
         ([["ant", "fox"]], "no class 'fox'"),
-        ([["ant", "bee"], ["bee", "cat"]], "'bee' stands in two groups"),
+        ([["ant", "bee"], ["bee", "cat"]], "'bee' is in two groups"),
         ([["ant"]], "fewer than two"),
         ([NAMES], "needs two things"),
         ([], "needs two things"),

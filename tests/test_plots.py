@@ -211,7 +211,7 @@ def test_mistakes_name_both_classes(tmp_path):
     Image.new("L", (30, 30)).save(tmp_path / "a.png")
     rows = [{"file": "a.png", "label": "cat", "predicted": "dog", "confidence": 0.987}]
     axes = sheets.mistakes(pd.DataFrame(rows), tmp_path)
-    assert [text.get_text() for text in axes.texts] == ["is cat", "said dog 99 %"]
+    assert [text.get_text() for text in axes.texts] == ["is cat", "model: dog 99 %"]
     none = sheets.mistakes(pd.DataFrame(rows).head(0), tmp_path)
     assert "No mistakes" in none.texts[0].get_text()
 

@@ -84,11 +84,11 @@ def test_dropout_drops_other_values_on_each_device(trained):
 def test_what_several_devices_cannot_do_is_refused_with_the_reason(trained):
     said = disk.read_json(trained / "report.json")["refused"]
     for name in ("clipnorm", "global_clipnorm", "clipvalue"):
-        assert f"optimizer: {name} does not work on 2 devices at once: each would clip its own part" in said[name]
+        assert f"optimizer: {name} does not work on 2 devices together: each would clip its own part" in said[name]
     assert "cannot accumulate" in said["gradient_accumulation_steps"]
     assert "batch_size must be a multiple of 2 and at most the 24 training images; got 7" in said["batch_size"]
     assert "at most the 24 training images; got 32. Change it, or set devices: gpu" in said["too large"]
-    assert "measure_seconds measures one device, and 2 train at once" in said["measure"]
+    assert "measure_seconds measures one device, and 2 train together" in said["measure"]
     assert "a batch of 8 images on 2 devices. Halve batch_size" in said["memory"]
 
 

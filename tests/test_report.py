@@ -172,12 +172,12 @@ def test_what_a_naive_split_would_have_flattered_is_told_when_it_was_measured(tm
     disk.write_json(tmp_path / "explore" / "groups.json", groups)
     table = pd.read_csv(tmp_path / "explore" / "inventory.csv", dtype=str, keep_default_na=False)
     table.assign(group=table.index).to_csv(tmp_path / "explore" / "inventory.csv", index=False)
-    assert "Had the split ignored" not in report.build_report(tmp_path).read_text()
+    assert "If the split ignored" not in report.build_report(tmp_path).read_text()
     scores = {"honest": (0.70, 0.72), "naive": (0.80, 0.86)}
     rows = [{"split": k, "seed": n, "balanced_accuracy": v} for k, both in scores.items() for n, v in enumerate(both)]
     disk.write_json(tmp_path / "split" / "leakage.json", groups | {"honest_gap": rows})
     text = report.build_report(tmp_path).read_text().replace("\N{NO-BREAK SPACE}", " ")
-    assert "scored 83.0 % balanced accuracy in place of 71.0 %, on average over 2 splits" in text
+    assert "score 83.0 % balanced accuracy instead of 71.0 %, on average over 2 splits" in text
 
 
 @pytest.mark.parametrize("done", [("data",), ("data", "head"), ("evaluation",), ("head", "fine_tune")])

@@ -394,7 +394,7 @@ def test_ticks_and_menus_become_fixes_that_correct_the_labels(page, raw, tmp_pat
     card(page, "cat/dog-00.png").locator("input").check()
     card(page, "cat/dog-00.png").locator("select").select_option(label="remove the image")
     card(page, "dog/cat-17.png").locator("input").check()
-    card(page, "dog/cat-17.png").locator("select").select_option(label="choose the right label")
+    card(page, "dog/cat-17.png").locator("select").select_option(label="choose the correct label")
     assert page.inner_text("#count") == "1 label to correct, 1 image to remove, 1 still without a label"
     assert not page.locator("#next").is_visible()
     file = save(page, tmp_path / "saved.csv")

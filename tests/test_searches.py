@@ -344,7 +344,7 @@ def test_a_paused_training_goes_on_where_it_stood_in_another_kernel(toys, monkey
     survivor = pd.read_csv(folder / "loss-0p1" / "resize" / "history.csv")
     assert list(survivor["epoch"]) == list(range(1, 9)) and survivor["seconds"].nunique() == 2, "two kernels"
     table, histories, varies = members.read(folder)
-    said = members.told(table, members.leaderboard(table, varies), varies)
+    said = members.headline(table, members.leaderboard(table, varies), varies)
     assert said.endswith("2 of 3 were stopped early: their numbers are of fewer epochs.")
     assert histories.groupby("member").size().to_dict() == {"loss-0p1": 8, "loss-0p2": 2, "loss-0p3": 2}
     assert np.isclose(table.set_index("member").loc["loss-0p2", "val_loss"], 0.7)

@@ -1,4 +1,4 @@
-"""The head that is solved at once: the optimum that another solver finds, folded into an ordinary Keras model."""
+"""The head that is solved directly: the optimum that another solver finds, folded into an ordinary Keras model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What should be known before a model is believed, each against theory, a planted fault or a computation by hand."""
+"""What to check before a user trusts a model, each against theory, a planted fault or a computation by hand."""
 
 import keras
 import numpy as np

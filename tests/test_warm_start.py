@@ -83,7 +83,7 @@ def test_a_head_from_another_run(control, resized, tmp_path, monkeypatch, by_han
     model = classifier.build("efficientnet_lite0", 3, image_size=32, weights="none", dense=[4])
     with pytest.raises(ValueError, match="has another model, its layer probabilities is not the head_dense_1"):
         saving.take(model, "control", class_names=NAMES)
-    with pytest.raises(ValueError, match="knows the classes disc, square, cross; here are a, b, c"):
+    with pytest.raises(ValueError, match="has the classes disc, square, cross; here are a, b, c"):
         saving.take(model, "control", class_names=["a", "b", "c"])
     with pytest.raises(FileNotFoundError, match=r"'contrl' is neither a run .* Runs with one: control"):
         saving.take(model, "contrl", class_names=NAMES)

@@ -15,9 +15,9 @@ ALIKE = "no difference shown"  # as a verdict
 def compare(
     first: pd.DataFrame, second: pd.DataFrame, class_names: Sequence[str], seed: int = 0, n_bootstrap: int = 2000
 ) -> dict:
-    """Two models on the same images: is the difference in accuracy more than chance?
+    """Return whether the difference in accuracy of two models on the same images is more than chance.
 
-    Only images on which the two disagree tell anything: McNemar's test in its exact binomial form (McNemar, 1947;
+    Only images on which the two disagree count: McNemar's test in its exact binomial form (McNemar, 1947;
     recommended for comparing two trained classifiers by Dietterich, 1998), and a paired bootstrap interval.
 
     Args:
@@ -36,7 +36,7 @@ def compare(
         raise ValueError("the two sets of predictions are not of the same images; compare runs that share a test part")
     first, second = first.set_index("path").sort_index(), second.set_index("path").sort_index()
     if not first["label"].equals(second["label"]):
-        raise ValueError("the two sets of predictions give the same images different labels; compare like with like")
+        raise ValueError("the two sets of predictions give images different labels; compare runs with equal labels")
     right = [(table["label"] == table["predicted"]).to_numpy() for table in (first, second)]
     gain = right[1].astype(float) - right[0]
     truth = pd.factorize(first["label"])[0]
@@ -62,15 +62,15 @@ def compare(
 def against_the_first(
     entries: Sequence[entries_of.Entry], paths: Sequence[str], *, seed: int = 0, n_bootstrap: int = 2000
 ) -> pd.DataFrame:
-    """Compare each entry with the first one on the same images.
+    """Return each entry compared with the first one on the same images.
 
     The interval of a difference is a percentile bootstrap in which both entries are resampled by the same images, those
     of one group together; over several entries the intervals are wider, so that they hold together in 95 of 100 cases
-    (Bonferroni). Where an entry has several runs, its metrics are means over them. McNemar's exact test tells of single
+    (Bonferroni). Where an entry has several runs, its metrics are means over them. McNemar's exact test is for single
     runs only; over several entries its p-values are adjusted by Holm (1979).
 
     Args:
-        entries: from `entries.grouped`; the first is the one that the others are compared with.
+        entries: from `entries.grouped`; the others are compared with the first.
         paths: of the images, from `entries.same_images`.
         seed: of the resamples.
         n_bootstrap: resamples.
@@ -78,7 +78,7 @@ def against_the_first(
     Returns:
         Columns entry, metric, first, value, difference (value minus first) with low and high, p_value (of accuracy, NaN
         for entries of several runs) and verdict: better, worse, or "no difference shown" where the interval holds 0 or
-        the test does not tell the two apart.
+        the test does not separate the two.
     """
     names = entries[0].runs[0].class_names
     every = [[_of(run, paths, names) for run in entry.runs] for entry in entries]
@@ -108,18 +108,18 @@ def against_the_first(
 
 def sentences(table: pd.DataFrame, first: str) -> list[str]:
     """Return a sentence for each entry of a table of `against_the_first`."""
-    said = []
+    lines = []
     for row in table[table["metric"] == "accuracy"].itertuples():
         test = f", p = {row.p_value:.2g} by McNemar's test" if np.isfinite(row.p_value) else ""
-        said.append(
+        lines.append(
             f"{row.entry} against {first}: {100 * row.difference:+.1f} points of accuracy ({100 * row.low:+.1f} to"
             f" {100 * row.high:+.1f}{test}): {row.verdict}."
         )
-    return said
+    return lines
 
 
 def changed_sides(one: entries_of.Run, other: entries_of.Run, paths: Sequence[str], n: int = 24) -> pd.DataFrame:
-    """Return images that one run gets right and the other wrong, the surest first, as many of either kind.
+    """Return images that only one run classifies correctly, the most confident first, equally many of each kind.
 
     Returns:
         Columns file (the resized image), label, first and second (what each predicted), and why, in words.
@@ -168,10 +168,10 @@ def _exact(won: int, lost: int) -> float:
 
 def _holm(p_values: np.ndarray) -> np.ndarray:
     """Return the p-values adjusted for their number (Holm, 1979); NaN stays."""
-    known = np.flatnonzero(np.isfinite(p_values))
+    finite = np.flatnonzero(np.isfinite(p_values))
     adjusted, highest = p_values.copy(), 0.0
-    for rank, place in enumerate(known[np.argsort(p_values[known], kind="stable")]):
-        highest = max(highest, min(1.0, (len(known) - rank) * p_values[place]))
+    for rank, place in enumerate(finite[np.argsort(p_values[finite], kind="stable")]):
+        highest = max(highest, min(1.0, (len(finite) - rank) * p_values[place]))
         adjusted[place] = highest
     return adjusted
 

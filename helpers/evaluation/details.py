@@ -1,6 +1,6 @@
-"""What lies behind the accuracy, as tables to show or draw: classes, confusions, confidence, mistakes.
+"""What is behind the accuracy, as tables to show or draw: classes, confusions, confidence, mistakes.
 
-A new figure of 05 gets its numbers here. No stage that trains imports this module, so none is made again for it.
+A new figure of 05 gets its numbers here. No training stage imports this module, so a change here trains nothing again.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ BINS = 15  # equal-width bins of confidence, as in Guo et al., "On Calibration o
 
 
 def per_class(predictions: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:
-    """Columns label, precision, recall, f1 (0-1), support, in the order of the class names.
+    """Return the columns label, precision, recall, f1 (0-1), support, in the order of the class names.
 
     Precision is 0 for a class that was never predicted; recall and F1 are NaN for a class without test images.
     """
@@ -32,7 +32,7 @@ def per_class(predictions: pd.DataFrame, class_names: Sequence[str]) -> pd.DataF
 
 
 def confused_pairs(matrix: np.ndarray, class_names: Sequence[str], n: int = 10) -> pd.DataFrame:
-    """The n most frequent confusions: columns label, predicted, count, share (of the true class)."""
+    """Return the n most frequent confusions: columns label, predicted, count, share (of the true class)."""
     matrix = np.asarray(matrix)
     rows, columns = np.nonzero(matrix * ~np.eye(len(matrix), dtype=bool))
     counts, totals = matrix[rows, columns], matrix.sum(axis=1)
@@ -46,7 +46,7 @@ def confused_pairs(matrix: np.ndarray, class_names: Sequence[str], n: int = 10) 
 
 
 def reliability(predictions: pd.DataFrame, class_names: Sequence[str], bins: int = BINS) -> pd.DataFrame:
-    """Confidence against accuracy by bins of equal width: columns confidence (mean), accuracy, count; no empty bins."""
+    """Return accuracy by bins of confidence of equal width, none empty: columns confidence (mean), accuracy, count."""
     truth, probabilities = tables.parse(predictions, class_names)
     confidence = probabilities.max(axis=1)
     table = pd.DataFrame({"confidence": confidence, "right": truth == tables.picked(predictions, class_names)})
@@ -76,7 +76,7 @@ def confidences(predictions: pd.DataFrame, class_names: Sequence[str]) -> pd.Dat
 
 
 def confident_mistakes(predictions: pd.DataFrame, class_names: Sequence[str], n: int = 24) -> pd.DataFrame:
-    """The n mistakes of which the model was surest: columns path, label, predicted, file where known, confidence (0-1).
+    """Return the n most confident mistakes: columns path, label, predicted, file if it is there, confidence (0-1).
 
     They are the first place to look for wrong labels, for images that show two classes, and for what the model
     really looks at.
@@ -93,11 +93,11 @@ def bins_of(confidence: np.ndarray, bins: int) -> np.ndarray:
 
 
 def rank_curves(predictions: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:
-    """Return the ROC curve and that of precision and recall of each class against the rest.
+    """Return the ROC curve and the precision-recall curve of each class against the rest.
 
     Returns:
         Columns label, kind ("roc" or "precision"), x, y, area (all 0-1): x and y are false and true positive rate, or
-        recall and precision; area is AUC or average precision. Of two classes, the second alone; classes without test
+        recall and precision; area is AUC or average precision. Of two classes, only the second; classes without test
         images are left out.
     """
     from sklearn import metrics as sklearn_metrics
@@ -118,7 +118,7 @@ def rank_curves(predictions: pd.DataFrame, class_names: Sequence[str]) -> pd.Dat
 
 
 def alike_first(matrix: np.ndarray) -> np.ndarray:
-    """Return an order of the classes in which those that are confused stand side by side, int64 (classes,).
+    """Return an order of the classes in which confused classes are neighbours, int64 (classes,).
 
     Optimal leaf ordering (Bar-Joseph et al., 2001) of average linkage; fewer than eight classes stay in their order.
 
@@ -139,10 +139,10 @@ def alike_first(matrix: np.ndarray) -> np.ndarray:
 
 
 def telling(predictions: pd.DataFrame, class_names: Sequence[str], n: int = 24) -> pd.DataFrame:
-    """Return images worth a look, up to n: surest mistakes, least sure, best and worst of each class, each image once.
+    """Return up to n images to look at: confident mistakes, least confident, best and worst of each class, each once.
 
     Returns:
-        Columns path, label, predicted, file where known, confidence (0-1) and why.
+        Columns path, label, predicted, file if it is there, confidence (0-1) and why.
     """
     truth, probabilities = tables.parse(predictions, class_names)
     table = tables.keys(predictions).assign(confidence=probabilities.max(axis=1))

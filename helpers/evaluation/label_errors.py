@@ -1,8 +1,8 @@
-"""Doubts about labels: what each image looks like to a model that has not learned it, and what contradicts its label.
+"""Doubts about labels: what a model that has not learned an image predicts for it, and what contradicts its label.
 
-The features are those of the run's backbone as phase 1 leaves it, frozen, so no label of the run has shaped them; a
-logistic regression on them is cross-validated over train and val, and one that learned all of train and val judges the
-test part.
+The features are those of the run's backbone as phase 1 leaves it, frozen, so no label of the run has changed them. A
+logistic regression on them is cross-validated over train and val; another one, fitted to all of train and val, judges
+the test part.
 """
 
 import warnings
@@ -19,7 +19,7 @@ STRENGTHS = (1e-3, 1e-2, 1e-1)  # of the logistic regression's weights (its C), 
 
 
 def embed(head: Path, resized: Path) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the images of 02_resize, each once, and what the frozen backbone of phase 1 makes of them.
+    """Return the images of 02_resize, each once, and their features from the frozen backbone of phase 1.
 
     Returns:
         A table of path (relative to the source's root), label, part and sha256, and float32 features (images, n).
@@ -45,10 +45,10 @@ def embed(head: Path, resized: Path) -> tuple[pd.DataFrame, np.ndarray]:
 def out_of_sample(
     features: np.ndarray, labels: np.ndarray, parts: pd.Series, groups: pd.Series, classes: int, *, folds: int = 5
 ) -> np.ndarray:
-    """Return what a logistic regression says about each image that it has not learned from.
+    """Return the probabilities of a logistic regression for each image that it has not learned from.
 
-    Train and val are cross-validated, a group always in one fold: an image must not be vouched for by its own copy.
-    The test part is judged by a model of all of train and val, and never learned from.
+    Train and val are cross-validated, a group always in one fold, so that no copy of an image confirms its label.
+    A model of all of train and val judges the test part. No model learns from it.
 
     Args:
         features: float (images, n).
@@ -67,30 +67,30 @@ def out_of_sample(
     from sklearn.model_selection import StratifiedGroupKFold
 
     parts, groups = np.asarray(parts), np.asarray(groups)
-    known, test = np.flatnonzero(parts != "test"), np.flatnonzero(parts == "test")
-    most = pd.DataFrame({"label": labels[known], "group": groups[known]}).groupby("label")["group"].nunique().max()
+    rows, test = np.flatnonzero(parts != "test"), np.flatnonzero(parts == "test")
+    most = pd.DataFrame({"label": labels[rows], "group": groups[rows]}).groupby("label")["group"].nunique().max()
     if not 2 <= folds <= most:
         raise ValueError(f"--folds {folds}: expected 2 to {most}, the groups of images that the largest class has.")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # rare classes are dealt with below; slow convergence is harmless
+        warnings.simplefilter("ignore", UserWarning)  # rare classes are handled below; slow convergence is harmless
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
-        rounds = [(known[a], known[b]) for a, b in splitter.split(known, labels[known], groups[known])]
+        rounds = [(rows[a], rows[b]) for a, b in splitter.split(rows, labels[rows], groups[rows])]
         strength = linear.best_strength(features, labels, rounds[:1], STRENGTHS)  # cleanlab needs true probabilities
         probabilities = np.full((len(labels), classes), np.nan)
-        for learned, asked in progress.track([*rounds, (known, test)], total=folds + 1, unit="fold", label="judging"):
-            asked = asked[np.isin(labels[asked], labels[learned])]
-            if len(asked) and len(np.unique(labels[learned])) > 1:
+        for learned, judged in progress.track([*rounds, (rows, test)], total=folds + 1, unit="fold", label="judging"):
+            judged = judged[np.isin(labels[judged], labels[learned])]
+            if len(judged) and len(np.unique(labels[learned])) > 1:
                 model = linear.fit(linear.classifier(strength), features[learned], labels[learned])
-                probabilities[asked] = 0
-                probabilities[np.ix_(asked, model.classes_)] = model.predict_proba(features[asked])
+                probabilities[judged] = 0
+                probabilities[np.ix_(judged, model.classes_)] = model.predict_proba(features[judged])
     return probabilities
 
 
 def suspects(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Return the positions of the images whose label is probably wrong, the most suspicious first.
 
-    Confident learning (Northcutt et al., 2021) as cleanlab does it: how often each class is taken for each other one
-    says how many labels are wrong, and the images that agree least with their label are named.
+    Confident learning (Northcutt et al., 2021) in cleanlab: how often each class is confused with each other one gives
+    the number of wrong labels; the images that agree least with their label are named.
 
     Args:
         labels: class indices (images,).
@@ -98,26 +98,26 @@ def suspects(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """
     cleanlab_filter, cleanlab_rank = cleanlab()
     judged = np.flatnonzero(~np.isnan(probabilities[:, 0]))
-    present, given = np.unique(labels[judged], return_inverse=True)
+    present, targets = np.unique(labels[judged], return_inverse=True)
     if len(present) < 2:
         return np.empty(0, int)
-    said = np.clip(probabilities[np.ix_(judged, present)], 1e-9, None)
-    said /= said.sum(axis=1, keepdims=True)
+    chances = np.clip(probabilities[np.ix_(judged, present)], 1e-9, None)
+    chances /= chances.sum(axis=1, keepdims=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that little can be said about a class of few images
+        warnings.simplefilter("ignore", UserWarning)  # about classes of few images
         # One process: those that cleanlab would fork could hang on TensorFlow's threads.
-        wrong = cleanlab_filter.find_label_issues(given, said, n_jobs=1)
-    quality = cleanlab_rank.get_label_quality_scores(given, said)
+        wrong = cleanlab_filter.find_label_issues(targets, chances, n_jobs=1)
+    quality = cleanlab_rank.get_label_quality_scores(targets, chances)
     order = np.argsort(quality, kind="stable")
     return judged[order[wrong[order]]]
 
 
 def look_alikes(listed: pd.DataFrame, distance: int) -> list[pd.DataFrame]:
-    """Return the groups of images that look alike and have different labels, whatever the user's own groups say.
+    """Return the groups of images that look alike and have different labels; the user's own groups do not count.
 
     Args:
         listed: the inventory.
-        distance: bits in which the perceptual hashes of look-alikes may differ; -1 compares no looks.
+        distance: bits in which the perceptual hashes of look-alikes may differ; -1 compares none.
     """
     grouped = grouping.group(listed.assign(group=""), distance=distance)
     mixed = grouped[grouped.groupby("group")["label"].transform("nunique") > 1]

@@ -1,9 +1,9 @@
-"""What more images would bring: accuracy against the number of training images, measured and drawn on.
+"""What more images would bring: accuracy against the number of training images, measured and extrapolated.
 
-A probe is fitted to a share of the training images, and the error on the validation images is drawn on as a power law,
+A probe is fitted to a share of the training images. The error on the validation images is extrapolated as a power law,
 error = a + b * n^-c (Hestness et al., "Deep Learning Scaling is Predictable, Empirically", 2017). The intervals are
-percentiles over resampled validation images and resampled draws of the training images. They do not hold the doubt
-whether the law goes on where nothing was measured, so they are too narrow far out.
+percentiles over resampled validation images and resampled draws of the training images. They do not
+include the doubt whether the law holds beyond the measured sizes, so they are too narrow far from them.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ import pandas as pd
 from helpers.core import linear, progress
 from helpers.evaluation import probe
 
-EXPONENTS = np.geomspace(0.05, 2.0, 40)  # that c is chosen from; Hestness et al. found 0.07 to 0.5
+EXPONENTS = np.geomspace(0.05, 2.0, 40)  # the choices for c; Hestness et al. report 0.07 to 0.5
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 CLASS_SHARES = (1 / 8, 1 / 4, 1 / 2)
 DRAWS = 5  # random draws of the training images behind each point
 MOST_CLASSES = 12  # classes that `gains` looks at
-FEWEST = 8  # training images that a class needs for a curve of its own
+FEWEST = 8  # training images that a class needs for its own curve
 RESAMPLES = 1000
 TAIL = 0.025  # on either side of a 95 % interval
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the probe learns from and is asked about.
+    """What the probe learns from and what it predicts.
 
     Attributes:
         train, val: float32 (images, n).
@@ -51,7 +51,7 @@ class Curve:
     """Which validation images the probe got wrong after learning from so many images.
 
     Attributes:
-        counts: (sizes,) training images, rising; of the whole training part or of one class. The last is all there are.
+        counts: (sizes,) training images, rising; of the whole training part or of one class. The last is all of them.
         wrong: float (sizes, draws, validation images), 1 where the probe was wrong.
         labels: class indices of the validation images.
     """
@@ -104,12 +104,12 @@ def measure_class(features: Features, label: int, full: np.ndarray, seeds: Seque
     return Curve(np.array([*counts, len(rows)], float), wrong, features.val_labels)
 
 
-def drawn_on(curve: Curve, counts: Sequence[float], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def extrapolated(curve: Curve, counts: Sequence[float], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Fit the power law and return the accuracy at `counts` training images.
 
     Returns:
-        The fitted accuracy (counts,), and that of each resample (RESAMPLES, counts). NaN where fewer than three sizes
-        were measured, through which any such law would go.
+        The fitted accuracy (counts,), and that of each resample (RESAMPLES, counts). NaN if fewer than three sizes
+        were measured, since every such law fits them.
     """
     if len(curve.counts) < 3:
         return np.full(len(counts), np.nan), np.full((RESAMPLES, len(counts)), np.nan)
@@ -122,18 +122,18 @@ def drawn_on(curve: Curve, counts: Sequence[float], seed: int = 0) -> tuple[np.n
 
 
 def table(curve: Curve, further: Sequence[float] = (2, 4), seed: int = 0) -> pd.DataFrame:
-    """Return the learning curve as measured and as drawn on.
+    """Return the learning curve, measured and extrapolated.
 
     Args:
         curve: from `measure`.
-        further: how many times the present images to draw on to.
+        further: multiples of the present number of images to extrapolate to.
 
     Returns:
         One row a size, with images (of training, in all), per_class (their mean), measured (accuracy, NaN where nothing
         was), accuracy (of the power law), low and high (its 95 % interval).
     """
     counts = [*curve.counts, *(times * curve.counts[-1] for times in further)]
-    value, draws = drawn_on(curve, counts, seed)
+    value, draws = extrapolated(curve, counts, seed)
     low, high = np.quantile(draws, [TAIL, 1 - TAIL], axis=0)
     measured = [*(1 - curve.wrong.mean(axis=(1, 2))), *[np.nan] * len(further)]
     images, classes = np.round(counts).astype(int), len(np.unique(curve.labels))
@@ -154,22 +154,22 @@ def gains(
 
     Args:
         full: (validation images,) errors after all training images, the last of `measure`.
-        more: images of the class beyond those there are.
+        more: images of the class to add.
         seeds: of the draws.
-        most: classes to look at. Those with too few images for a curve of their own are left out.
+        most: classes to look at. Those with too few images for their own curve are left out.
 
     Returns:
         One row a class: label, images (of training), recall (measured now), gain (of the accuracy over all classes,
         from the power law), low and high (its 95 % interval): fractions.
     """
     counts = np.bincount(features.train_labels, minlength=len(features.class_names))
-    known = [label for label in np.unique(features.val_labels) if counts[label] >= FEWEST]
-    recall = {label: 1 - full[features.val_labels == label].mean() for label in known}
-    chosen = sorted(known, key=recall.get)[:most]
+    candidates = [label for label in np.unique(features.val_labels) if counts[label] >= FEWEST]
+    recall = {label: 1 - full[features.val_labels == label].mean() for label in candidates}
+    chosen = sorted(candidates, key=recall.get)[:most]
     rows = []
     for label in progress.track(chosen, total=len(chosen), unit="class", label="what more images would bring"):
         curve = measure_class(features, label, full, seeds)
-        value, draws = drawn_on(curve, [counts[label], counts[label] + more], seed)
+        value, draws = extrapolated(curve, [counts[label], counts[label] + more], seed)
         low, high = np.quantile(draws[:, 1] - draws[:, 0], [TAIL, 1 - TAIL])
         name = features.class_names[label]
         rows.append([name, int(counts[label]), recall[label], value[1] - value[0], low, high])
@@ -179,8 +179,8 @@ def gains(
 def _errors(features: Features, rows: np.ndarray) -> np.ndarray:
     """Return (validation images,) 1 where a probe that learned `rows` of the training images is wrong.
 
-    Each class weighs as much as it does in all training images: a class with fewer or more images is known less or
-    better, but is not taken for rarer or more common.
+    Each class has the same weight as in all training images. Fewer or more images of a class change how
+    well it is learned, but not how common it seems.
     """
     labels = features.train_labels[rows]
     had, has = (np.bincount(part, minlength=len(features.class_names)) for part in (features.train_labels, labels))
@@ -201,15 +201,15 @@ def _resampled(curve: Curve, rng: np.random.Generator) -> np.ndarray:
     return np.einsum("ksn,rn,rks->rk", curve.wrong, images / count, chosen, optimize=True)
 
 
-def _power_law(counts: np.ndarray, errors: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Fit a + b * n^-c with 0 <= a to each row of `errors` by least squares and return it at `wanted`, within 0 to 1.
+def _power_law(counts: np.ndarray, errors: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Fit a + b * n^-c with 0 <= a to each row of `errors` by least squares and return it at `sizes`, within 0 to 1.
 
-    For each c of EXPONENTS a and b follow in closed form; the c with the smallest remainder is taken.
+    For each c of EXPONENTS a and b follow in closed form; the c with the smallest residual is taken.
 
     Args:
         counts: (sizes,).
         errors: (rows, sizes).
-        wanted: (counts,).
+        sizes: (counts,).
 
     Returns:
         (rows, counts).
@@ -223,5 +223,5 @@ def _power_law(counts: np.ndarray, errors: np.ndarray, wanted: np.ndarray) -> np
     left_over = np.square(errors[:, None] - a[:, :, None] - b[:, :, None] * x).sum(axis=2)
     best = left_over.argmin(axis=1)
     rows = np.arange(len(errors))
-    found = a[rows, best, None] + b[rows, best, None] * wanted[None, :] ** -EXPONENTS[best, None]
-    return np.clip(found, 0, 1)
+    values = a[rows, best, None] + b[rows, best, None] * sizes[None, :] ** -EXPONENTS[best, None]
+    return np.clip(values, 0, 1)

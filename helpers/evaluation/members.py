@@ -1,4 +1,4 @@
-"""What the members of a sweep, or any runs in one folder, tell together, by their histories and metrics alone."""
+"""What the members of a sweep, or any runs in one folder, show together: their histories and metrics."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,9 @@ from scipy import stats
 
 from helpers.core import disk, notebooks, project, words
 
-SWEEP = "sweep.csv"  # what `thaw sweep` notes of its members
+SWEEP = "sweep.csv"  # what `thaw sweep` writes about its members
 STOPPED = "{stage}-stopped.csv"  # the epochs of a training that it stopped early, in the member's run
-IMPORTANCE = "importance.csv"  # what a search notes
+IMPORTANCE = "importance.csv"  # what a search writes
 SEED = "seed"
 ABOUT = ("member", "state", "error")
 SCORES = ("val_loss", "val_accuracy", "loss_area", "gap", "overfitting", "best_epoch", "epochs", "seconds")
@@ -23,7 +23,7 @@ LEVEL = 0.95
 def read(folder: str | os.PathLike) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Read the members of a sweep.
 
-    Where the folder has no sweep.csv, its members are the runs in it, and what varies is what their recipes differ in.
+    If the folder has no sweep.csv, its members are the runs in it, and what varies is where their recipes differ.
 
     Args:
         folder: runs/SWEEP.
@@ -37,7 +37,7 @@ def read(folder: str | os.PathLike) -> tuple[pd.DataFrame, pd.DataFrame, list[st
         FileNotFoundError: the folder holds no run with a history.
     """
     path = project.resolve(folder)
-    runs = sorted(found.parent for found in path.glob("*/recipe.yaml"))
+    runs = sorted(recipe.parent for recipe in path.glob("*/recipe.yaml"))
     histories = {run.name: history for run in runs if len(history := _history(run))}
     if not histories:
         raise FileNotFoundError(
@@ -48,8 +48,8 @@ def read(folder: str | os.PathLike) -> tuple[pd.DataFrame, pd.DataFrame, list[st
     varies = [name for name in table if name not in ABOUT]
     for name in varies:
         table[name] = _numbers(table[name])
-    found = [scores(histories[name]) if name in histories else {} for name in table["member"]]
-    scored = pd.DataFrame(found).reindex(columns=SCORES)
+    rows = [scores(histories[name]) if name in histories else {} for name in table["member"]]
+    scored = pd.DataFrame(rows).reindex(columns=SCORES)
     tested = pd.DataFrame([_tested(path / name) for name in table["member"]]).reindex(columns=TESTED)
     every = [histories[name].assign(member=name) for name in table["member"] if name in histories]
     return pd.concat([table, scored, tested], axis=1), pd.concat(every, ignore_index=True), varies
@@ -65,21 +65,21 @@ def scores(history: pd.DataFrame) -> dict[str, float]:
         val_loss (the lowest), val_accuracy and gap (training less validation accuracy) in that epoch, best_epoch
         (counted from 1 in the phase), loss_area (mean validation loss over the epochs, the area under its curve),
         overfitting (slope of the straight line through validation loss / training loss over the epochs, as in the
-        KenyanFood13 study; its sign says whether the two part), epochs and seconds (of all phases). NaN where a loss is
-        not a number.
+        KenyanFood13 study; its sign says if the two separate), epochs and seconds (of all phases). NaN if a loss
+        is not a number.
     """
     last = history[history["phase"] == history["phase"].iloc[-1]].reset_index(drop=True)
-    found: dict[str, float] = {"epochs": len(history), "seconds": history["seconds"].sum()}
+    scores: dict[str, float] = {"epochs": len(history), "seconds": history["seconds"].sum()}
     losses = last["val_loss"].to_numpy(float)
     if not np.isfinite(losses).any():
-        return found
+        return scores
     best = last.loc[last["val_loss"].idxmin()]
-    found |= {"val_loss": best["val_loss"], "val_accuracy": best["val_accuracy"], "best_epoch": int(best.name) + 1}
-    found |= {"gap": best["accuracy"] - best["val_accuracy"], "loss_area": losses.mean()}
+    scores |= {"val_loss": best["val_loss"], "val_accuracy": best["val_accuracy"], "best_epoch": int(best.name) + 1}
+    scores |= {"gap": best["accuracy"] - best["val_accuracy"], "loss_area": losses.mean()}
     ratio = losses / last["loss"].to_numpy(float)
     if len(ratio) > 1 and np.isfinite(ratio).all():
-        found["overfitting"] = float(np.polyfit(np.arange(1, len(ratio) + 1), ratio, 1)[0])
-    return found
+        scores["overfitting"] = float(np.polyfit(np.arange(1, len(ratio) + 1), ratio, 1)[0])
+    return scores
 
 
 def leaderboard(members: pd.DataFrame, varies: list[str], monitor: str = "val_loss") -> pd.DataFrame:
@@ -87,17 +87,17 @@ def leaderboard(members: pd.DataFrame, varies: list[str], monitor: str = "val_lo
 
     Args:
         members: as `read` returns it. Those without a value of `monitor` are left out.
-        varies: names of what varies; `seed` among them tells members of one setting apart.
-        monitor: a column; the lower the better if its name holds "loss".
+        varies: names of what varies; members of one setting differ in `seed`.
+        monitor: a column; lower is better if its name holds "loss".
 
     Returns:
-        What varies but the seed (or member, where nothing else does), seeds, `monitor`, low, high (95 % interval of the
+        What varies except the seed (or member, if nothing else does), seeds, `monitor`, low, high (95 % interval of the
         mean by Student's t; NaN for a single seed), and the means of the other scores.
     """
     keys = settings(varies) or ["member"]
-    known = members[members[monitor].notna()]
+    measured = members[members[monitor].notna()]
     rows = []
-    for key, group in known.groupby(keys, sort=False):
+    for key, group in measured.groupby(keys, sort=False):
         low, high = interval(group[monitor])
         others = [name for name in (*SCORES, *TESTED) if name != monitor and group[name].notna().any()]
         row = dict(zip(keys, key, strict=True)) | {"seeds": len(group), monitor: group[monitor].mean()}
@@ -107,7 +107,7 @@ def leaderboard(members: pd.DataFrame, varies: list[str], monitor: str = "val_lo
 
 
 def settings(varies: list[str]) -> list[str]:
-    """Return what varies but the seed."""
+    """Return what varies except the seed."""
     return [name for name in varies if name != SEED]
 
 
@@ -121,21 +121,21 @@ def interval(values: pd.Series) -> tuple[float, float]:
 
 
 def effects(members: pd.DataFrame, varies: list[str], monitor: str = "val_loss") -> pd.DataFrame:
-    """Return the main effect of each value of each thing that varies: the mean of its members less that of all.
+    """Return the main effect of each value of each thing that varies: the mean of its members minus that of all.
 
     The interval is that of the mean over these members by Student's t, so what else varies among them widens it.
-    What has about as many values as there are members, such as a rate that a search draws, has no such effects.
+    A parameter with about as many values as there are members, such as a rate that a search draws, gets no rows.
 
     Returns:
-        Columns factor, value, members, effect, low, high; no rows where fewer than two things are left.
+        Columns factor, value, members, effect, low, high; no rows if fewer than two things remain.
     """
-    known = members[members[monitor].notna()]
-    factors = [name for name in settings(varies) if 1 < known[name].nunique() <= len(known) / 2]
+    measured = members[members[monitor].notna()]
+    factors = [name for name in settings(varies) if 1 < measured[name].nunique() <= len(measured) / 2]
     rows = []
     for factor in factors if len(factors) > 1 else []:
-        for value, group in known.groupby(factor, sort=False):
-            low, high = (end - known[monitor].mean() for end in interval(group[monitor]))
-            effect = group[monitor].mean() - known[monitor].mean()
+        for value, group in measured.groupby(factor, sort=False):
+            low, high = (end - measured[monitor].mean() for end in interval(group[monitor]))
+            effect = group[monitor].mean() - measured[monitor].mean()
             rows.append(
                 {"factor": factor, "value": value, "members": len(group), "effect": effect} | {"low": low, "high": high}
             )
@@ -152,36 +152,37 @@ def two_way(members: pd.DataFrame, varies: list[str], score: str = "val_accuracy
 
 
 def importance(folder: str | os.PathLike) -> pd.DataFrame:
-    """Return what a search has found to matter: columns parameter and importance, a share of the differences (fANOVA).
+    """Return how much each parameter matters in a search: columns parameter and importance, a share of the differences
+    (fANOVA).
 
-    There are no rows where the folder holds no search.
+    There are no rows if the folder holds no search.
     """
     path = project.resolve(folder) / IMPORTANCE
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["parameter", "importance"])
 
 
-def told(members: pd.DataFrame, board: pd.DataFrame, varies: list[str], monitor: str = "val_loss") -> str:
-    """Say what `sentence` says, and how many members were stopped early, so that they are not taken for the others."""
+def headline(members: pd.DataFrame, board: pd.DataFrame, varies: list[str], monitor: str = "val_loss") -> str:
+    """Return `sentence`, and how many members were stopped early, so that nobody takes them for complete ones."""
     stopped = members["state"].str.startswith("stopped").sum()
     early = f" {stopped} of {len(members)} were stopped early: their numbers are of fewer epochs." if stopped else ""
     return sentence(board, varies, monitor) + early
 
 
 def sentence(board: pd.DataFrame, varies: list[str], monitor: str = "val_loss") -> str:
-    """Say in a line which setting is best, and whether the seeds can tell it from the second."""
+    """Return in one line which setting is best, and whether the seeds separate it from the second."""
     if board.empty:
         return "No member was trained to a number."
     keys, best = settings(varies) or ["member"], board.iloc[0]
     name = ", ".join(f"{key.rpartition('.')[2]} {_short(best[key])}" for key in keys)
     accuracy = f", accuracy {words.percent(best['val_accuracy'])}" if monitor != "val_accuracy" else ""
-    told = f"Best of {len(board)} settings by {monitor}: {name}: {best[monitor]:.4f}{accuracy}"
+    text = f"Best of {len(board)} settings by {monitor}: {name}: {best[monitor]:.4f}{accuracy}"
     if len(board) < 2:
-        return f"{told}."
+        return f"{text}."
     second = board.iloc[1]
     if best["seeds"] < 2 or second["seeds"] < 2:
-        return f"{told}; one seed each, so a small lead may be chance."
+        return f"{text}; one seed each, so a small lead may be chance."
     apart = best["high"] < second["low"] or best["low"] > second["high"]
-    return f"{told}; its interval over seeds {'lies apart from' if apart else 'overlaps'} that of the second."
+    return f"{text}; its interval over seeds {'is separate from' if apart else 'overlaps'} that of the second."
 
 
 def _short(value: Any) -> str:
@@ -200,10 +201,10 @@ def _history(run: Path) -> pd.DataFrame:
 
 
 def _tested(run: Path) -> dict[str, float]:
-    """Return what was measured on test, if anything was; validation in its place is no test."""
+    """Return what was measured on test, {} if nothing was; scores on validation do not count."""
     for path in (run / stage / "metrics.json" for stage in reversed(notebooks.stages())):
-        if path.is_file() and (found := disk.read_json(path)).get("part") == "test":
-            return {"test_loss": found["log_loss"]["value"], "test_accuracy": found["accuracy"]["value"]}
+        if path.is_file() and (metrics := disk.read_json(path)).get("part") == "test":
+            return {"test_loss": metrics["log_loss"]["value"], "test_accuracy": metrics["accuracy"]["value"]}
     return {}
 
 
@@ -221,5 +222,5 @@ def _compared(runs: list[Path]) -> pd.DataFrame:
         flat[run.name] = {f"{s}.{p}": str(v) for s, section in sections.items() for p, v in section.items()}
     table = pd.DataFrame.from_dict(flat, orient="index").fillna("")
     varies = [name for name in table if table[name].nunique() > 1 and not name.startswith("published.")]
-    found = table[varies].rename_axis("member").reset_index()
-    return found.assign(state="done", error="")
+    members = table[varies].rename_axis("member").reset_index()
+    return members.assign(state="done", error="")

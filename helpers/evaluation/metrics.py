@@ -1,12 +1,12 @@
 """What a model's predictions are worth: metrics with intervals.
 
 Intervals are 95 % percentile bootstrap intervals (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993,
-ch. 13), resampled within each true class. Resampling should repeat the way the data was drawn (Davison and Hinkley,
+ch. 13), resampled within each true class. Resampling should repeat how the data was drawn (Davison and Hinkley,
 "Bootstrap Methods and their Application", 1997, ch. 3): our splits are stratified, so the test part's class counts are
 fixed by design, not by chance; and no resample can lose a rare class, so that every metric is defined in each of them.
-Images of one group (a patient, a panel) are drawn together, since they tell less than as many images apart. The
-intervals tell how far the choice of test images may have moved a number; they do not hold the luck of another training
-seed.
+Images of one group (a patient, a panel) are drawn together, since they say less than as many independent images. The
+intervals show how far the choice of test images may have moved a number; they do not include the chance of another
+training seed.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ CARDS = {
     "auc": "AUC",
     "log_loss": "log loss",
     "ece": "calibration error",
-}  # what a report begins with
+}  # at the top of a report
 NAMES = CARDS | {
     "top5_accuracy": "top-5 accuracy",
     "macro_fbeta": "macro F-beta",
@@ -52,16 +52,16 @@ def metrics(
     groups: Sequence[str] | None = None,
     beta: float = 1.0,
 ) -> dict:
-    """Everything that metrics.json tells of one set of predictions.
+    """Return everything that metrics.json holds about one set of predictions.
 
     Balanced accuracy, macro F1 and AUC are means over the classes that the test part holds. Top-3 and top-5 accuracy
-    are given where there are more classes than that. AUC is the area under the ROC curve, average precision that under
-    the curve of precision and recall: of the second class for two, otherwise the mean of each class against the rest.
-    The Brier score is half the usual sum for two classes, as scikit-learn has it. ECE is the expected calibration error
+    are there if there are more classes than that. AUC is the area under the ROC curve, average precision that under
+    the precision-recall curve: of the second class for two, otherwise the mean of each class against the rest.
+    The Brier score is half the usual sum for two classes, as in scikit-learn. ECE is the expected calibration error
     in 15 equal bins (Guo et al., 2017).
 
-    A metric without any mistake cannot vary between resamples: its interval would have no width, which is not what
-    is known. Accuracy then has the exact binomial interval (Clopper and Pearson, 1934), the others none (None).
+    A metric without any mistake cannot vary between resamples: an interval without width would
+    claim too much. Accuracy then has the exact binomial interval (Clopper and Pearson, 1934), the others none (None).
 
     Args:
         predictions: see `tables.predictions_table`.
@@ -69,10 +69,10 @@ def metrics(
         seed: of the resampling.
         n_bootstrap: resamples.
         groups: of each image; images of one group are drawn together.
-        beta: recall counts `beta` times as much as precision in macro F-beta, which is given unless it is 1.
+        beta: recall counts `beta` times as much as precision in macro F-beta, which is left out if it is 1.
 
     Raises:
-        ValueError: `predictions` are none, or there are more or fewer groups than images.
+        ValueError: there are no `predictions`, or there are more or fewer groups than images.
 
     Returns:
         A dict of plain Python values. `accuracy` and so on are {"value", "low", "high"}, fractions of 1 (log loss in
@@ -103,13 +103,13 @@ def metrics(
 
 
 def metrics_table(result: dict) -> pd.DataFrame:
-    """The headline metrics of `metrics` for display: columns value, low, high; a row for each metric that it holds."""
+    """Return the headline metrics of `metrics` for display: columns value, low, high; a row for each metric in it."""
     rows = {title: result[name] for name, title in NAMES.items() if name in result}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"]).astype(float).round(4)
 
 
 def errors_text(errors: dict[str, dict]) -> str:
-    """Calibration errors with their intervals in one line.
+    """Return calibration errors with their intervals in one line.
 
     Args:
         errors: name -> {"value", "low", "high"}, as `calibration.error` returns it.
@@ -122,10 +122,10 @@ def errors_text(errors: dict[str, dict]) -> str:
 
 
 def headline(result: dict, published: dict[str, float] | None = None) -> str:
-    """One line for the end of a run: accuracy with its interval, beside published figures if there are any.
+    """Return one line for the end of a run: accuracy with its interval, and published figures if there are any.
 
     Args:
-        result: from `metrics`; a key `part` says "val" when it was not the test part.
+        result: from `metrics`; a key `part` is "val" if it was not the test part.
         published: name -> accuracy, in percent or as a fraction.
     """
     value, low, high = (words.percent(result["accuracy"][key]) for key in ("value", "low", "high"))
@@ -135,17 +135,17 @@ def headline(result: dict, published: dict[str, float] | None = None) -> str:
         f"macro F1 {words.percent(result['macro_f1']['value'])}",
         f"{result['n']:,} {'validation' if result.get('part') == 'val' else 'test'} images",
     ]
-    known = [f"{name} {words.percent(as_fraction(value), 2)}" for name, value in (published or {}).items()]
-    return ", ".join(parts) + (f"; published: {', '.join(known)}" if known else "")
+    figures = [f"{name} {words.percent(as_fraction(value), 2)}" for name, value in (published or {}).items()]
+    return ", ".join(parts) + (f"; published: {', '.join(figures)}" if figures else "")
 
 
 def as_fraction(value: float) -> float:
-    """A published figure as a fraction: 88.42 and 0.8842 are the same."""
+    """Return a published figure as a fraction: 88.42 and 0.8842 are the same."""
     return float(value) / 100 if float(value) > 1 else float(value)
 
 
 class Scores:
-    """The metrics of any number of weighted copies of one test part at once, as matrix products."""
+    """The metrics of any number of weighted copies of one test part, all together, as matrix products."""
 
     def __init__(self, truth: np.ndarray, picked: np.ndarray, probabilities: np.ndarray, beta: float = 1.0):
         count, rows = probabilities.shape[1], np.arange(len(truth))
@@ -164,7 +164,7 @@ class Scores:
         self.gaps = np.eye(details.BINS)[details.bins_of(confidence, details.BINS)] * (confidence - self.right)[:, None]
 
     def of(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Every metric but the areas, for weights (resamples, images).
+        """Return every metric except the areas, for weights (resamples, images).
 
         Returns:
             name -> float64 (resamples,).
@@ -192,7 +192,7 @@ class Scores:
         return scores | {name: weights @ inside / total for name, inside in self.in_top.items()}
 
     def areas(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """AUC and average precision for weights as above: float64 (resamples,), NaN for a test part of one class."""
+        """Return AUC and average precision for weights as above: float64 (resamples,), NaN if there is one class."""
         if len(self.present) < 2:
             return {name: np.full(len(weights), np.nan) for name in AREAS}
         classes = [1] if self.probabilities.shape[1] == 2 else self.present
@@ -204,10 +204,10 @@ class Scores:
         return np.where(support > 0, scores, np.nan)[:, self.present].mean(axis=1, where=support[:, self.present] > 0)
 
     def _areas_of(self, weights: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Weighted AUC and average precision of a class against the rest.
+        """Return weighted AUC and average precision of a class against the rest.
 
-        AUC is the chance that an image of the class scores above another, ties half; average precision the sum over
-        thresholds of precision times what recall gains there.
+        AUC is the chance that an image of the class scores above another, ties half; average precision is the sum over
+        thresholds of precision times the gain of recall.
         """
         order = np.argsort(self.probabilities[:, index], kind="stable")
         score, is_class = self.probabilities[order, index], self.truth[order] == index
@@ -217,8 +217,8 @@ class Scores:
         other = np.add.reduceat(weights * ~is_class, starts, axis=1)
         below = np.cumsum(other, axis=1) - 0.5 * other
         n_own, n_other = own.sum(axis=1), other.sum(axis=1)
-        found, wrong = (np.cumsum(part[:, ::-1], axis=1)[:, ::-1] for part in (own, other))
-        precision = _ratio(found, found + wrong, 0.0)
+        hits, false = (np.cumsum(part[:, ::-1], axis=1)[:, ::-1] for part in (own, other))
+        precision = _ratio(hits, hits + false, 0.0)
         auc = _ratio((own * below).sum(axis=1), n_own * n_other, np.nan)
         return auc, _ratio((own * precision).sum(axis=1), n_own, np.nan)
 
@@ -227,7 +227,7 @@ AREAS = ("auc", "average_precision")
 
 
 def resamples(truth: np.ndarray, seed: int, n_bootstrap: int, groups: Sequence[str] | None = None):
-    """Weights of stratified bootstrap resamples: chunks of float64 (resamples, images), about 32 MB each.
+    """Yield weights of stratified bootstrap resamples: chunks of float64 (resamples, images), about 32 MB each.
 
     Args:
         truth: class of each image, integers.
@@ -236,7 +236,7 @@ def resamples(truth: np.ndarray, seed: int, n_bootstrap: int, groups: Sequence[s
         groups: of each image; those of one group are drawn together, as members of the class of the first of them.
 
     Raises:
-        ValueError: no resample is asked for, or groups are missing.
+        ValueError: there is no resample, or groups are missing.
     """
     if n_bootstrap < 1:
         raise ValueError(f"n_bootstrap is {n_bootstrap}; expected at least 1")
@@ -260,20 +260,20 @@ def resamples(truth: np.ndarray, seed: int, n_bootstrap: int, groups: Sequence[s
 def _bootstrap(
     scores: Scores, truth: np.ndarray, seed: int, n_bootstrap: int, groups: Sequence[str] | None
 ) -> dict[str, np.ndarray]:
-    """Name -> values (resamples,). The areas, which sort by every class, stop early where that would take minutes."""
+    """Return name -> values (resamples,). The areas, which sort by every class, stop early if they take minutes."""
     chunks, areas = [], []
     enough = min(n_bootstrap, max(200, int(1e8 / scores.probabilities.size)))
     for weights in resamples(truth, seed, n_bootstrap, groups):
         chunks.append(scores.of(weights))
-        wanted = enough - sum(len(part["auc"]) for part in areas)
-        if wanted > 0:
-            areas.append(scores.areas(weights[:wanted]))
+        remaining = enough - sum(len(part["auc"]) for part in areas)
+        if remaining > 0:
+            areas.append(scores.areas(weights[:remaining]))
     joined = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     return joined | {name: np.concatenate([part[name] for part in areas]) for name in AREAS}
 
 
 def _ratio(above: np.ndarray, below: np.ndarray, otherwise: float) -> np.ndarray:
-    """Return above / below, and `otherwise` where that is no number."""
+    """Return above / below, and `otherwise` where `below` is not above 0."""
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, otherwise), where=below > 0)
 
 
@@ -285,13 +285,13 @@ def _interval(name: str, value: float, draws: np.ndarray, counts: dict) -> dict:
             exact = binomtest(counts["n_correct"], counts["n"]).proportion_ci(LEVEL, method="exact")
             low, high = float(exact.low), float(exact.high)
     elif name == "ece":
-        # Resampling adds noise to each bin and ECE takes its absolute value, so resamples lie too high.
+        # Resampling adds noise to each bin and ECE takes its absolute value, so resamples are too high.
         low = min(low, value)
     return {"value": value, "low": low, "high": high}
 
 
 def _records(frame: pd.DataFrame) -> list[dict]:
-    """Rows as plain Python values that JSON can hold: NaN becomes None."""
+    """Return rows as plain Python values that JSON can hold: NaN becomes None."""
     rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
     return [
         {key: value.item() if isinstance(value, np.generic) else value for key, value in row.items()} for row in rows

@@ -1,4 +1,4 @@
-"""Classify images with the model of a run, read exactly as its training images were read."""
+"""Classify images with the model of a run, read exactly like its training images."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,17 +21,17 @@ BATCH = 32
 UNSURE = "unsure"
 FIRST = ("path", "predicted", "confidence")  # columns of a row
 NOTES = {
-    "answer": "the predicted class, or that the promise of 05 cannot be kept",
-    "second": "the class next in probability",
+    "answer": "the predicted class, or unsure where the promise of 05 cannot be kept",
+    "second": "the second most probable class",
     "set": "the classes that keep a promise of coverage",
-    "novel": "yes where the image looks like none of the classes",
+    "novel": "yes if the image looks like none of the classes",
 }
 DECISIVE = ("model.keras", "model.json", "class_names.json", "decision.json", distances.FILE)  # files that decide a row
-PIECE = 16 * BATCH  # images that a host is given at a time; whole batches, so that hosts change no digit
+PIECE = 16 * BATCH  # images that a host gets at a time; whole batches, so that hosts change no digit
 
 
 def model_folder(run: str | Path) -> Path:
-    """Return the folder of the run's model: the one that 05_evaluate tested, else the last one trained.
+    """Return the folder of the run's model: the one that 05_evaluate tested, otherwise the last one trained.
 
     Raises:
         FileNotFoundError: there is no such run, or it has no trained model yet.
@@ -50,8 +50,8 @@ def mirrored(model, mirror: str):
 
     Args:
         model: keras.Model, images (batch, H, W, 3) -> probabilities (batch, classes).
-        mirror: "none" (the model itself), "horizontal", "vertical", "both", which takes all four mirror images, or
-            "dihedral", which takes all eight flips and quarter turns.
+        mirror: "none" (the model itself), "horizontal", "vertical", "both", all four mirror images, or
+            "dihedral", all eight flips and quarter turns.
 
     Raises:
         ValueError: "dihedral" for images that are not square, which quarter turns do not fit.
@@ -73,7 +73,7 @@ def mirrored(model, mirror: str):
 
 
 def probabilities(model, images) -> np.ndarray:
-    """Return what a model says of the images of a resized folder, (images, classes) float32, in their order.
+    """Return the probabilities of a model for the images of a resized folder, (images, classes) float32, in order.
 
     Args:
         model: keras.Model, images (batch, H, W, 3) -> probabilities (batch, classes).
@@ -98,7 +98,7 @@ def table(images, scores: np.ndarray, root: Path) -> pd.DataFrame:
 
 
 def load(folder: Path):
-    """Return the network of a run: images -> probabilities, and the features of novelty where 05 remembers images.
+    """Return the network of a run: images -> probabilities, and the features of novelty if 05 remembers images.
 
     Args:
         folder: as `model_folder` returns it.
@@ -106,49 +106,49 @@ def load(folder: Path):
     Returns:
         keras.Model with one output (batch, classes), or with two.
     """
-    from helpers.compute import hardware  # takes seconds, which a wrong path need not
+    from helpers.compute import hardware  # takes seconds, which a wrong path should not cost
 
     model = hardware.load(folder / "model.keras")
     return novelty.with_features(model) if (folder / distances.FILE).is_file() else model
 
 
 def asking(model, folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function of images that gives what the network of a run says, in one pass and as fast as in 05.
+    """Return a function from images to the outputs of a run's network, in one pass and as fast as in 05.
 
     Args:
         model: as `load` returns it.
-        folder: where it lies.
+        folder: of the model.
 
     Returns:
-        A function, images (n, H, W, 3) -> probabilities (n, classes). Where 05 remembers images, one more column says
+        A function, images (n, H, W, 3) -> probabilities (n, classes). If 05 remembers images, one more column holds
         by how much each image is farther than the threshold of novelty.
     """
     from helpers.compute import inference
 
-    known = distances.read(folder)
-    if known is None:
+    remembered = distances.read(folder)
+    if remembered is None:
         return inference.fast(model)
     run, count = novelty.asking(model)
 
     def ask(pixels: np.ndarray) -> np.ndarray:
-        said = run(pixels)
-        return np.column_stack([said[:, :count], known.beyond(said[:, count:])])
+        outputs = run(pixels)
+        return np.column_stack([outputs[:, :count], remembered.beyond(outputs[:, count:])])
 
     return ask
 
 
 class Classifier:
-    """The model of a run, asked about any number of files in the memory of a few.
+    """The model of a run, for any number of files with the memory of a few.
 
     Attributes:
         class_names: in the model's order.
-        header: the columns of a row: path, predicted, confidence, not_read (why a file is no readable image), what the
-            run has learned to say of it (`NOTES`), and the probability of each class.
-        version: changes when the model does, or what it says beside its probabilities.
+        header: the columns of a row: path, predicted, confidence, not_read (why a file is no readable image), the
+            notes that the run can make (`NOTES`), and the probability of each class.
+        version: changes when the model does, or its notes.
     """
 
     def __init__(self, run: str | Path, hosts: str = "") -> None:
-        """Find the model; it is loaded once the first files are found.
+        """Find the model; it is loaded when the first files are found.
 
         Args:
             run: the folder of a run, or of one of its training stages.
@@ -171,7 +171,7 @@ class Classifier:
         self._read = self._beyond = 0
 
     def rows(self, files: Iterable[str | Path], reads: Iterable[str | Path] = ()) -> Iterator[list]:
-        """Yield a row for each file, in order; where it cannot be read, all but its path and the reason is "".
+        """Yield a row for each file, in order; if it cannot be read, all except its path and the reason is "".
 
         Args:
             files: images.
@@ -180,15 +180,15 @@ class Classifier:
         Raises:
             parallel.HostError: the hosts cannot do it.
         """
-        for paths, said, reasons, beyond in self._pieces(files, reads):
-            self._read, self._beyond = self._read + len(said), self._beyond + beyond
-            told = zip(*self._columns(said), strict=True) if len(said) else iter(())
+        for paths, outputs, reasons, beyond in self._pieces(files, reads):
+            self._read, self._beyond = self._read + len(outputs), self._beyond + beyond
+            answers = zip(*self._columns(outputs), strict=True) if len(outputs) else iter(())
             for path, reason in zip(paths, reasons, strict=True):
                 unread = ["", "", reason, *[""] * (len(self.header) - len(FIRST) - 1)]
-                yield [str(path), *(unread if reason else next(told))]
+                yield [str(path), *(unread if reason else next(answers))]
 
     def caution(self) -> str:
-        """Return what should be known about the rows so far; "" where there is nothing."""
+        """Return cautions about the rows so far; "" if there are none."""
         cautions = []
         if boxes := self._about.get("crop", {}).get("boxes"):
             cautions.append(f"The model learned on images cut to the boxes of {boxes}; these are taken whole.")
@@ -208,45 +208,45 @@ class Classifier:
         pieces = _batched(map(str, files), PIECE)
         return chain.from_iterable(parallel.spread(work, pieces, address=self.hosts, reads=seen))
 
-    def _columns(self, said: np.ndarray) -> list[list]:
-        """Return the columns from `predicted` on, of images that were read."""
+    def _columns(self, outputs: np.ndarray) -> list[list]:
+        """Return the columns from `predicted` on, of the readable images."""
         names, count = np.array(self.class_names, dtype=object), len(self.class_names)
-        chances = said[:, :count]
+        chances = outputs[:, :count]
         order = np.argsort(-chances, axis=1, kind="stable")
-        first, rows = names[order[:, 0]], [chances.max(axis=1).tolist(), [""] * len(said)]
+        first, rows = names[order[:, 0]], [chances.max(axis=1).tolist(), [""] * len(outputs)]
         if self._promise:
             answers = np.where(promises.answered(self._promise, chances), first, UNSURE)
             rows += [answers.tolist(), names[order[:, 1]].tolist()]
         if "set" in self._notes:
             rows.append(["|".join(names[row]) for row in promises.sets(self._promise, chances)])
         if "novel" in self._notes:
-            rows.append(["yes" if beyond else "" for beyond in said[:, count] > 0])
+            rows.append(["yes" if beyond else "" for beyond in outputs[:, count] > 0])
         return [first.tolist(), *rows, *chances.T.tolist()]
 
 
 def predict(run: str | Path, paths: Iterable[str | Path], hosts: str = "") -> tuple[pd.DataFrame, dict[str, str]]:
-    """Classify image files and folders of images into one table; `Classifier` takes more of them than memory holds.
+    """Classify image files and folders of images into one table; `Classifier` takes more of them than fit in memory.
 
     Args:
         run, hosts: as for `Classifier`.
         paths: image files and folders.
 
     Returns:
-        A table with the columns path, predicted, confidence, what the run has learned to say of it (`NOTES`), and one
+        A table with the columns path, predicted, confidence, the notes that the run can make (`NOTES`), and one
         probability per class; and a mapping of each file that is not a readable image to the reason. `attrs["caution"]`
-        of the table says what should be known about it.
+        of the table holds cautions about it.
 
     Raises:
         FileNotFoundError: the run, its model, or a path does not exist.
         parallel.HostError: the hosts cannot do it.
     """
-    asked, paths = Classifier(run, hosts), list(paths)
-    table = pd.DataFrame(asked.rows(listing.find(paths), paths), columns=asked.header)
-    reasons = table.pop(asked.header[len(FIRST)])
+    model, paths = Classifier(run, hosts), list(paths)
+    table = pd.DataFrame(model.rows(listing.find(paths), paths), columns=model.header)
+    reasons = table.pop(model.header[len(FIRST)])
     unreadable = dict(zip(table["path"][reasons != ""], reasons[reasons != ""], strict=True))
-    table = table[reasons == ""].reset_index(drop=True).astype(dict.fromkeys(["confidence", *asked.class_names], float))
-    table.attrs["class_names"] = asked.class_names
-    if caution := asked.caution():
+    table = table[reasons == ""].reset_index(drop=True).astype(dict.fromkeys(["confidence", *model.class_names], float))
+    table.attrs["class_names"] = model.class_names
+    if caution := model.caution():
         table.attrs["caution"] = caution
     return table, unreadable
 
@@ -258,28 +258,28 @@ def _loaded(folder: Path, version: str) -> Callable[[np.ndarray], np.ndarray]:
 
 def _classify_with(folder: Path, version: str, place: str, files: list[str]) -> list[tuple]:
     """Classify files, whose paths are relative to `place`, on a host, which keeps the model for its next piece."""
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the host's worker lives on beside what comes next
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the host's worker shares the GPU with later work
     return list(_classify(folder, version, files, place))
 
 
 def _classify(
     folder: Path, version: str, files: Iterable[str | Path], place: str = ""
 ) -> Iterator[tuple[list, np.ndarray, list[str], int]]:
-    """Yield some files at a time, with what the model says of those that are readable images, as `asking` gives it, for
-    each file why it is none, or "", and how many of them hold values beyond the range that the model knows.
+    """Yield for some files at a time: their paths; the outputs of `asking` for the readable images; why each file
+    is unreadable, or ""; how many hold values beyond the learned range.
     """
     read = _reader(folder, place)
     with ThreadPoolExecutor(cpu_count()) as pool:
         reading = ((batch, pool.map(read, batch)) for batch in _batched(files, BATCH))
-        for (batch, loaded), _ in pairwise(chain(reading, [None])):  # the next batch is read meanwhile
-            found = list(loaded)
-            pixels = [one for one, _, _ in found if one is not None]
-            said = _loaded(folder, version)(np.stack(pixels)) if pixels else np.zeros((0, 0))
-            yield batch, said, [reason for _, reason, _ in found], sum(beyond for *_, beyond in found)
+        for (batch, loaded), _ in pairwise(chain(reading, [None])):  # meanwhile the next batch is read
+            results = list(loaded)
+            pixels = [one for one, _, _ in results if one is not None]
+            outputs = _loaded(folder, version)(np.stack(pixels)) if pixels else np.zeros((0, 0))
+            yield batch, outputs, [reason for _, reason, _ in results], sum(beyond for *_, beyond in results)
 
 
 def _reader(folder: Path, place: str) -> Callable[[str | Path], tuple[np.ndarray | None, str, bool]]:
-    """Return a function of a file that gives its pixels or None, why it is no readable image, or "", and whether it
+    """Return a function from a file to its pixels or None, why it is unreadable, or "", and whether it
     holds values beyond the range that the model knows.
     """
     about = disk.read_json(folder / "model.json")
@@ -304,20 +304,20 @@ def _batched(items: Iterable, size: int) -> Iterator[list]:
 
 
 def submission(predictions: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Return predictions in the form that a competition asks for, such as the columns id, breed.
+    """Return predictions in the form that a competition requires, such as the columns id, breed.
 
     Args:
         predictions: path, predicted, and a column of probabilities for each class.
-        columns: the wanted columns in order. The first identifies the image: by its file name without suffix, or as it
-            stands when the column is called path. A class name is that class's probability, `*` stands for all of
+        columns: the columns in order. The first identifies the image: by its file name without suffix, or by its path
+            if the column is called path. A class name is that class's probability, `*` means all of
             them in the model's order, and any other name is the predicted class.
 
     Raises:
-        ValueError: fewer than two columns are asked for.
+        ValueError: there are fewer than two columns.
     """
     if len(columns) < 2:
         raise ValueError(
-            f"columns: {list(columns)}; expected the image's column and one more at least, as in id,breed."
+            f"columns: {list(columns)}; expected the image's column and at least one more, as in id,breed."
         )
     own = ("path", "predicted", "confidence")
     class_names = predictions.attrs.get("class_names") or [name for name in predictions if name not in own]

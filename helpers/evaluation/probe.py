@@ -1,8 +1,8 @@
-"""A probe: how well a linear classifier tells the classes apart from what a frozen backbone makes of the images.
+"""A probe: how well a linear classifier separates the classes by the features of a frozen backbone.
 
-The features are those that phase 1 trains on, computed once and kept where the training stages look for them. They are
-computed in a process of its own (`core.child`), so that the memory measured is this backbone's
-and a backbone that is not available, or does not fit into memory, is a row with a reason. Only train and val are read.
+The features are those that phase 1 trains on, computed once and kept where the training stages look for them. Each
+backbone runs in a separate process (`core.child`), so that the measured memory is its own. A backbone that is not
+available, or does not fit into memory, is a row with a reason. Only train and val are read.
 """
 
 import re
@@ -39,20 +39,20 @@ def embed(
     next_unfreeze: str | int | float | dict = "none",
     cache_gb: float = 20.0,
 ) -> dict[str, Any]:
-    """Compute what a frozen backbone makes of the plain images of train and val, in a process of its own.
+    """Compute the features of a frozen backbone for the plain images of train and val, in a separate process.
 
     Args:
         backbone: name, as `thaw backbones` lists them.
         source: folder of 02_resize.
         cache: folder of banks, as the training stages use it; what is there already is not computed again.
         weights: "imagenet" or "none".
-        next_unfreeze: as in 03_train_head, whose activations are then kept too; where the backbone has no such layer,
-            the features alone are.
+        next_unfreeze: as in 03_train_head, whose activations are then kept too; if the backbone has no such layer,
+            only the features are.
         cache_gb: disk that the activations may take, in 1e9 bytes.
 
     Returns:
         backbone, image_size and, if it worked, train and val (files of float16 or float32 features), images_per_second
-        (of the forward pass), memory_mb (the most that the process held), parameters, model_mb (of its weights),
+        (of the forward pass), memory_mb (the most that the process used), parameters, model_mb (of its weights),
         cache_mb (of what is kept); if it did not, `problem`, the reason in words.
     """
     about = {"backbone": backbone, "image_size": disk.read_json(source / "resize.json")["image_size"]}
@@ -72,11 +72,11 @@ def embed_all(names: Sequence[str], sources: Sequence[Path], **settings: Any) ->
     Args:
         names: of backbones, each once.
         sources: folders of 02_resize. A backbone takes the one of the size that its ImageNet weights were trained at,
-            the first one where there is none.
+            the first one if there is none.
         settings: the other arguments of `embed`.
 
     Raises:
-        ValueError: a name is unknown or given twice.
+        ValueError: a name is unknown or named twice.
     """
     by_size = {disk.read_json(source / "resize.json")["image_size"]: source for source in reversed(sources)}
     own = {name: by_size.get(backbones.spec(name).size, sources[0]) for name in names}
@@ -86,18 +86,18 @@ def embed_all(names: Sequence[str], sources: Sequence[Path], **settings: Any) ->
     return [embed(name, source, **settings) | {"source": str(source)} for name, source in tracked]
 
 
-def problems(found: Sequence[dict[str, Any]]) -> str:
+def problems(items: Sequence[dict[str, Any]]) -> str:
     """Return which of the backbones are not available, and why."""
-    return "\n".join(f"{item['backbone']}: {item['problem']}" for item in found if "problem" in item)
+    return "\n".join(f"{item['backbone']}: {item['problem']}" for item in items if "problem" in item)
 
 
 def rank(
-    found: Sequence[dict[str, Any]], *, seed: int = 0, resamples: int = 2000
+    items: Sequence[dict[str, Any]], *, seed: int = 0, resamples: int = 2000
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """Judge each backbone by a probe on the validation images.
 
     Args:
-        found: from `embed_all`.
+        items: from `embed_all`.
         seed: of folds and resamples.
         resamples: behind each interval.
 
@@ -110,9 +110,9 @@ def rank(
     Raises:
         ValueError: no backbone is available.
     """
-    good = [item for item in found if "problem" not in item]
+    good = [item for item in items if "problem" not in item]
     if not good:
-        raise ValueError(f"None of the backbones is available.\n{problems(found)}")
+        raise ValueError(f"None of the backbones is available.\n{problems(items)}")
     rows, predictions = [], {}
     for item in progress.track(good, total=len(good), unit="backbone", label="probe"):
         strength, table = judge(item, seed)
@@ -125,31 +125,31 @@ def rank(
     best = predictions[order[0]["backbone"]]
     for row in order[1:]:
         row["p_value"] = comparison.compare(best, predictions[row["backbone"]], names, n_bootstrap=1)["p_value"]
-    table = pd.DataFrame([*order, *(item for item in found if "problem" in item)]).reindex(columns=COLUMNS)
+    table = pd.DataFrame([*order, *(item for item in items if "problem" in item)]).reindex(columns=COLUMNS)
     return table, predictions
 
 
 def headline(table: pd.DataFrame) -> str:
     """Return the best of a table of `rank` as one line."""
-    best, known = table.iloc[0], int(table["accuracy"].notna().sum())
+    best, available = table.iloc[0], int(table["accuracy"].notna().sum())
     value, low, high = (words.percent(best[name]) for name in ("accuracy", "low", "high"))
     return (
-        f"{best['backbone']} is best of {known}: {value} of validation (95 % interval {low} to {high}),"
+        f"{best['backbone']} is best of {available}: {value} of validation (95 % interval {low} to {high}),"
         f" {best['images_per_second']:,.0f} images/s"
     )
 
 
 def recommendation(table: pd.DataFrame) -> str:
-    """Return which backbone of a table of `rank` to take: the fastest that validation cannot tell from the best."""
-    known = table[table["accuracy"].notna()]
-    equal = known[~(known["p_value"] < SIGNIFICANT)]
+    """Return which backbone of a table of `rank` to take: the fastest that validation cannot separate from the best."""
+    available = table[table["accuracy"].notna()]
+    equal = available[~(available["p_value"] < SIGNIFICANT)]
     name, best = equal.loc[equal["images_per_second"].idxmax(), "backbone"], table["backbone"].iloc[0]
     if len(equal) == 1:
-        why = "it is better than every other by more than chance" if len(known) > 1 else "there is no other"
+        why = "it is better than every other by more than chance" if len(available) > 1 else "there is no other"
     elif name == best:
-        why = f"it is the best, and the fastest of the {len(equal)} that validation cannot tell apart"
+        why = f"it is the best, and the fastest of the {len(equal)} that validation cannot separate"
     else:
-        why = f"it is the fastest of the {len(equal)} that validation cannot tell from {best}"
+        why = f"it is the fastest of the {len(equal)} that validation cannot separate from {best}"
     return f"Recommended: {name}; {why}."
 
 
@@ -189,9 +189,9 @@ def best_strength(features: np.ndarray, labels: np.ndarray, groups: np.ndarray, 
     return linear.best_strength(features, labels, rounds, STRENGTHS, TOLERANCE)
 
 
-def read(found: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the features of train and val that `embed` found, float32 (images, n)."""
-    train, val = (np.load(found[part]) for part in ("train", "val"))
+def read(item: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the features of train and val from `embed`, float32 (images, n)."""
+    train, val = (np.load(item[part]) for part in ("train", "val"))
     return tuple(part.reshape(-1, part.shape[-1]).astype("float32") for part in (train, val))
 
 
@@ -206,13 +206,13 @@ def judge(item: dict[str, Any], seed: int = 0) -> tuple[float, pd.DataFrame]:
         The strength that cross-validation chose, and predictions as `tables.predictions_table` makes them.
     """
     train, val, class_names = parts(Path(item["source"]))
-    features, asked = read(item)
+    features, val_features = read(item)
     labels = train["target"].to_numpy()
     strength = best_strength(features, labels, train["sha256"].to_numpy(), seed)
     model = linear.fit(linear.classifier(strength, TOLERANCE), features, labels)
-    said = np.zeros((len(asked), len(class_names)))
-    said[:, model.classes_] = model.predict_proba(asked)  # a class that it has never seen keeps 0
-    return strength, tables.predictions_table(val["path"], list(val["label"]), said, class_names, val["file"])
+    probabilities = np.zeros((len(val_features), len(class_names)))
+    probabilities[:, model.classes_] = model.predict_proba(val_features)  # a class without training images keeps 0
+    return strength, tables.predictions_table(val["path"], list(val["label"]), probabilities, class_names, val["file"])
 
 
 def _embed(**task: Any) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _embed(**task: Any) -> dict[str, Any]:
     if banks is None:
         raise ValueError(f"{task['cache_gb']:g} GB of cache_gb do not hold its features.")
     prefix = cut.prefix
-    files = [str(found.folder / "activations.npy") for found in (banks.train, banks.val)]
+    files = [str(part.folder / "activations.npy") for part in (banks.train, banks.val)]
     return {
         "train": files[0],
         "val": files[1],
@@ -262,8 +262,8 @@ def _speed(prefix: Any, images: Any) -> float:
 
 
 def _peak_memory() -> int:
-    """Return the most memory in bytes that this process has held."""
-    try:  # ru_maxrss may be that of the process that started this one
+    """Return the most memory in bytes that this process has used."""
+    try:  # ru_maxrss may belong to the process that started this one
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):

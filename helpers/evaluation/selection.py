@@ -2,14 +2,14 @@
 
 import pandas as pd
 
-JOINED = "join"  # the phase of a history that stands for several runs joined, in place of phase 2
+JOINED = "join"  # the phase of a history that is several joined runs, instead of phase 2
 
 
 def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: str = "val_loss") -> dict:
-    """Which phase gives the run's model: the one whose best epoch is better on the validation part, never on test.
+    """Return which phase gives the run's model: the one whose best epoch is better on validation, never on test.
 
-    The default is the validation loss: it counts how sure each prediction was, so on a validation part of a few
-    hundred images it tells two models apart where accuracy moves in steps of a whole image. Where the two phases
+    The default is the validation loss, which counts how sure each prediction was. On a validation part of a few
+    hundred images it separates two models, where accuracy changes in steps of a whole image. If the two phases
     minimise different losses (label smoothing or focal loss in one of them), use "val_accuracy". Equal values keep
     the head: fine-tuning then gained nothing.
 

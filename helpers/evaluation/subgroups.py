@@ -1,4 +1,4 @@
-"""Does the model work equally well for everyone? Metrics by any column of the inventory."""
+"""Does the model work equally well for all groups? Metrics by any column of the inventory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from helpers.core import disk, words
 from helpers.data import inventory
 from helpers.evaluation import metrics, tables
 
-MOST = 12  # values of a column; numbers with more are cut into quarters, of names the most frequent are kept
+MOST = 12  # values of a column; numbers with more are cut into quarters; of names, the most frequent stay
 COLUMNS = ["column", "value", "images", "accuracy", "low", "high", "balanced_accuracy"]
 
 
@@ -58,7 +58,7 @@ def measure(
     Returns:
         A table with the columns column, value, images, accuracy with low and high (95 % interval), balanced_accuracy;
         and sentences that name the best and the worst subgroup and the interval of the difference of their accuracies,
-        a percentile bootstrap in which best and worst are those of the whole. Of many subgroups, some are far apart by
+        a percentile bootstrap in which best and worst are those of the whole. Among many subgroups, some differ much by
         chance.
 
     Raises:

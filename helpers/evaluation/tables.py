@@ -1,6 +1,6 @@
 """The table of predictions: a row for each image, with its true class, the predicted one and all probabilities.
 
-Its columns are `path` (of the raw image), `label`, `predicted`, `file` (the resized image, where it is known), then one
+Its columns are `path` (of the raw image), `label`, `predicted`, `file` (the resized image, if it is known), then one
 column of probabilities for each class, in the order of the model's outputs. NumPy and pandas only.
 """
 
@@ -21,11 +21,11 @@ def predictions_table(
     class_names: Sequence[str],
     files: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """The table that predictions.csv holds.
+    """Return the table that predictions.csv holds.
 
     Args:
         paths: of the raw images, as in images.csv.
-        labels: the true class of each image: names, or integers that count into `class_names`.
+        labels: the true class of each image: names, or indices into `class_names`.
         probabilities: (images, classes), each row adding up to 1, columns in the order of `class_names`.
         class_names: in the model's order.
         files: of the resized images, as in images.csv.
@@ -62,19 +62,19 @@ def read_predictions(path: str | Path) -> pd.DataFrame:
 
 
 def keys(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns that say which image a row is about, what it is and what was predicted."""
+    """Return the columns that identify the image of a row, with its true and its predicted class."""
     return predictions[[column for column in (*KEYS, FILE) if column in predictions]]
 
 
 def confusion_matrix(predictions: pd.DataFrame, class_names: Sequence[str]) -> np.ndarray:
-    """Counts, int64 (classes, classes): rows are true classes, columns predicted ones."""
+    """Return counts, int64 (classes, classes): rows are true classes, columns predicted ones."""
     truth, _ = parse(predictions, class_names)
     predicted, count = picked(predictions, class_names), len(class_names)
     return np.bincount(truth * count + predicted, minlength=count * count).reshape(count, count)
 
 
 def parse(predictions: pd.DataFrame, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Check the table; give the true class of each row as an index (images,) and the probabilities."""
+    """Check the table; return the true class of each row as an index (images,) and the probabilities."""
     names = [str(name) for name in class_names]
     if len(predictions) == 0:
         raise ValueError("no image to evaluate; expected at least one row of predictions")
@@ -105,14 +105,14 @@ def picked(predictions: pd.DataFrame, class_names: Sequence[str]) -> np.ndarray:
     Raises:
         ValueError: a prediction is none of the class names.
     """
-    found = pd.Index([str(name) for name in class_names]).get_indexer(predictions["predicted"].astype(str))
-    if (found < 0).any():
-        raise ValueError(f"{predictions['predicted'][found < 0].iloc[0]!r} was predicted but is not a class name")
-    return found
+    indices = pd.Index([str(name) for name in class_names]).get_indexer(predictions["predicted"].astype(str))
+    if (indices < 0).any():
+        raise ValueError(f"{predictions['predicted'][indices < 0].iloc[0]!r} was predicted but is not a class name")
+    return indices
 
 
 def _named(labels: Sequence[str] | np.ndarray, names: list[str]) -> list[str]:
-    """Labels as class names; integers count into them, text stays as it is (also the text "3")."""
+    """Return labels as class names; integers are indices, text stays as it is (also the text "3")."""
     array = np.asarray(labels)
     if array.dtype.kind not in "iu":
         return [str(label) for label in labels]

@@ -1,6 +1,6 @@
-"""A bundle: a folder that holds a network in some formats and all that is needed to use it, and nothing of Thaw's.
+"""A bundle: a folder that holds a network in some formats and everything needed to use it, without Thaw.
 
-It carries the modules that read images as they are, except the names by which they import each other (`carried`).
+It carries the modules that read images unchanged, except the names by which they import each other (`carried`).
 """
 
 import io
@@ -26,7 +26,7 @@ from helpers.export import certificate, formats
 from helpers.export.carried import networks, predict, verify
 
 BATCH = 32
-LARGER = 1.5  # side of a golden image, in sides of what the network takes, so that resizing is part of the proof
+LARGER = 1.5  # side of a golden image, in sides of the network's input, so that the proof covers resizing
 FILES = Path(__file__).parent / "files"
 CARRIED = {"predict.py": predict, "networks.py": networks, "distances.py": distances, "verify.py": verify}
 CARRIED |= {f"reading/{module.__name__.rpartition('.')[2]}.py": module for module in (images, deep, jpeg, listing, png)}
@@ -36,18 +36,18 @@ IMPORTS = {
     r"from helpers\.evaluation\.trust import": "import",
     r"from helpers\.export\.carried import": "import",
 }
-SAMPLES = 50  # training images by which int8 chooses its ranges
+SAMPLES = 50  # training images from which int8 chooses its ranges
 
 
 Predict = Callable[[np.ndarray], np.ndarray]  # as `prediction.asking` returns it
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Images by which a bundle is proved.
+class Proof:
+    """Images that prove a bundle.
 
     Attributes:
-        files: as people would give them: the raw files, or the cut ones where a recipe crops.
+        files: as users have them: the raw files, or the cut ones if a recipe crops.
         labels: their true classes.
         part: "val" or "test".
     """
@@ -60,7 +60,7 @@ class Asked:
         return len(self.files)
 
 
-def asked(resized: Path, explored: Path, part: str, *, limit: int = 0, seed: int = 0) -> Asked:
+def proof_images(resized: Path, explored: Path, part: str, *, limit: int = 0, seed: int = 0) -> Proof:
     """Return images of one part, in an order in which the classes take turns.
 
     Args:
@@ -78,30 +78,30 @@ def asked(resized: Path, explored: Path, part: str, *, limit: int = 0, seed: int
         raise ValueError(f"The run has no images of part {part}. Choose the other part: val or test.")
     table, raw = table.head(limit or len(table)), explored / "source"
     files = [raw / path for path in table["path"]] if "box" not in table else [resized / file for file in table["file"]]
-    return Asked([file.absolute() for file in files], list(table["label"]), part)
+    return Proof([file.absolute() for file in files], list(table["label"]), part)
 
 
 def expected(run: Predict, files: Sequence[Path], about: Mapping[str, Any]) -> np.ndarray:
-    """Return what the Keras model says of files, read as `thaw predict` reads them: a row for each, as `run` gives it.
+    """Return the outputs of the Keras model for files, read as by `thaw predict`: a row for each, from `run`.
 
     Args:
-        run: the model as `prediction.asking` returns it, by which `thaw predict` predicts.
+        run: the model as `prediction.asking` returns it, the one of `thaw predict`.
         files: images.
         about: model.json beside it.
     """
     levels = deep.Levels(*about["levels"]) if "levels" in about else None
-    given = []
-    for start in progress.track(range(0, len(files), BATCH), total=len(files), step=BATCH, label="ask Keras"):
+    outputs = []
+    for start in progress.track(range(0, len(files), BATCH), total=len(files), step=BATCH, label="Keras predicts"):
         batch = [images.load(file, about["image_size"], about["fit"], levels=levels) for file in files[start:][:BATCH]]
-        given.append(run(np.stack(batch)))
-    return np.concatenate(given)
+        outputs.append(run(np.stack(batch)))
+    return np.concatenate(outputs)
 
 
 def samples(resized: Path, seed: int = 0) -> np.ndarray:
-    """Return training images for int8 to choose its ranges by, the classes in turn: float32 (n, H, W, 3)."""
-    chosen = [resized / file for file in _in_turn(resized, "train", seed)["file"].head(SAMPLES)]
+    """Return training images from which int8 chooses its ranges, the classes in turn: float32 (n, H, W, 3)."""
+    files = [resized / file for file in _in_turn(resized, "train", seed)["file"].head(SAMPLES)]
     size = disk.read_json(resized / "resize.json")["image_size"]
-    return np.stack([images.load(file, size) for file in chosen]).astype(np.float32)
+    return np.stack([images.load(file, size) for file in files]).astype(np.float32)
 
 
 def _in_turn(resized: Path, part: str, seed: int) -> pd.DataFrame:
@@ -112,10 +112,10 @@ def _in_turn(resized: Path, part: str, seed: int) -> pd.DataFrame:
 
 
 def begin(folder: Path, evaluated: Path) -> dict[str, Any]:
-    """Write what every format needs: code, classes, preprocessing and, where the run has them, decision and novelty.
+    """Write what every format needs: code, classes, preprocessing and, if the run has them, decision and novelty.
 
     Args:
-        folder: of the bundle; what it held is replaced.
+        folder: of the bundle; its content is replaced.
         evaluated: the folder of 05_evaluate.
 
     Returns:
@@ -147,7 +147,7 @@ def begin(folder: Path, evaluated: Path) -> dict[str, Any]:
 
 
 def carried(file: Path) -> str:
-    """Return the source of a module with the names by which a bundle's modules import each other."""
+    """Return the source of a module with the import names of a bundle."""
     text = file.read_text(encoding="utf-8")
     for pattern, name in IMPORTS.items():
         text = re.sub(rf"^{pattern}", name, text, flags=re.MULTILINE)
@@ -158,21 +158,21 @@ def add(
     folder: Path,
     kinds: Sequence[str],
     model: keras.Model,
-    proof: Asked,
-    given: np.ndarray,
+    proof: Proof,
+    expected_outputs: np.ndarray,
     *,
     name: str,
     representative: np.ndarray,
     tolerance: float,
 ) -> list[certificate.Parity]:
-    """Write the network in each format, and prove each; what does not predict the same is removed again.
+    """Write the network in each format, and prove each; a format that predicts something else is removed again.
 
     Args:
         folder: as `begin` left it.
-        kinds: names of `formats.FORMATS`, the one to use first.
+        kinds: names of `formats.FORMATS`, the default one first.
         model: the Keras model, as `prediction.load` returns it.
         proof: the images.
-        given: what the Keras model says of them, as `expected` returns it.
+        expected_outputs: of the Keras model for them, as `expected` returns them.
         name: of the model.
         representative: as `samples` returns them, for int8.
         tolerance: see `certificate.judge`.
@@ -186,8 +186,8 @@ def add(
     for kind in kinds:
         formats.write(model, kind, folder, representative)
         _describe(folder, name, [*(one.format for one in proved), kind])
-        parity, answers = certificate.compare(folder, kind, proof.files, given, proof.labels, classes)
-        if why := certificate.judge(parity, answers, given, proof.files, tolerance, len(classes)):
+        parity, answers = certificate.compare(folder, kind, proof.files, expected_outputs, proof.labels, classes)
+        if why := certificate.judge(parity, answers, expected_outputs, proof.files, tolerance, len(classes)):
             missed.append(why)
             for part in formats.FORMATS[kind].parts(folder):
                 part.unlink()
@@ -202,9 +202,10 @@ def add(
 
 
 def _describe(folder: Path, name: str, kinds: Sequence[str]) -> None:
-    chosen = {kind: formats.FORMATS[kind] for kind in kinds}
+    formats_of = {kind: formats.FORMATS[kind] for kind in kinds}
     about = {
-        kind: {"file": one.file, "version": disk.sha256_of(folder / one.weights)[:12]} for kind, one in chosen.items()
+        kind: {"file": one.file, "version": disk.sha256_of(folder / one.weights)[:12]}
+        for kind, one in formats_of.items()
     }
     disk.write_json(folder / "model.json", {"name": name, "formats": about})
 
@@ -218,11 +219,11 @@ def requirements(lists: Sequence[str]) -> str:
     return "\n".join(blocks[name] for name in sorted(blocks)) + "\n"
 
 
-def write_golden(folder: Path, proof: Asked, run: Predict, about: Mapping[str, Any], count: int) -> list[Path]:
-    """Write golden images and what each format says of them, and return their files.
+def write_golden(folder: Path, proof: Proof, run: Predict, about: Mapping[str, Any], count: int) -> list[Path]:
+    """Write golden images and the outputs of each format for them, and return their files.
 
-    `run` and `about` are those of `expected`. They are PNG files without metadata, up to 1.5 times as large as what the
-    network takes.
+    `run` and `about` are those of `expected`. They are PNG files without metadata, up to 1.5 times as large as the
+    network's input.
 
     Raises:
         certificate.ParityError: a format fails on them.
@@ -241,10 +242,10 @@ def write_golden(folder: Path, proof: Asked, run: Predict, about: Mapping[str, A
         image.save(stream, "PNG")
         files[-1].write_bytes(stream.getvalue())
     kinds = list(disk.read_json(folder / "model.json")["formats"])
-    said = {"keras_model": expected(run, files, about)}
-    said |= {kind: certificate.ask(folder, kind, files)[0] for kind in kinds}
+    outputs = {"keras_model": expected(run, files, about)}
+    outputs |= {kind: certificate.ask(folder, kind, files)[0] for kind in kinds}
     answers = {
-        project.relative(file, folder): {who: [float(p) for p in rows[number]] for who, rows in said.items()}
+        project.relative(file, folder): {who: [float(p) for p in rows[number]] for who, rows in outputs.items()}
         for number, file in enumerate(files)
     }
     golden = {"classes": disk.read_json(folder / "classes.json"), "images": answers}
@@ -253,7 +254,7 @@ def write_golden(folder: Path, proof: Asked, run: Predict, about: Mapping[str, A
 
 
 def seal(folder: Path) -> str:
-    """Write the sha256 of every file, let the bundle verify itself in a fresh process, and return what it says.
+    """Write the sha256 of every file, let the bundle verify itself in a new process, and return what it prints.
 
     Raises:
         certificate.ParityError: it does not verify.
@@ -277,7 +278,7 @@ def version_of(folder: Path) -> str:
 
 
 def headline(folder: Path, parities: Sequence[certificate.Parity]) -> str:
-    """Say in one line what was delivered and how exact it is."""
+    """Return one line about the bundle and how exact it is."""
     named = ", ".join(f"{one.format} {one.largest:.1g}" for one in parities)
     return (
         f"bundle {version_of(folder)}, {size_of(folder):,.1f} MB; largest difference from Keras on"
@@ -288,9 +289,9 @@ def headline(folder: Path, parities: Sequence[certificate.Parity]) -> str:
 def answers(folder: Path) -> pd.DataFrame:
     """Return the golden images with their file, and for each format its most probable class and its probability."""
     golden, rows = disk.read_json(folder / "golden.json"), []
-    for file, said in golden["images"].items():
+    for file, outputs in golden["images"].items():
         row = {"path": file}
-        for who, values in said.items():
+        for who, values in outputs.items():
             chances = values[: len(golden["classes"])]
             row[who] = f"{golden['classes'][int(np.argmax(chances))]} {max(chances):.4f}"
         rows.append(row)

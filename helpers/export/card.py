@@ -1,6 +1,6 @@
-"""The model card of a bundle: what the model is, what it was measured at, and where it should not be trusted.
+"""The model card of a bundle: what the model is, its measured quality, and its limits.
 
-Its header is that of the Hugging Face Hub (https://huggingface.co/docs/hub/model-cards).
+Its header is in the format of the Hugging Face Hub (https://huggingface.co/docs/hub/model-cards).
 """
 
 import io
@@ -13,7 +13,7 @@ from helpers.evaluation import metrics
 from helpers.evaluation.trust import distances
 from helpers.export import bundle, certificate
 
-UNKNOWN = "unknown: ask whoever owns the images"
+UNKNOWN = "unknown: ask the owner of the images"
 PER_CLASS = 30  # rows of a table
 
 
@@ -25,13 +25,13 @@ def write(folder: Path, evaluated: Path, parities: Sequence[certificate.Parity],
         evaluated: the folder of 05_evaluate.
         parities: of its formats.
         name: of the model.
-        licence: of the model and its images, as the Hub names it (such as mit); "" where nobody said.
+        licence: of the model and its images, by its name on the Hub (such as mit); "" if unknown.
     """
     measured, about = disk.read_json(evaluated / "metrics.json"), disk.read_json(evaluated / "model.json")
     facts = _facts(folder, evaluated, measured, about, licence)
     certified = certificate.table(list(parities)).rename_axis("format").reset_index()
-    images = f"{parities[0].images:,} images as files, in a process without Thaw"
-    proof = [f"Each format predicted {images}, and is compared with the Keras model.", "", _markdown(certified), ""]
+    images = f"{parities[0].images:,} image files, in a process without Thaw, and compared with the Keras model"
+    proof = [f"Each format classified {images}.", "", _markdown(certified), ""]
     proof += ["`python verify.py` repeats it on the golden images.", "", "## Recipe", ""]
     lines = [_header(name, measured, licence), f"# {name}", "", *facts, "", "## Proof", "", *proof]
     text = "\n".join([*lines, "```yaml", _recipe(evaluated), "```", ""])
@@ -40,16 +40,16 @@ def write(folder: Path, evaluated: Path, parities: Sequence[certificate.Parity],
 
 def _header(name: str, measured: dict[str, Any], licence: str) -> str:
     part = "validation" if measured.get("part") == "val" else "test"
-    found = [{"type": key, "value": round(measured[key]["value"], 4)} for key in metrics.NAMES if key in measured]
+    scores = [{"type": key, "value": round(measured[key]["value"], 4)} for key in metrics.NAMES if key in measured]
     task = {"type": "image-classification", "name": "Image Classification"}
-    result = {"task": task, "dataset": {"name": name, "type": name, "split": part}, "metrics": found}
+    result = {"task": task, "dataset": {"name": name, "type": name, "split": part}, "metrics": scores}
     content = {"license": licence or "unknown", "pipeline_tag": "image-classification", "library_name": "litert"}
     content |= {"tags": ["thaw", "transfer-learning"], "model-index": [{"name": name, "results": [result]}]}
     return f"---\n{_yaml(content)}\n---\n"
 
 
 def _facts(folder: Path, evaluated: Path, measured: dict, about: dict, licence: str) -> list[str]:
-    kept, part = stages.versions(), "validation" if measured.get("part") == "val" else "test"
+    versions, part = stages.versions(), "validation" if measured.get("part") == "val" else "test"
     lines = [f"An image classifier with {len(measured['class_names'])} classes: {_listed(measured['class_names'])}."]
     lines += [
         f"Version {bundle.version_of(folder)}. Backbone {about['backbone']}, images of {about['image_size']} pixels."
@@ -66,29 +66,29 @@ def _facts(folder: Path, evaluated: Path, measured: dict, about: dict, licence: 
     lines += ["## Limits", "", _novelty(folder, len(measured["class_names"]))]
     lines += ["- The numbers hold for images like those of the test part: the same cameras, places and time."]
     if measured.get("part") == "val":
-        lines += ["- There was no test part. Validation chose the model, so its numbers are too good."]
+        lines += ["- There was no test part. Validation chose the model, so its numbers are too optimistic."]
     if boxes := about.get("crop", {}).get("boxes"):
         lines += [f"- It learned on images cut to the boxes of {boxes}. Cut yours in the same way first."]
     decision = disk.read_json(folder / "decision.json") if (folder / "decision.json").is_file() else {}
     if promise := decision.get("promise"):
         lines += [f'- It may answer "unsure": its promise is {promise.get("kind")} of {promise.get("wanted", "?")}.']
     lines += [f"- Licence: {licence or UNKNOWN}. The golden images are images of the data set.", "", "## Versions", ""]
-    return [*lines, ", ".join(f"{package} {version}" for package, version in kept.items())]
+    return [*lines, ", ".join(f"{package} {version}" for package, version in versions.items())]
 
 
 def _novelty(folder: Path, classes: int) -> str:
-    known = distances.read(folder)
-    said = f"- It knows {classes} classes and answers any image with one of them."
-    if known is None:
-        return said
-    share = words.percent(known.false_alarms)
-    return f"{said} `novel` marks images that look like none of them, and {share} of the validation images too."
+    novelty = distances.read(folder)
+    sentence = f"- It has {classes} classes and answers every image with one of them."
+    if novelty is None:
+        return sentence
+    share = words.percent(novelty.false_alarms)
+    return f"{sentence} `novel` marks images that look like none of them, but also {share} of the validation images."
 
 
-def _interval(key: str, found: dict[str, Any]) -> str:
+def _interval(key: str, score: dict[str, Any]) -> str:
     show = (lambda value: f"{value:.3f}") if key in ("auc", "log_loss", "ece") else words.percent
-    between = f" ({show(found['low'])} to {show(found['high'])})" if found.get("low") is not None else ""
-    return show(found["value"]) + between
+    between = f" ({show(score['low'])} to {show(score['high'])})" if score.get("low") is not None else ""
+    return show(score["value"]) + between
 
 
 def _short(value: Any) -> str:
@@ -109,8 +109,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _recipe(evaluated: Path) -> str:
-    """Return the parameters of every stage behind a model, less the folders, as YAML."""
-    found: dict[str, dict] = {}
+    """Return the parameters of every stage behind a model, without the folders, as YAML."""
+    recipe: dict[str, dict] = {}
     waiting, seen = [evaluated], set()
     while waiting:
         folder = waiting.pop(0).resolve()
@@ -118,14 +118,14 @@ def _recipe(evaluated: Path) -> str:
             continue
         seen.add(folder)
         record = disk.read_json(folder / stages.STAGE_FILE)
-        known = notebooks.stages().get(record["stage"].split("-")[0])
-        name = known.name if known else record["stage"]
+        stage = notebooks.stages().get(record["stage"].split("-")[0])
+        name = stage.name if stage else record["stage"]
         parameters = record.get("parameters", {})
         folders = [project.resolve(v) for v in parameters.values() if isinstance(v, str) and v]
         waiting += [path for path in folders if (path / stages.STAGE_FILE).is_file()]
-        kept = {key: value for key, value in parameters.items() if not known or key in known.settings}
-        found[name] = kept
-    return _yaml(dict(reversed(found.items())))
+        kept = {key: value for key, value in parameters.items() if not stage or key in stage.settings}
+        recipe[name] = kept
+    return _yaml(dict(reversed(recipe.items())))
 
 
 def _yaml(content: dict) -> str:

@@ -1,4 +1,4 @@
-"""The proof that a bundle predicts what the Keras model predicts: asked in a fresh process, on files, without Thaw."""
+"""The proof that a bundle predicts what the Keras model predicts: in a new process, on files, without Thaw."""
 
 import json
 import subprocess
@@ -16,9 +16,9 @@ from helpers.evaluation import comparison, tables
 from helpers.export.carried import measure
 from helpers.export.formats import FORMATS
 
-ALIKE = 1e-3  # a spread of probabilities over the images below which no comparison could fail
+ALIKE = 1e-3  # below this spread of probabilities over the images, no comparison can fail
 MOST_NAMED = 3  # images in an error
-TIMED = 20  # images by which one thread is timed
+TIMED = 20  # images that time two threads
 WITHOUT = ("helpers", "tensorflow", "keras", "torch", "jax")
 
 
@@ -32,16 +32,16 @@ class Parity:
 
     Attributes:
         format: its name.
-        images: how many were asked.
+        images: how many were classified.
         largest, mean: difference of a probability, in absolute value.
-        distance: largest difference of the distance by which novelty is told; 0 where the run does not tell it.
+        distance: largest difference of the distance that decides novelty; 0 if the run does not look for it.
         same_answers: share of images with the same most probable class, and as novel as for Keras.
         accuracy, keras_accuracy: shares of correct answers.
-        difference: of the two, format less Keras: value, low, high (95 %, paired bootstrap).
+        difference: of the two, format minus Keras: value, low, high (95 %, paired bootstrap).
         megabytes: of the files of the network.
         milliseconds, milliseconds_2_threads: median time of one image, without reading it.
         peak_mb: most memory of the process, with Python and the reading of images.
-        load_seconds: until the first image could be classified, imports included.
+        load_seconds: until it is ready for the first image, with imports.
     """
 
     format: str
@@ -61,10 +61,10 @@ class Parity:
 
 
 def ask(bundle: Path, kind: str, files: list[Path], threads: int = 1) -> tuple[np.ndarray, dict[str, float]]:
-    """Classify files by a bundle in a process that can import neither Thaw nor, for most formats, TensorFlow.
+    """Classify files with a bundle in a process that can import neither Thaw nor, for most formats, TensorFlow.
 
     Returns:
-        What the network says, float64 (files, classes [+ 1]), as `Model.raw` gives it, and load_seconds, milliseconds
+        The outputs of the network, float64 (files, classes [+ 1]), from `Model.raw`, and load_seconds, milliseconds
         and peak_mb of that process.
 
     Raises:
@@ -73,8 +73,8 @@ def ask(bundle: Path, kind: str, files: list[Path], threads: int = 1) -> tuple[n
     without = [name for name in WITHOUT if kind != "keras" or name == "helpers"]
     with tempfile.TemporaryDirectory() as place:
         request, answer = Path(place, "request.json"), Path(place, "answer.npy")
-        wanted = {"kind": kind, "threads": threads, "files": [str(file) for file in files], "without": without}
-        request.write_text(json.dumps(wanted), encoding="utf-8")
+        content = {"kind": kind, "threads": threads, "files": [str(file) for file in files], "without": without}
+        request.write_text(json.dumps(content), encoding="utf-8")
         command = [sys.executable, "-I", "-B", measure.__file__, str(bundle), str(request), str(answer)]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=place, check=False)
         if ran.returncode:
@@ -86,33 +86,33 @@ def ask(bundle: Path, kind: str, files: list[Path], threads: int = 1) -> tuple[n
 def compare(
     bundle: Path, kind: str, files: list[Path], expected: np.ndarray, labels: list[str], class_names: list[str]
 ) -> tuple[Parity, np.ndarray]:
-    """Return how far a format is from the Keras model, and what it says, (files, classes [+ 1]).
+    """Return how far a format is from the Keras model, and its outputs, (files, classes [+ 1]).
 
     Args:
         bundle: the folder.
         kind: the format.
-        files: images, as people would give them.
-        expected: what the Keras model says of them, (files, classes [+ 1]), as `prediction.asking` gives it.
+        files: images, as users have them.
+        expected: outputs of the Keras model for them, (files, classes [+ 1]), from `prediction.asking`.
         labels: their true classes.
         class_names: in the model's order.
 
     Raises:
-        ParityError: the bundle fails, or these images could not tell a wrong model from a right one.
+        ParityError: the bundle fails, or these images cannot separate a wrong model from a correct one.
     """
     count = len(class_names)
     if np.ptp(expected[:, :count], axis=0).max() < ALIKE:
         raise ParityError(
             f"The model gives all {len(files)} images the same probabilities, so they prove nothing. Train it first."
         )
-    given, one = ask(bundle, kind, files)
-    if wrong := np.flatnonzero(~np.isfinite(given).all(axis=1)).tolist():
-        raise ParityError(f"{kind} is not written: it answers {files[wrong[0]].name} with values that are no numbers.")
+    outputs, one = ask(bundle, kind, files)
+    if wrong := np.flatnonzero(~np.isfinite(outputs).all(axis=1)).tolist():
+        raise ParityError(f"{kind} is not written: it answers {files[wrong[0]].name} with values that are not numbers.")
     _, two = ask(bundle, kind, files[:TIMED], threads=2)
     names = [str(file) for file in files]
-    chances = expected[:, :count], _whole(given[:, :count])
+    chances = expected[:, :count], _whole(outputs[:, :count])
     both = [tables.predictions_table(names, labels, of_one, class_names) for of_one in chances]
     paired = comparison.compare(*both, class_names)
-    distance = np.abs(given - expected)
+    distance = np.abs(outputs - expected)
     size = sum(path.stat().st_size for path in FORMATS[kind].parts(bundle))
     return Parity(
         format=kind,
@@ -120,7 +120,7 @@ def compare(
         largest=float(distance[:, :count].max()),
         mean=float(distance[:, :count].mean()),
         distance=float(distance[:, count:].max(initial=0)),
-        same_answers=float(_is_same(given, expected, count).mean()),
+        same_answers=float(_is_same(outputs, expected, count).mean()),
         accuracy=paired["second"],
         keras_accuracy=paired["first"],
         difference=paired["difference"],
@@ -129,41 +129,41 @@ def compare(
         milliseconds_2_threads=two["milliseconds"],
         peak_mb=one["peak_mb"],
         load_seconds=one["load_seconds"],
-    ), given
+    ), outputs
 
 
 def judge(
-    parity: Parity, given: np.ndarray, expected: np.ndarray, files: list[Path], tolerance: float, classes: int
+    parity: Parity, outputs: np.ndarray, expected: np.ndarray, files: list[Path], tolerance: float, classes: int
 ) -> str:
-    """Return why a format misses what is asked of it, and on which images; "" where it does not.
+    """Return why a format fails its limits, and on which images; "" if it does not.
 
     Args:
-        parity: as `compare` returns it, with `given`.
-        given, expected: what the format and Keras say, (files, classes [+ 1]).
+        parity: as `compare` returns it, with `outputs`.
+        outputs, expected: of the format and of Keras, (files, classes [+ 1]).
         files: the images.
         tolerance: of quantised formats: the share of answers that may differ, and the accuracy that may be lost.
         classes: how many there are.
     """
-    allowed, distance = FORMATS[parity.format].tolerance, np.abs(given - expected).max(axis=1)
+    allowed, distance = FORMATS[parity.format].tolerance, np.abs(outputs - expected).max(axis=1)
     if allowed is not None:
         worst = [row for row in np.argsort(-distance) if not distance[row] <= allowed]
         if not worst:
             return ""
-        said = f"probabilities differ from Keras by up to {parity.largest:.2g}"
-        said += f" and distances by up to {parity.distance:.2g}" if parity.distance else ""
-        said += f", where {allowed:g} is allowed"
+        reason = f"probabilities differ from Keras by up to {parity.largest:.2g}"
+        reason += f" and distances by up to {parity.distance:.2g}" if parity.distance else ""
+        reason += f", where {allowed:g} is allowed"
     else:
         lost, changed = parity.keras_accuracy - parity.accuracy, 1 - parity.same_answers
-        if lost <= tolerance and changed <= tolerance and np.isfinite(given).all():
+        if lost <= tolerance and changed <= tolerance and np.isfinite(outputs).all():
             return ""
-        other = ~_is_same(given, expected, classes)
+        other = ~_is_same(outputs, expected, classes)
         worst = [row for row in np.argsort(-distance) if other[row]]
-        said = (
+        reason = (
             f"{words.percent(changed)} of the answers differ from Keras and {words.percent(lost)} of accuracy is lost"
         )
-        said += f", where tolerance allows {words.percent(tolerance)} of each"
+        reason += f", where tolerance allows {words.percent(tolerance)} of each"
     named = ", ".join(f"{files[row].name} ({distance[row]:.2g})" for row in worst[:MOST_NAMED])
-    return f"{parity.format} is not written: {said}. It concerns {len(worst):,} of {len(files):,} images: {named}."
+    return f"{parity.format} is not written: {reason}. It concerns {len(worst):,} of {len(files):,} images: {named}."
 
 
 def table(parities: list[Parity]) -> pd.DataFrame:
@@ -174,7 +174,7 @@ def table(parities: list[Parity]) -> pd.DataFrame:
             "mean": f"{one.mean:.2g}",
             **({"distance": f"{one.distance:.2g}"} if any(each.distance for each in parities) else {}),
             "same answers": words.percent(one.same_answers),
-            "accuracy less Keras": "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**one.difference),
+            "accuracy minus Keras": "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**one.difference),
             "MB": f"{one.megabytes:.1f}",
             "ms an image": f"{one.milliseconds:.1f}",
             "2 threads": f"{one.milliseconds_2_threads:.1f}",
@@ -187,13 +187,13 @@ def table(parities: list[Parity]) -> pd.DataFrame:
 
 
 def as_json(parities: list[Parity]) -> list[dict[str, Any]]:
-    """Return the certificate as certificate.json holds it."""
+    """Return the certificate in the form of certificate.json."""
     return [asdict(one) for one in parities]
 
 
-def _is_same(given: np.ndarray, expected: np.ndarray, classes: int) -> np.ndarray:
-    """Return which images have the same most probable class and, where novelty is told, are as novel, bool (files,)."""
-    top, novel = (given[:, :classes].argmax(axis=1), given[:, classes:] > 0)
+def _is_same(outputs: np.ndarray, expected: np.ndarray, classes: int) -> np.ndarray:
+    """Return which images have the same most probable class and, with novelty, are equally novel, bool (files,)."""
+    top, novel = (outputs[:, :classes].argmax(axis=1), outputs[:, classes:] > 0)
     is_top = top == expected[:, :classes].argmax(axis=1)
     return is_top & (novel == (expected[:, classes:] > 0)).all(axis=1)
 

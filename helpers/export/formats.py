@@ -1,6 +1,6 @@
-"""The formats that a model is delivered in: how each is written, what it needs to run, how exact it has to be.
+"""The formats that a model is delivered in: how each is written, what it needs to run, how exact it must be.
 
-Whether a file is right is not decided here: the certificate asks it.
+The certificate, not this module, checks that a file is correct.
 """
 
 import logging
@@ -21,7 +21,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from helpers.core import words
 
 OPSET = 18  # of ONNX
-OUTPUTS = ("probabilities", "features")  # what the outputs of an ONNX file are called
+OUTPUTS = ("probabilities", "features")  # the names of the outputs of an ONNX file
 
 
 class FormatError(ValueError):
@@ -33,13 +33,13 @@ class Format:
     """One format of a bundle.
 
     Attributes:
-        file: its name in the bundle; its suffix says how it is run.
-        tolerance: the largest difference of a probability from the Keras model; None for a quantised format, which is
-            judged by its answers and its accuracy.
+        file: its name in the bundle; its suffix decides how it runs.
+        tolerance: the largest difference of a probability from the Keras model; None for a quantised format, whose
+            answers and accuracy are judged.
         again: the same between two machines that run this file, which `verify.py` allows.
         write: (model, file, sample images float32 (n, H, W, 3)) -> None.
-        needs: packages that write or run it, beside Thaw's own.
-        requirements: which list of packages that a bundle with it asks for.
+        needs: packages that write or run it, besides those of Thaw.
+        requirements: the list of packages that a bundle with it needs.
     """
 
     file: str
@@ -51,7 +51,7 @@ class Format:
 
     @property
     def weights(self) -> str:
-        """The file that holds the weights: for OpenVINO, one beside the network's."""
+        """Return the file that holds the weights: for OpenVINO, one beside the network's."""
         return str(Path(self.file).with_suffix(".bin")) if self.file.endswith(".xml") else self.file
 
     def parts(self, folder: Path) -> list[Path]:
@@ -66,20 +66,20 @@ def write(model: keras.Model, kind: str, folder: Path, samples: np.ndarray) -> P
         model: images (batch, H, W, 3) float32, RGB 0-255 -> probabilities (batch, classes), or these and features.
         kind: a name of `FORMATS`.
         folder: of the bundle.
-        samples: training images, float32 (n, H, W, 3), by which int8 chooses its ranges.
+        samples: training images, float32 (n, H, W, 3), from which int8 chooses its ranges.
 
     Raises:
         FormatError: a package is missing, or the conversion fails; the message says which and why.
     """
     check([kind])
-    made, file = FORMATS[kind], folder / FORMATS[kind].file
+    format_of, file = FORMATS[kind], folder / FORMATS[kind].file
     try:
         with _quiet():
-            made.write(model, file, samples)
+            format_of.write(model, file, samples)
     except Exception as error:  # converters fail in any way
-        said = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise FormatError(
-            f"{kind} cannot carry this model: {words.shorten(said[0], 300)}. Take another format"
+            f"{kind} cannot carry this model: {words.shorten(lines[0], 300)}. Take another format"
             f" ({', '.join(FORMATS)}); docs/export.md says which families each one carries."
         ) from error
     return file
@@ -104,7 +104,7 @@ def _installed(package: str) -> bool:
 
 
 def _frozen(model: keras.Model, batch: int | None) -> Any:
-    """Return the model as one graph whose weights are constants, float32 images -> what the model gives."""
+    """Return the model as one graph whose weights are constants, float32 images -> the model's outputs."""
     signature = [tf.TensorSpec((batch, *model.input_shape[1:]), tf.float32, name="image")]
 
     @tf.function(input_signature=signature, jit_compile=False)
@@ -115,7 +115,9 @@ def _frozen(model: keras.Model, batch: int | None) -> Any:
 
 
 def _converter(model: keras.Model) -> Any:
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it wants the model too, with which this takes 14 s, not 6
+    logging.getLogger("absl").setLevel(
+        logging.ERROR
+    )  # it warns that the model is missing; with the model this takes 14 s, not 6
     return tf.lite.TFLiteConverter.from_concrete_functions([_frozen(model, 1)])
 
 
@@ -131,7 +133,7 @@ def _litert_fp16(model: keras.Model, file: Path, samples: np.ndarray) -> None:
 
 
 def _litert_int8(model: keras.Model, file: Path, samples: np.ndarray) -> None:
-    """Weights, by channel, and activations in 8 bits; images and probabilities stay float32."""
+    """Write weights, by channel, and activations in 8 bits; images and probabilities stay float32."""
     low, high = float(samples.min()), float(samples.max())
     if not 0 <= low < high <= 255 or high <= 1:
         raise ValueError(f"the representative images hold {low:g} to {high:g}; expected RGB of 0 to 255")
@@ -150,10 +152,10 @@ def _onnx(model: keras.Model, file: Path, samples: np.ndarray) -> None:
     import onnxruntime
     import tf2onnx
 
-    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # its optimiser prints tracebacks, and goes on
+    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # its optimiser prints tracebacks, and continues
     graph = _frozen(model, None)
     (image,) = graph.inputs
-    # Not from_function: it makes inputs of constants that a model holds, such as those of Normalization.
+    # Not from_function: it turns constants of a model, such as those of Normalization, into inputs.
     tf2onnx.convert.from_graph_def(
         graph.graph.as_graph_def(),
         input_names=[image.name],
@@ -179,7 +181,7 @@ def _keras(model: keras.Model, file: Path, samples: np.ndarray) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Send what native code writes on standard output and standard error elsewhere; Python's errors still rise."""
+    """Hide what native code writes to standard output and standard error; Python's errors still rise."""
     saved = [os.dup(1), os.dup(2)]
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)

@@ -1,4 +1,4 @@
-"""The function: a folder that answers over HTTP, deployable as it lies, made of a bundle."""
+"""The function: a folder that answers over HTTP, ready to deploy, made from a bundle."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ def write(folder: Path, source: Path) -> list[str]:
     """Write the function's folder, and return the commands that start it here.
 
     Args:
-        folder: what it held is replaced.
+        folder: its content is replaced.
         source: a bundle with a LiteRT format; the first one is served.
 
     Raises:

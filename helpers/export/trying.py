@@ -1,4 +1,4 @@
-"""A bundle tried by hand: an image is chosen in Jupyter; what the bundle says of it appears, beside a map of why."""
+"""A bundle to try by hand: the user chooses an image in Jupyter, and sees its answer and a map of the reasons."""
 
 import base64
 import html
@@ -20,11 +20,11 @@ SIDE = 150  # of an image, in pixels of the page
 
 
 def show(bundle: Path, model: Any, over: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Any:
-    """Return a button by which images are chosen and classified; in a run of `thaw`, what it says of golden images.
+    """Return a button to choose and classify images; in a run of `thaw`, the answers for golden images.
 
     Args:
         bundle: the folder.
-        model: the Keras model that the bundle was made of, which is asked what it looks at.
+        model: the Keras model of the bundle, which makes the maps.
         over: image uint8 (H, W, 3), map (H, W) -> the map drawn over the image.
     """
     classifier, golden = loading.load(bundle).Model(bundle), sorted(bundle.glob("golden/*"))[:SHOWN]
@@ -38,11 +38,11 @@ def show(bundle: Path, model: Any, over: Callable[[np.ndarray, np.ndarray], np.n
                 texts[place] = f"<p><b>{html.escape(name)}</b>: {html.escape(str(error))}</p>"
         maps = explanation.heat(model, np.stack([*read.values()])) if read else ()
         for (place, pixels), heat in zip(read.items(), maps, strict=True):
-            texts[place] = _beside(texts[place], classifier.answer(pixels), pixels, over(pixels, heat))
+            texts[place] = _row(texts[place], classifier.answer(pixels), pixels, over(pixels, heat))
         return [*texts.values()]
 
     first = shown((path.name, path.read_bytes()) for path in golden)
-    if os.environ.get(progress.PROGRESS_VARIABLE):  # nobody is there to choose
+    if os.environ.get(progress.PROGRESS_VARIABLE):  # headless: no user can choose
         from IPython.display import HTML
 
         return HTML("".join(first))
@@ -52,23 +52,23 @@ def show(bundle: Path, model: Any, over: Callable[[np.ndarray, np.ndarray], np.n
     answers = widgets.VBox([widgets.HTML(text) for text in first])
 
     def classify(change: Mapping[str, Any]) -> None:
-        chosen = [(file["name"], bytes(file["content"])) for file in change["new"]]
-        answers.children = [widgets.HTML(text) for text in shown(chosen)]
+        files = [(file["name"], bytes(file["content"])) for file in change["new"]]
+        answers.children = [widgets.HTML(text) for text in shown(files)]
 
     button.observe(classify, names="value")
     return widgets.VBox([button, answers])
 
 
-def _beside(name: str, said: Mapping[str, Any], pixels: np.ndarray, drawn: np.ndarray) -> str:
+def _row(name: str, answer: Mapping[str, Any], pixels: np.ndarray, overlay: np.ndarray) -> str:
     """Return an image, its map and its answer side by side: the most probable classes with a bar each."""
-    best = sorted(said["probabilities"].items(), key=lambda item: -item[1])[:MOST_CLASSES]
+    best = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:MOST_CLASSES]
     bars = "".join(
         f"<div><meter value='{chance:.4f}'></meter> {html.escape(label)} {100 * chance:.1f} %</div>"
         for label, chance in best
     )
-    novel = "<div>looks like none of the classes</div>" if said.get("novel") else ""
-    words = f"<div><b>{html.escape(said['predicted'])}</b> ({html.escape(name)}){novel}{bars}</div>"
-    return f"<div style='display: flex; gap: 8px; margin: 8px 0'>{_image(pixels)}{_image(drawn)}{words}</div>"
+    novel = "<div>looks like none of the classes</div>" if answer.get("novel") else ""
+    words = f"<div><b>{html.escape(answer['predicted'])}</b> ({html.escape(name)}){novel}{bars}</div>"
+    return f"<div style='display: flex; gap: 8px; margin: 8px 0'>{_image(pixels)}{_image(overlay)}{words}</div>"
 
 
 def _image(pixels: np.ndarray) -> str:

@@ -1,1 +1,1 @@
-"""What people look at: figures, the report, the review page, TensorBoard. Nothing here decides a result."""
+"""What a user looks at: figures, the report, the review page, TensorBoard. Nothing here decides a result."""

@@ -1,12 +1,12 @@
-"""Every figure of the suite, in one quiet style that survives colour blindness, grey printing and many classes.
+"""Every figure of the suite, in one quiet style that works for colour blindness, grey printing and many classes.
 
-Each function takes data and an optional `ax`, draws, and returns the Axes: nothing is computed that a table does not
-already hold, nothing is written, and `show()` is never called. Without `ax` a figure is made whose size follows from
-its content. In a notebook, end the line with a semicolon so that only the image appears:
+Each function takes data and an optional `ax`, draws, and returns the Axes: it computes nothing that a
+table does not hold, writes nothing, and never calls `show()`. Without `ax` it makes a figure whose size follows from
+its content. In a notebook, end the line with a semicolon so that only the figure appears:
 
     charts.class_counts(inventory);
 
-Class names are drawn as they are (a `$` in a name is not mathematics) and shortened only where they would collide.
+Class names are drawn as they are (a `$` in a name is not mathematics) and shortened only where they would overlap.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from helpers.reports import theme
 
 
 def class_counts(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Images per class as bars, stacked by train, val and test where the table has a column `part`.
+    """Draw images per class as bars, stacked by train, val and test if the table has a column `part`.
 
     Args:
         table: one row per image, with the column `label` and, if the split is known, `part`.
@@ -68,12 +68,12 @@ def class_counts(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def image_sizes(widths: Sequence[int], heights: Sequence[int], ax: Axes | None = None) -> Axes:
-    """Width against height in pixels, a disc for each distinct size, its area the number of images of that size."""
+    """Draw width against height in pixels: a disc for each size, its area the number of images of that size."""
     sizes = pd.DataFrame({"width": np.asarray(widths), "height": np.asarray(heights)}).value_counts().reset_index()
     if sizes.empty:
         raise ValueError("no image sizes to draw; got none")
     ax = theme.new(ax, (5.2, 4.2))
-    largest = 400 if len(sizes) <= 10 else 120  # points squared; many sizes need small discs to be told apart
+    largest = 400 if len(sizes) <= 10 else 120  # points squared; many sizes need small discs to stay visible
     area = 12 + largest * sizes["count"] / sizes["count"].max()
     ax.scatter(
         sizes["width"], sizes["height"], s=area, color=theme.BLUE, alpha=0.45, linewidths=0.6, edgecolors=theme.BLUE
@@ -98,13 +98,13 @@ def confusion_matrix(
     boxes: Sequence[Sequence[str]] = (),
     ax: Axes | None = None,
 ) -> Axes:
-    """True classes down, predicted classes across; the shade is the share of the true class (or the count).
+    """Draw true classes down, predicted classes across; the shade is the share of the true class (or the count).
 
     Args:
         matrix: counts, (classes, classes), rows are true classes.
         class_names: in the order of the matrix.
-        normalised: shade each row by its share, so that a rare class is seen as well as a common one.
-        boxes: groups of classes that stand side by side, each to be framed.
+        normalised: shade each row by its share, so that a rare class is as visible as a common one.
+        boxes: groups of neighbouring classes, each to be framed.
 
     Raises:
         ValueError: the matrix is not square or does not fit the names.
@@ -154,7 +154,7 @@ def confusion_matrix(
 
 
 def per_class(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Precision, recall and F1 of each class on one line per class, best F1 at the top.
+    """Draw precision, recall and F1 of each class on one line per class, best F1 at the top.
 
     Args:
         frame: columns label (or the index), precision, recall, f1 (0-1), support.
@@ -178,7 +178,7 @@ def per_class(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def reliability(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How often the model is right when it says it is sure: points on the diagonal are honest.
+    """Draw how often the model is correct at each confidence: points on the diagonal are well calibrated.
 
     Args:
         table: one row per bin of confidence: columns confidence (mean, 0-1), accuracy (0-1), count. Empty bins may
@@ -192,7 +192,7 @@ def reliability(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     area = 20 + 280 * table["count"] / max(1, table["count"].max())
     ax.scatter(table["confidence"], table["accuracy"], s=area, color=theme.BLUE, alpha=0.75, linewidths=0, zorder=3)
     ax.text(0.97, 0.03, "below the line: too sure", transform=ax.transAxes, fontsize=8, color=theme.GREY, ha="right")
-    ax.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal", ylabel="share that was right",
+    ax.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal", ylabel="share that was correct",
            xlabel="confidence (disc area: images)")  # fmt: skip
     ax.xaxis.set_major_formatter(theme.PERCENT)
     ax.yaxis.set_major_formatter(theme.PERCENT)
@@ -201,10 +201,10 @@ def reliability(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def confidence(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How sure the model is of its correct and of its wrong predictions: two histograms, stacked.
+    """Draw the confidence of correct and of wrong predictions: two histograms, stacked.
 
     Args:
-        table: columns confidence (0-1) and prediction ("correct" or "wrong"), as `metrics.confidences` returns them.
+        table: columns confidence (0-1) and prediction ("correct" or "wrong"), as `details.confidences` returns them.
     """
     import seaborn  # half a second that only this figure needs
 
@@ -227,7 +227,7 @@ def confidence(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def intervals(table: pd.DataFrame, value: str = "accuracy", *, label: str = "", ax: Axes | None = None) -> Axes:
-    """One row a name with a value and its interval, best at the top: a dot on a line.
+    """Draw one row a name with a value and its interval, best at the top: a dot on a line.
 
     Args:
         table: columns low, high and the one that `value` names (fractions of 1); the first column holds the names.
@@ -250,7 +250,7 @@ def intervals(table: pd.DataFrame, value: str = "accuracy", *, label: str = "", 
 
 
 def accuracy_and_speed(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Accuracy against images/s on a logarithmic axis, a dot for each backbone: above and to the right is better.
+    """Draw accuracy against images/s on a logarithmic axis, a dot for each backbone: above and to the right is better.
 
     Args:
         table: columns backbone, accuracy (0-1) and images_per_second; rows without them are left out.
@@ -275,7 +275,7 @@ def accuracy_and_speed(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def _cells(matrix: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Return what stands in each cell: the count, and below it the share of the row where there is room."""
+    """Return the text of each cell: the count, and below it the share of the row if there is room."""
     if len(matrix) > 6:
         return np.vectorize(lambda count: f"{count:,}")(matrix)
     return np.vectorize(lambda n, share: f"{n:,}\n{100 * share:.0f} %" if n else "0")(matrix, shares)

@@ -20,24 +20,24 @@ def training_curves(
     monitor: str = "val_loss",
     ax: Sequence[Axes] | None = None,
 ) -> np.ndarray:
-    """Accuracy above and loss below over the epochs of all phases, the moment of thawing marked, the best epoch dotted.
+    """Draw accuracy above and loss below over the epochs of all phases, with thaws marked and the best epochs dotted.
 
     Args:
         history: the columns of history.csv (epoch, phase, loss, accuracy, val_loss, val_accuracy), or one such table
-            per phase, in their order. Epochs that begin again in a later phase are counted on.
-        phases: what to call each value of `phase`; "head" and "fine_tune" have names already.
+            per phase, in their order. If epochs start again in a later phase, the count continues.
+        phases: a name for each value of `phase`; "head" and "fine_tune" have names already.
         monitor: the column whose best epoch of each phase gets a dot: lowest for a loss, highest otherwise.
         ax: two Axes, one above the other.
 
     Returns:
-        The two Axes, accuracy first; none, after a line that says so, where nothing was trained.
+        The two Axes, accuracy first; none, after a printed line, if nothing was trained.
     """
     table = history if isinstance(history, pd.DataFrame) else pd.concat(list(history), ignore_index=True)
     if table.empty:
         print("Nothing was trained: there is no curve.")
         return np.array([])
     table = table.reset_index(drop=True)
-    # Without a dot in the middle of the chart nobody sees a single epoch: markers until the line carries itself.
+    # A single epoch is invisible without a dot, so short lines have markers.
     style = {"linewidth": 1.6, "marker": "o" if len(table) < 4 else None, "markersize": 4}
     epochs = _running_epochs(table)
     axes = _curve_axes(ax)
@@ -67,18 +67,18 @@ def training_curves(
 def learning_rates(
     history: pd.DataFrame, phases: Mapping[str, str] | None = None, ax: Axes | None = None
 ) -> Axes | None:
-    """The step size by epoch, across phases; a logarithmic axis where it spans more than a factor of twenty.
+    """Draw the learning rate by epoch, across phases; on a logarithmic axis if it spans more than a factor of twenty.
 
     Args:
         history: columns epoch, learning_rate and, if there are several, phase: a schedule before training or the
             history.csv after it.
 
     Returns:
-        The Axes; None, after a line that says so, where nothing is trained.
+        The Axes; None, after a printed line, if nothing is trained.
     """
     if len(history):
         theme.require(history, "learning_rate")
-    # A head that was solved has no rate, and stands in the history as one epoch.
+    # A solved head has no rate, and is one epoch in the history.
     table = history.assign(epoch=_running_epochs(history)).dropna(subset="learning_rate").reset_index(drop=True)
     if table.empty:
         print("Nothing is trained: there is no learning rate.")
@@ -104,7 +104,7 @@ def learning_rates(
 
 
 def strengths(path: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The losses along the path of a solved head, from weights held small to free ones, the chosen strength dotted.
+    """Draw the losses along the path of a solved head, from strong to weak regularisation, the chosen strength dotted.
 
     Args:
         path: columns strength, loss, val_loss and chosen, as `solving.solve` returns it.
@@ -123,28 +123,33 @@ def strengths(path: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Accuracy against training images per class: dots where it was measured, a line where it is drawn on.
+    """Draw accuracy against training images per class: dots where it was measured, a dashed line beyond.
 
     Args:
         table: columns per_class, measured (0-1, NaN where nothing was), accuracy, low and high (of the curve).
     """
     theme.require(table, "per_class", "measured", "accuracy", "low", "high")
-    known = table[table["measured"].notna()]
+    measured = table[table["measured"].notna()]
     ax = theme.new(ax, (theme.WIDTH, 3.6))
     ax.fill_between(
         table["per_class"], table["low"], table["high"], color="#CFE1EE", linewidth=0, label="95 % interval"
     )
     ax.plot(
-        table["per_class"], table["accuracy"], color=theme.BLUE, linewidth=1.6, linestyle=(0, (4, 3)), label="drawn on"
+        table["per_class"],
+        table["accuracy"],
+        color=theme.BLUE,
+        linewidth=1.6,
+        linestyle=(0, (4, 3)),
+        label="extrapolated",
     )
     ax.plot(
-        table["per_class"][: len(known)],
-        table["accuracy"][: len(known)],
+        table["per_class"][: len(measured)],
+        table["accuracy"][: len(measured)],
         color=theme.BLUE,
         linewidth=1.6,
         label="fitted",
     )
-    ax.plot(known["per_class"], known["measured"], "o", color=theme.VERMILION, markersize=6, label="measured")
+    ax.plot(measured["per_class"], measured["measured"], "o", color=theme.VERMILION, markersize=6, label="measured")
     ax.set(xscale="log", xlabel="training images per class (mean)", ylabel="accuracy on validation")
     ax.set_xticks(table["per_class"], [f"{number:,.0f}" for number in table["per_class"]])
     ax.tick_params(which="minor", length=0, labelbottom=False)
@@ -154,7 +159,7 @@ def learning_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def loader_workers(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Seconds to load one epoch against the number of loader threads, each bar with its images/s.
+    """Draw seconds to load one epoch against the number of loader threads, each bar with its images/s.
 
     Args:
         table: index workers, columns images/s and seconds.
@@ -172,7 +177,7 @@ def loader_workers(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def _running_epochs(table: pd.DataFrame) -> np.ndarray:
-    """Epoch numbers that only grow, from 1: a phase that counts from its own start is put after the one before."""
+    """Return epoch numbers that only grow, from 1: a phase that counts from its own start follows the last one."""
     epochs = table["epoch"].to_numpy(float) if "epoch" in table else np.arange(1.0, len(table) + 1)
     if len(epochs) and (np.any(np.diff(epochs) <= 0) or not np.all(np.isfinite(epochs))):
         epochs = np.arange(1.0, len(table) + 1)
@@ -197,14 +202,14 @@ def _best_rows(table: pd.DataFrame, monitor: str) -> list[int]:
 
 
 def _mark_phases(axes: Sequence[Axes], table: pd.DataFrame, epochs: np.ndarray, names: Mapping[str, str]) -> None:
-    """A line where the phase changes, labelled "thaw", and above the first Axes the name of each phase."""
+    """Draw a line where the phase changes, labelled "thaw", and above the first Axes the name of each phase."""
     phases = table["phase"].astype(str).to_numpy() if "phase" in table else np.array([""] * len(table))
     changes = [row for row in range(1, len(phases)) if phases[row] != phases[row - 1]]
     for row in changes:
         boundary = (epochs[row - 1] + epochs[row]) / 2
         for axis in axes:
             axis.axvline(boundary, color=theme.INK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=0)
-        # The label sits in the strip between the chart and its legend, where no curve can run through it.
+        # The label is between the figure and its legend, where no curve crosses it.
         name = names.get(phases[row], phases[row])
         axes[0].annotate(f"thaw · {name}", (boundary, 1.0), (3, 3), xycoords=("data", "axes fraction"), fontsize=8.5,
                          textcoords="offset points", color=theme.INK, ha="left", va="bottom", parse_math=False,

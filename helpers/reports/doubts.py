@@ -1,4 +1,4 @@
-"""Figures of how far a model can be believed: calibration, ranking, silence, and what it looks at."""
+"""Figures of how far to trust a model: calibration, ranking, unanswered images, and what it looks at."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ from PIL import Image
 from helpers.core import words
 from helpers.reports import sheets, theme
 
-NAMED = 6  # classes with a colour and a name of their own among many curves
+NAMED = 6  # classes with their own colour and name among many curves
 STRENGTH = 0.55  # of a map's colour over its image
 
 
 def calibration(bins: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axes:
-    """How often the model is right when it says it is sure, before and after it was calibrated.
+    """Draw how often the model is correct at each confidence, before and after calibration.
 
     Args:
         bins: name -> columns confidence and accuracy (0-1), as `calibration.bins` returns them; the last in front.
@@ -31,7 +31,7 @@ def calibration(bins: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axe
     for (name, table), colour in zip(bins.items(), colours, strict=True):
         ax.plot(table["confidence"], table["accuracy"], "o-", color=colour, markersize=5, linewidth=1.2, label=name)
     ax.text(0.97, 0.03, "below the line: too sure", transform=ax.transAxes, fontsize=8, color=theme.GREY, ha="right")
-    ax.set(xlim=(low, 1.02), ylim=(low, 1.02), aspect="equal", xlabel="confidence", ylabel="share that was right")
+    ax.set(xlim=(low, 1.02), ylim=(low, 1.02), aspect="equal", xlabel="confidence", ylabel="share that was correct")
     ax.xaxis.set_major_formatter(theme.PERCENT)
     ax.yaxis.set_major_formatter(theme.PERCENT)
     theme.grid(ax, "both")
@@ -39,7 +39,7 @@ def calibration(bins: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axe
 
 
 def rank_curves(table: pd.DataFrame) -> Sequence[Axes]:
-    """ROC curve, and precision against recall, side by side; of many classes the worst ones in colour, the rest grey.
+    """Draw ROC curves and precision against recall, side by side; of many classes the worst in colour, the rest grey.
 
     Args:
         table: as `details.rank_curves` returns it.
@@ -71,7 +71,7 @@ def rank_curves(table: pd.DataFrame) -> Sequence[Axes]:
 
 
 def risk_and_coverage(table: pd.DataFrame, outcome: Mapping[str, Any] | None = None, ax: Axes | None = None) -> Axes:
-    """What share of the answers is wrong when only the surest images are answered; the promise as a cross.
+    """Draw the share of wrong answers when only the most confident images are answered; the promise as a dot.
 
     Args:
         table: as `promises.risk_and_coverage` returns it.
@@ -88,7 +88,9 @@ def risk_and_coverage(table: pd.DataFrame, outcome: Mapping[str, Any] | None = N
             ax.plot(outcome["answered"], 1 - outcome["value"], "o", color=theme.VERMILION, markersize=7, zorder=3)
             ax.annotate("here the promise answers", (outcome["answered"], 1 - outcome["value"]), (-8, 10), fontsize=8.5,
                         ha="right", color=theme.VERMILION, textcoords="offset points")  # fmt: skip
-    ax.set(xlim=(0, 1.01), xlabel="share of the images answered, the surest first", ylabel="share of the answers wrong")
+    ax.set(
+        xlim=(0, 1.01), xlabel="share of the images answered, most confident first", ylabel="share of the answers wrong"
+    )
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_formatter(theme.PERCENT)
     ax.yaxis.set_major_formatter(theme.PERCENT)
@@ -105,7 +107,7 @@ def explained(
     heading: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Each image beside itself with what speaks for the class in red, what speaks against it in blue.
+    """Draw each image beside its map: places for the class in red, places against it in blue.
 
     Args:
         images: RGB 0-255, (n, H, W, 3).
@@ -127,7 +129,7 @@ def captions(table: pd.DataFrame) -> list[str]:
     """Return three lines for each image of a table as `details.telling` returns it."""
     theme.require(table, "label", "predicted", "confidence", "why")
     rows = table.itertuples(index=False)
-    return [f"{row.why}\nis {row.label}\nsaid {row.predicted} {100 * row.confidence:.0f} %" for row in rows]
+    return [f"{row.why}\nis {row.label}\nmodel: {row.predicted} {100 * row.confidence:.0f} %" for row in rows]
 
 
 def over(image: np.ndarray, heat: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What every page is made with: the templates, a notebook as HTML, and one executed notebook as a page of its own.
+"""The parts of every page: the templates, a notebook as HTML, and one executed notebook as a separate page.
 
 A page is one HTML file that needs no network. Text from data is escaped by Jinja, the notebooks' own HTML is cleaned.
 """
@@ -21,7 +21,7 @@ TAGS = {
 
 
 def environment() -> jinja2.Environment:
-    """Return the templates: everything is escaped, and a name that is not given is an error."""
+    """Return the templates: everything is escaped, and a missing name is an error."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -53,13 +53,13 @@ def of_notebook(notebook: Path, out: Path, title: str) -> Path:
 
 
 def exporter():
-    """nbconvert's barest HTML: no style, script or font of its own, and the cells' HTML cleaned."""
+    """Return nbconvert's plainest HTML: without style, script or font, and with the cells' HTML cleaned."""
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(template_name="basic", sanitize_html=True, embed_images=True, exclude_anchor_links=True)
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     exporter.register_preprocessor(_tidy, enabled=True)
-    exporter.register_filter("clean_html", _clean)  # nbconvert's own lets neither headings nor table heads through
+    exporter.register_filter("clean_html", _clean)  # that of nbconvert removes headings and table heads
     return exporter
 
 
@@ -76,7 +76,7 @@ def _clean(html: str) -> str:
 
 
 def _tidy(notebook, resources):
-    """Drop what says nothing: style sheets, which the cleaner would turn into text, and TensorFlow's start-up notes."""
+    """Remove style sheets, which the cleaner would turn into text, and TensorFlow's start-up notes."""
     for cell in notebook.cells:
         cell.metadata.setdefault("alt", "figure drawn by the cell above")
         for output in cell.get("outputs", []):

@@ -1,6 +1,6 @@
-"""The report of a run: one HTML file that needs no network, the answer first and then everything behind it.
+"""The report of a run: one HTML file that needs no network, results first and then everything behind them.
 
-`build_report` reads only what lies in the run's folder, so a report can be made again at any time, and of a run that
+`build_report` reads only the run's folder, so a report can be made again at any time, also for a run that
 stopped early. Figures, images and style sheets are inside the file; text from data (class names, file names, notes)
 is escaped by Jinja, and the notebooks' own HTML is cleaned by nbconvert.
 """
@@ -30,14 +30,14 @@ from helpers.reports import charts, curves, doubts, pages, sheets
 
 GROUPS, PER_GROUP = 3, 2  # groups of look-alikes shown, and images of each
 MISTAKES = 18  # images in the gallery: three rows of six
-ROWS = 20  # of a table that could grow without end, such as the quarantine
+ROWS = 20  # of a table without a limit, such as the quarantine
 
 
 def build_report(run_folder: str | os.PathLike) -> Path:
     """Write `report.html` of a run, whole or not at all, and return its path.
 
     Args:
-        run_folder: runs/<name>, with whatever stages are done so far.
+        run_folder: runs/<name>, with the stages that are done so far.
 
     Raises:
         FileNotFoundError: there is no such folder, or no stage in it is done.
@@ -52,7 +52,7 @@ def build_report(run_folder: str | os.PathLike) -> Path:
 
 
 def render(run: Path, stages: dict[str, dict | None]) -> str:
-    """The report as a string of HTML."""
+    """Return the report as a string of HTML."""
     recipe = _recipe(run)
     environment = pages.environment()
     environment.filters |= {"percent": _percent, "duration": words.duration, "figure": _figure, "moment": _moment}
@@ -68,7 +68,7 @@ def render(run: Path, stages: dict[str, dict | None]) -> str:
 
 
 def read_stage(folder: Path) -> dict | None:
-    """The stage.json of a finished stage; None if the stage is missing, unfinished or not one of ours."""
+    """Return the stage.json of a finished stage; None if the stage is missing, unfinished or not one of Thaw."""
     return disk.read_json(folder / stages.STAGE_FILE) if stages.status(folder) == "done" else None
 
 
@@ -86,7 +86,7 @@ def _steps(stages: dict[str, dict | None]) -> list[dict]:
 
 
 def _results(run: Path, stages: dict) -> dict | None:
-    """Headline, confusions and mistakes on the test part, or on what was measured in its place."""
+    """Return headline, confusions and mistakes on the test part, or on the part that was measured instead."""
     if not stages["evaluate"]:
         return None
     folder = run / "evaluate"
@@ -105,27 +105,27 @@ def _results(run: Path, stages: dict) -> dict | None:
         "per_class": frame.astype(object).where(frame.notna(), None).to_dict("records"),
         "reliability": _svg(charts.reliability, pd.DataFrame(result["reliability"])),
         "trust": _trust(run, result, predictions, names),
-        "mistakes": [_picture(run, row) for row in mistakes.to_dict("records")],
+        "mistakes": [_with_image(run, row) for row in mistakes.to_dict("records")],
         "n_mistakes": result["n"] - result["n_correct"],
     }
 
 
 def _trust(run: Path, result: dict, predictions: pd.DataFrame, names: list[str]) -> dict | None:
-    """What 05 says of doubts: sentences, the curve of risk and coverage, and images with what speaks for a class."""
+    """Return the doubts of 05: sentences, the curve of risk and coverage, and images with their maps."""
     if "calibration" not in result:  # measured by an earlier Thaw
         return None
     outcome, gaps = result["promise"], result["gaps"]
-    said = [result["calibration"]["sentence"], metrics.errors_text(result["calibration"]["errors"])]
-    shown = run / "evaluate" / "explained.png"
+    sentences = [result["calibration"]["sentence"], metrics.errors_text(result["calibration"]["errors"])]
+    figure = run / "evaluate" / "explained.png"
     return {
-        "sentences": [*said, *([outcome["sentence"]] if outcome else []), *gaps, *result["cheats"]],
+        "sentences": [*sentences, *([outcome["sentence"]] if outcome else []), *gaps, *result["cheats"]],
         "risk": _svg(doubts.risk_and_coverage, promises.risk_and_coverage(predictions, names), outcome),
-        "explained": _uri("image/png", shown.read_bytes()) if shown.is_file() else None,
+        "explained": _uri("image/png", figure.read_bytes()) if figure.is_file() else None,
     }
 
 
 def _published(accuracy: dict, published: dict[str, float]) -> dict | None:
-    """This run's accuracy and the published ones as places (0-100) on one common scale, best first."""
+    """Return this run's accuracy and the published ones as places (0-100) on one common scale, best first."""
     if not published:
         return None
     rows = [{"name": name, "value": metrics.as_fraction(value), "own": False} for name, value in published.items()]
@@ -141,7 +141,7 @@ def _published(accuracy: dict, published: dict[str, float]) -> dict | None:
 
 
 def _training(run: Path, stages: dict) -> dict | None:
-    """The curves of the phases that are done, as one chart."""
+    """Return the curves of the phases that are done, as one figure."""
     trained = [stage for name, stage in notebooks.stages().items() if stage.trains and stages[name]]
     histories = [pd.read_csv(run / stage.name / "history.csv") for stage in trained]
     histories = [history for history in histories if len(history)]
@@ -163,11 +163,11 @@ def _training(run: Path, stages: dict) -> dict | None:
 
 
 def _data(run: Path, stages: dict) -> dict | None:
-    """What went in: images per class and part, what was set aside and why, and whether the parts are apart."""
+    """Return the data: images per class and part, files set aside and why, and whether the parts are separate."""
     data = _NO_DATA.copy()
-    for name, add in DATA.items():
+    for name, section in DATA.items():
         if stages[name]:
-            data |= add(run, stages)
+            data |= section(run, stages)
     if data["counts"] is None:
         return None
     counts, names = data["counts"], data.pop("names")
@@ -186,7 +186,7 @@ def _explored(run: Path, stages: dict) -> dict:
     sizes = inventory[["width", "height"]].astype(float).astype(int)
     groups, alike = _alike(run, listed / "groups.json", inventory)
     return {
-        "pictures": len(inventory),
+        "images": len(inventory),
         "sizes": _svg(charts.image_sizes, sizes["width"], sizes["height"]),
         "counts": inventory[["label"]],
         "names": folder / "class_names.json",
@@ -208,24 +208,24 @@ def _divided(run: Path, stages: dict) -> dict:
     split = disk.read_table(run / "split" / "split.csv")
     names = {} if stages["explore"] else {"names": run / "split" / "class_names.json"}
     gap = _honest_gap(run / "split" / "leakage.json")
-    facts = {"counts": split, "leaks": _leaks(split), "pictures": split["path"].nunique(), "gap": gap}
+    facts = {"counts": split, "leaks": _leaks(split), "images": split["path"].nunique(), "gap": gap}
     return names | facts | {"dropped": listed(dropped(split))}
 
 
 def _alike(run: Path, figures: Path, inventory: pd.DataFrame) -> tuple[dict, list[dict]]:
-    """What must stay together: the figures of groups.json, and the largest groups as images."""
+    """Return what must stay together: the numbers of groups.json, and the largest groups as images."""
     if not figures.is_file():
         return {}, []
     sizes = inventory["group"].value_counts()
     alike = []
     for group, size in sizes[sizes > 1].sort_index().sort_values(ascending=False, kind="stable").head(GROUPS).items():
         rows = inventory[inventory["group"] == group].head(PER_GROUP).to_dict("records")
-        alike.append({"size": int(size), "rows": [_picture(run, row) for row in rows]})
+        alike.append({"size": int(size), "rows": [_with_image(run, row) for row in rows]})
     return disk.read_json(figures), alike
 
 
 def _quarantine(run: Path) -> dict:
-    """Files set aside by any stage: how many for each reason, and the first of them."""
+    """Return the files set aside by any stage: how many for each reason, and the first of them."""
     files = [run / stage / "quarantine.csv" for stage in ("explore", "resize")]
     parts = [disk.read_table(path) for path in files if path.is_file()]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["path", "reason"])
@@ -237,17 +237,17 @@ def _quarantine(run: Path) -> dict:
 
 
 def _leaks(split: pd.DataFrame) -> list[tuple[str, int]]:
-    """How many contents and groups lie in more than one part: none should. What is unused lies in none."""
-    found, split = [], split[split["part"].isin(PARTS)]
+    """Return how many contents and groups are in more than one part; there should be none. Unused ones do not count."""
+    leaks, split = [], split[split["part"].isin(PARTS)]
     for column, what in (("sha256", "identical files"), ("group", "groups")):
         if column in split and (split[column] != "").any():
             rows = split[split[column] != ""]
-            found.append((what, int((rows.groupby(column)["part"].nunique() > 1).sum())))
-    return found
+            leaks.append((what, int((rows.groupby(column)["part"].nunique() > 1).sum())))
+    return leaks
 
 
 def _honest_gap(file: Path) -> dict | None:
-    """What a probe scored on splits that keep groups together and on naive ones; None when that was not asked for."""
+    """Return the scores of a probe on splits that keep groups together and on naive ones; None if there are none."""
     rows = disk.read_json(file).get("honest_gap") if file.is_file() else None
     if not rows:
         return None
@@ -257,7 +257,7 @@ def _honest_gap(file: Path) -> dict | None:
 
 
 def _settings(run: Path, stages: dict) -> list[dict]:
-    """The parameters of each stage, less the folders that `thaw run` chose itself."""
+    """Return the parameters of each stage, without the folders that `thaw run` chose itself."""
     settings = []
     for name, stage in notebooks.stages().items():
         parameters = (stages[name] or {}).get("parameters") or {}
@@ -268,13 +268,13 @@ def _settings(run: Path, stages: dict) -> list[dict]:
 
 
 def _versions(run: Path, stages: dict) -> dict[str, str]:
-    """Package -> version; several if stages were made in different environments."""
-    found: dict[str, list[str]] = {}
+    """Return package -> version; several if stages were made in different environments."""
+    by_package: dict[str, list[str]] = {}
     for stage in filter(None, stages.values()):
         for package, version in stage.get("versions", {}).items():
-            if version not in found.setdefault(package, []):
-                found[package].append(version)
-    return {package: " and ".join(versions) for package, versions in found.items()}
+            if version not in by_package.setdefault(package, []):
+                by_package[package].append(version)
+    return {package: " and ".join(versions) for package, versions in by_package.items()}
 
 
 def _notebooks(run: Path, stages: dict) -> list[dict]:
@@ -291,7 +291,7 @@ def _notebooks(run: Path, stages: dict) -> list[dict]:
 
 
 def _svg(draw: Callable, *values, **options) -> str:
-    """A figure as a data URI: SVG stays sharp on paper, and its text is drawn, so that it needs no font."""
+    """Return a figure as a data URI: SVG stays sharp on paper, and its text is drawn as paths, so it needs no font."""
     with matplotlib.rc_context({"svg.hashsalt": "thaw", "svg.fonttype": "path", "figure.dpi": 100}):
         axes = draw(*values, **options)
         figure = (axes if hasattr(axes, "figure") else axes[0]).figure
@@ -301,8 +301,8 @@ def _svg(draw: Callable, *values, **options) -> str:
     return _uri("image/svg+xml", buffer.getvalue())
 
 
-def _picture(run: Path, row: dict) -> dict:
-    """A row of the mistakes with its image; without one if the file is no longer there."""
+def _with_image(run: Path, row: dict) -> dict:
+    """Return a row of the mistakes with its image; with None if the file is no longer there."""
     places = (run / "resize" / row.get("file", ""), run / "explore" / "source" / row["path"])
     path = next((place for place in places if place.is_file()), None)
     return row | {"image": _jpeg(path) if path else None}
@@ -323,7 +323,7 @@ def _percent(fraction: float | None, digits: int = 1) -> str:
 
 
 def _figure(value: float | None, key: str) -> str:
-    """A metric as text: log loss and AUC as plain numbers, shares in percent."""
+    """Return a metric as text: log loss and AUC as plain numbers, shares in percent."""
     return f"{value:.3f}" if value is not None and key in ("log_loss", "auc") else _percent(value)
 
 
@@ -331,12 +331,12 @@ def _moment(iso: str) -> str:
     return datetime.fromisoformat(iso).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-# What each stage adds to the section on data, over what stands there without it.
+# What each stage adds to the section on data; without it, the values of _NO_DATA stay.
 DATA = {"explore": _explored, "crop": _cropped, "split": _divided}
 _NO_DATA: dict[str, Any] = {"counts": None, "quarantine": None, "ignored": {}, "leaks": None, "sizes": None}
 _NO_DATA |= {"groups": {}, "alike": [], "gap": None, "fixes": "", "crop": "", "levels": "", "flat": 0, "dropped": ""}
 
-# What the template shows, by the name that it has there; each is given the run's folder and the records of its stages.
+# The sections of the template by name; each function gets the run's folder and the records of its stages.
 SECTIONS: dict[str, Callable[[Path, dict], Any]] = {
     "results": _results,
     "training": _training,

@@ -1,7 +1,7 @@
-"""The label review of a run: one HTML page that needs no kernel and no network, on which wrong labels are put right.
+"""The label review of a run: one HTML page that needs no kernel and no network, for correcting wrong labels.
 
 A page shows what looks wrong: images that look alike and have different labels, labels that cleanlab suspects, and the
-surest of the other mistakes. Its button saves fixes.csv, which `explore.fixes` lays over the source.
+most confident of the other mistakes. Its button saves fixes.csv, which `explore.fixes` applies to the labels.
 """
 
 import base64
@@ -29,7 +29,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass
 class Evidence:
-    """What is known about the images of a run.
+    """Facts about the images of a run.
 
     Attributes:
         table: path (relative to the source's root), label, part, sha256 and group, a row an image.
@@ -45,7 +45,7 @@ class Evidence:
 
 
 def build(run: str | Path, out: str | Path | None = None, *, folds: int = 5) -> tuple[Path, str]:
-    """Write the review page of a run and return its path and a sentence about what is on it.
+    """Write the review page of a run and return its path and a sentence about its content.
 
     Args:
         run: the folder of a run whose phase 1 is done.
@@ -57,7 +57,7 @@ def build(run: str | Path, out: str | Path | None = None, *, folds: int = 5) -> 
         ImportError: cleanlab is not installed.
         ValueError: there are too few images for so many folds.
     """
-    label_errors.cleanlab()  # what is missing is said before the work begins
+    label_errors.cleanlab()  # a missing package is reported before the work starts
     run = project.run_folder(run)
     head = stages.require(run / "head", "model.keras", "model.json", made_by="03_train_head")
     resized = stages.require(run / "resize", "images.csv", "class_names.json", made_by="02_resize")
@@ -72,55 +72,57 @@ def build(run: str | Path, out: str | Path | None = None, *, folds: int = 5) -> 
     distance = disk.read_json(explore / "groups.json")["near_duplicates"]
     conflicts = label_errors.look_alikes(listed, distance) + label_errors.identical(explore)
     evidence = Evidence(table, probabilities, class_names, conflicts)
-    found = sections(evidence)
+    page_sections = sections(evidence)
     about = {"backbone": disk.read_json(head / "model.json")["backbone"], "folds": folds, "earlier": _earlier(explore)}
-    html = render(run, explore / "source", evidence, found, about)
+    html = render(run, explore / "source", evidence, page_sections, about)
     path = disk.write_text(Path(out).absolute() if out else run / "review.html", html)
-    counts = ", ".join(f"{section['title'].lower()}: {section['count']:,}" for section in found)
+    counts = ", ".join(f"{section['title'].lower()}: {section['count']:,}" for section in page_sections)
     return path, f"{counts or 'nothing looks wrong'} ({len(html) / 1e6:.1f} MB)"
 
 
 def sections(evidence: Evidence) -> list[dict[str, Any]]:
-    """Return what the page shows: title, count (of all that was found) and groups of cards; an image appears once."""
+    """Return the sections of the page: title, count (of all images) and groups of cards; an image appears once."""
     table, probabilities, names = evidence.table, evidence.probabilities, evidence.class_names
     position = pd.Series(table.index, index=table["path"])
     labels = pd.Index(names).get_indexer(table["label"])
     groups = [_conflict_cards(group, evidence, position) for group in evidence.conflicts[:SHOWN]]
     used = {card["path"] for group in groups for card in group}
     suspected = [row for row in label_errors.suspects(labels, probabilities) if table["path"][row] not in used]
-    surest, guess = np.nan_to_num(probabilities).max(axis=1), np.nan_to_num(probabilities).argmax(axis=1)
-    missed = np.flatnonzero((guess != labels) & (surest > 0))
-    rest = sorted(set(missed) - set(suspected), key=lambda row: (-surest[row], table["path"][row]))
+    confidence, guess = np.nan_to_num(probabilities).max(axis=1), np.nan_to_num(probabilities).argmax(axis=1)
+    missed = np.flatnonzero((guess != labels) & (confidence > 0))
+    rest = sorted(set(missed) - set(suspected), key=lambda row: (-confidence[row], table["path"][row]))
     rest = [row for row in rest if table["path"][row] not in used]
-    made = [("alike", "Look-alikes with different labels", len(evidence.conflicts), groups)]
+    parts = [("alike", "Look-alikes with different labels", len(evidence.conflicts), groups)]
     for key, title, rows in (
         ("suspects", "Suspected label errors", suspected),
         ("mistakes", "Other confident mistakes", rest),
     ):
-        cards = [_card(table.loc[row], names[guess[row]], surest[row]) for row in rows[:SHOWN]]
-        made.append((key, title, len(rows), [cards]))
+        cards = [_card(table.loc[row], names[guess[row]], confidence[row]) for row in rows[:SHOWN]]
+        parts.append((key, title, len(rows), [cards]))
     return [
         {"key": key, "title": title, "count": count, "groups": groups, "shown": min(count, SHOWN)}
-        for key, title, count, groups in made
+        for key, title, count, groups in parts
         if count
     ]
 
 
-def render(run: Path, source: Path, evidence: Evidence, found: list[dict[str, Any]], about: dict[str, Any]) -> str:
+def render(
+    run: Path, source: Path, evidence: Evidence, page_sections: list[dict[str, Any]], about: dict[str, Any]
+) -> str:
     """Return the page as HTML; every text from the data is escaped, and every image is inside."""
-    cards = [card for section in found for group in section["groups"] for card in group]
-    pictures = parallel.for_each(_jpeg, [source / card["path"] for card in cards], label="images")
-    for card, picture in zip(cards, pictures, strict=True):
-        card["picture"] = picture
+    cards = [card for section in page_sections for group in section["groups"] for card in group]
+    thumbnails = parallel.for_each(_jpeg, [source / card["path"] for card in cards], label="images")
+    for card, thumbnail in zip(cards, thumbnails, strict=True):
+        card["image"] = thumbnail
     script = (TEMPLATES / "review.js").read_text(encoding="utf-8")
-    # The page's policy allows this very script and no other, so not even a hole in the escaping could run one.
+    # The page's policy allows only this script, so even a fault in the escaping could not run another one.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         pages.environment()
         .get_template("review.html.j2")
         .render(
             name=run.name,
-            sections=found,
+            sections=page_sections,
             class_names=evidence.class_names,
             images=len(evidence.table),
             unjudged=int(np.isnan(evidence.probabilities[:, 0]).sum()),
@@ -135,18 +137,18 @@ def render(run: Path, source: Path, evidence: Evidence, found: list[dict[str, An
 
 
 def _conflict_cards(group: pd.DataFrame, evidence: Evidence, position: pd.Series) -> list[dict[str, Any]]:
-    """Return the cards of a group of look-alikes, each with the group's likeliest other label; rare labels first."""
+    """Return the cards of a group of look-alikes, each with the group's most probable other label; rare first."""
     names, cards = evidence.class_names, []
     order = group["label"].map(group["label"].value_counts())
     for row in group.loc[order.sort_values(kind="stable").index].head(TOGETHER).to_dict("records"):
         at = position.get(row["path"])
-        known = at is not None and not np.isnan(evidence.probabilities[at, 0])
-        said = dict(zip(names, evidence.probabilities[at], strict=True)) if known else {}
+        judged = at is not None and not np.isnan(evidence.probabilities[at, 0])
+        chances = dict(zip(names, evidence.probabilities[at], strict=True)) if judged else {}
         others = sorted(set(group["label"]) - {row["label"]})
-        other = max(others, key=lambda name: said.get(name, 0.0))
+        other = max(others, key=lambda name: chances.get(name, 0.0))
         part = evidence.table["part"][at] if at is not None else "unused"
-        likeliest = max(said.values(), default=0.0) == said.get(other)
-        cards.append(_card(row | {"part": part}, other, said.get(other)) | {"likeliest": likeliest})
+        likeliest = max(chances.values(), default=0.0) == chances.get(other)
+        cards.append(_card(row | {"part": part}, other, chances.get(other)) | {"likeliest": likeliest})
     return cards
 
 
@@ -166,7 +168,7 @@ def _accuracy(evidence: Evidence) -> dict[str, float]:
 
 
 def _earlier(explore: Path) -> list[list[str]]:
-    """Return the fixes that are in force already as rows of a fixes file, so that the next one keeps them."""
+    """Return the fixes that already apply as rows of a fixes file, so that the next one keeps them."""
     if not (explore / "fixes.csv").is_file():
         return []
     changes = disk.read_table(explore / "fixes.csv")
@@ -174,7 +176,7 @@ def _earlier(explore: Path) -> list[list[str]]:
 
 
 def _jpeg(path: Path) -> str:
-    """Return the image as a data URI, "" when it cannot be read."""
+    """Return the image as a data URI, "" if it cannot be read."""
     try:
         pixels = sheets.thumbnail(path, SIDE)
     except images.ImageError:

@@ -16,7 +16,7 @@ QUIET = "#CFD6DB"
 
 
 def curves(histories: Mapping[str, pd.DataFrame]) -> np.ndarray:
-    """Validation accuracy and loss over the epochs of each entry, over each other; from the eighth on grey.
+    """Draw validation accuracy and loss over the epochs of each entry, in one figure; from the eighth on grey.
 
     Args:
         histories: entry -> columns val_accuracy and val_loss, a row an epoch; entries without epochs are left out.
@@ -45,10 +45,10 @@ def curves(histories: Mapping[str, pd.DataFrame]) -> np.ndarray:
 
 
 def differences(table: pd.DataFrame, first: str, ax: Axes | None = None) -> Axes:
-    """The difference of each metric from the first entry, with its interval, in points; 0 is no difference.
+    """Draw the difference of each metric from the first entry, with its interval, in points; 0 is no difference.
 
     Args:
-        table: as `comparison.against_the_first` returns it; log loss, which is no share, is left out.
+        table: as `comparison.against_the_first` returns it; log loss, which is not a share, is left out.
         first: name of the first entry.
     """
     theme.require(table, "entry", "metric", "difference", "low", "high", "verdict")
@@ -68,7 +68,7 @@ def differences(table: pd.DataFrame, first: str, ax: Axes | None = None) -> Axes
 
 
 def costs(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Accuracy on validation against minutes of training, a disc for each entry, its area the size of the model.
+    """Draw accuracy on validation against minutes of training: a disc for each entry, its area the size of the model.
 
     The line joins the entries that no other one beats in both (the Pareto front).
 
@@ -83,7 +83,7 @@ def costs(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     front = ordered[ordered["accuracy"] > ordered["accuracy"].cummax().shift(fill_value=-1)]
     ends = [*front["minutes"], 1.25 * table["minutes"].max()], [*front["accuracy"], front["accuracy"].iloc[-1]]
     ax.step(*ends, where="post", color=theme.GREY, linewidth=0.9, linestyle=(0, (4, 4)))
-    for number, row in enumerate(ordered.itertuples()):  # above and below in turn, since neighbours may lie close
+    for number, row in enumerate(ordered.itertuples()):  # above and below in turn, since neighbours may be close
         text, away = f"{words.shorten(row.entry, 26)}, {row.megabytes:.0f} MB", (9, -14 if number % 2 else 6)
         ax.annotate(text, (row.minutes, row.accuracy), away, textcoords="offset points", fontsize=8.5,
                     color=theme.INK, parse_math=False)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sheets of images: what the data, their augmentation and the mistakes look like."""
+"""Sheets of images: the data, their augmentation and the mistakes."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ def contact_sheet(
     heading: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Lay images out in rows, whole and undistorted, with an optional caption under each.
+    """Draw images in rows, whole and undistorted, with an optional caption under each.
 
     Args:
         images: RGB (height, width, 3) or grey (height, width) arrays in 0-255, or paths of image files.
@@ -53,7 +53,7 @@ def contact_sheet(
 def class_sheet(
     images_by_class: Mapping[str, Sequence[np.ndarray | str | Path]], *, heading: str = "", ax: Axes | None = None
 ) -> Axes:
-    """One row of images for each class, its name at the left: what the classes look like, side by side.
+    """Draw one row of images for each class, with its name at the left.
 
     Args:
         images_by_class: class name -> images (arrays or paths, as in `contact_sheet`), in the order of the rows.
@@ -71,7 +71,7 @@ def class_sheet(
 def before_and_after(
     before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, columns: int = 6, heading: str = ""
 ) -> Axes:
-    """Two sheets of images side by side: as they were at the left, what became of each at the right.
+    """Draw two sheets of images side by side: before at the left, after at the right.
 
     Args:
         before, after: as many images each, arrays as in `contact_sheet`.
@@ -88,10 +88,10 @@ def before_and_after(
 
 
 def write_before_and_after(folder: Path, pairs: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> list[Path]:
-    """Write a PNG a class: its images in rows of six at the left, the same images changed at the right.
+    """Write a PNG a class: its images in rows of six at the left, the changed images at the right.
 
     Args:
-        folder: where the files go; it is made if need be.
+        folder: where the files go; it is made if necessary.
         pairs: class, images (k, H, W, 3) and their changed copies, as `transforms.pairs` gives them. 36 images make
             the sheets square.
     """
@@ -106,7 +106,7 @@ def write_before_and_after(folder: Path, pairs: Iterable[tuple[str, np.ndarray, 
 
 
 def mistakes(table: pd.DataFrame, root: str | Path = "", *, columns: int = 6, ax: Axes | None = None) -> Axes:
-    """Wrongly classified images, each with its true class and what the model said instead, and how surely.
+    """Draw wrongly classified images, each with its true class, the predicted class and its confidence.
 
     Args:
         table: columns file (relative to `root`), label, predicted, confidence (0-1); drawn in the order of its rows.
@@ -127,7 +127,7 @@ def mistakes(table: pd.DataFrame, root: str | Path = "", *, columns: int = 6, ax
         _caption(*place, f"is {row.label}", columns, 2)
         _caption(
             *place,
-            f"said {row.predicted}",
+            f"model: {row.predicted}",
             columns,
             2,
             line=1,
@@ -140,10 +140,10 @@ def mistakes(table: pd.DataFrame, root: str | Path = "", *, columns: int = 6, ax
 def thumbnail(image: np.ndarray | str | Path, side: int = TILE) -> np.ndarray:
     """Return the image, upright, as RGB uint8 (height, width, 3) with `side` pixels along its longer side.
 
-    A file is decoded as everywhere in the suite, so a figure shows what the model sees.
+    A file is decoded as everywhere in the suite, so a figure shows what the model reads.
 
     Raises:
-        ValueError: an array that is no image.
+        ValueError: an array that is not an image.
         ImageError: a file that cannot be read as an image.
     """
     if isinstance(image, str | Path):
@@ -154,19 +154,19 @@ def thumbnail(image: np.ndarray | str | Path, side: int = TILE) -> np.ndarray:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or 0 in array.shape:
         raise ValueError(f"expected an image of shape (height, width, 3) or (height, width); got {array.shape}")
-    picture = Image.fromarray(np.clip(np.nan_to_num(array), 0, 255).astype(np.uint8)).convert("RGB")
-    scale = side / max(picture.size)
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
-    return np.asarray(picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST))
+    pixels = Image.fromarray(np.clip(np.nan_to_num(array), 0, 255).astype(np.uint8)).convert("RGB")
+    scale = side / max(pixels.size)
+    size = tuple(max(1, round(length * scale)) for length in pixels.size)
+    return np.asarray(pixels.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST))
 
 
 def _pitch(caption_lines: int) -> tuple[int, int]:
-    """Pixels from one image to the next, across and down, on the canvas of a contact sheet."""
+    """Return pixels from one image to the next, across and down, on the canvas of a contact sheet."""
     return TILE + GAP, TILE + GAP + LINE * caption_lines + (GAP if caption_lines else 0)
 
 
 def _mosaic(rows, *, columns: int, caption_lines: int, ax: Axes | None, names: bool = False) -> Axes:
-    """All images on one canvas in one Axes: an Axes each would take seconds, and line up less well."""
+    """Draw all images on one canvas in one Axes: an Axes each would take seconds, and align less well."""
     across, down = _pitch(caption_lines)
     canvas = np.full((len(rows) * down - GAP, columns * across - GAP, 3), 255, np.uint8)
     for row, images in enumerate(rows):
@@ -179,7 +179,7 @@ def _mosaic(rows, *, columns: int, caption_lines: int, ax: Axes | None, names: b
     inch = min((theme.WIDTH - margin) / columns, 1.7, max(0.6, 60 / len(rows)))
     ax = theme.new(ax, (margin + columns * inch, len(rows) * inch * down / across + 0.1))
     ax.imshow(canvas, interpolation="antialiased")
-    # Names stand left of the images, inside the Axes, where no layout can cut them off.
+    # Names are left of the images, inside the Axes, where no layout can cut them off.
     ax.set_xlim(-margin / inch * across, canvas.shape[1])
     ax.set_axis_off()
     return ax

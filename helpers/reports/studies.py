@@ -1,4 +1,4 @@
-"""Figures of many runs at once, and the page that holds them."""
+"""Figures of many runs together, and the page that holds them."""
 
 import html
 import io
@@ -29,14 +29,14 @@ THREE = (
 def many_curves(
     histories: pd.DataFrame, coloured: Sequence[str], *, score: str = "val_loss", ax: Axes | None = None
 ) -> Axes:
-    """One score of many members over the epochs of all phases: a few in colour, the others grey.
+    """Draw one score of many members over the epochs of all phases: a few in colour, the others grey.
 
-    A loss that explodes does not squeeze the others: the axis ends a little above what nine tenths of the values reach.
+    A loss that explodes does not hide the others: the axis ends a little above nine tenths of the values.
 
     Args:
         histories: columns member, phase, running and the score.
         coloured: members in colour, at most five, the best first.
-        score: a column; "gap" is training less validation accuracy.
+        score: a column; "gap" is training minus validation accuracy.
     """
     table = histories.assign(gap=histories["accuracy"] - histories["val_accuracy"])
     ax = theme.new(ax, (theme.WIDTH, 3.6))
@@ -63,15 +63,15 @@ def many_curves(
 
 
 def against(members: pd.DataFrame, varies: Sequence[str]) -> np.ndarray | None:
-    """Lowest loss, mean loss and the accuracy there against the one number that varies; a line for each other setting.
+    """Draw lowest loss, mean loss and the accuracy there against one varying number; a line for each other setting.
 
     Args:
         members: as `members.read` returns it.
         varies: what varies.
 
     Returns:
-        Three Axes; None, after a line that says so, unless a number with three values or more varies, and at most one
-        thing beside it.
+        Three Axes; None, after a printed line, unless a number with three values or more varies, and at most one
+        other thing.
     """
     keys = [name for name in varies if name != "seed"]
     numbers = [n for n in keys if pd.api.types.is_numeric_dtype(members[n]) and members[n].nunique() > 2]
@@ -111,9 +111,9 @@ def _number_axis(ax: Axes, values: pd.Series, name: str) -> None:
 
 
 def heat(table: pd.DataFrame | None, label: str = "accuracy on validation", ax: Axes | None = None) -> Axes | None:
-    """A two-way table as shades with its numbers; None, after a line that says so, where there is no such table."""
+    """Draw a two-way table as shades with its numbers; None, after a printed line, if there is no such table."""
     if table is None:
-        print("Not two things vary: there is no table of two ways.")
+        print("Not exactly two parameters vary: there is no two-way table.")
         return None
     import seaborn
 
@@ -131,9 +131,9 @@ def heat(table: pd.DataFrame | None, label: str = "accuracy on validation", ax: 
 
 
 def effects(table: pd.DataFrame, monitor: str = "val_loss", ax: Axes | None = None) -> Axes | None:
-    """The main effect of each value with its interval; None, after a line that says so, for fewer than two factors."""
+    """Draw the main effect of each value with its interval; None, after a printed line, for fewer than two factors."""
     if table.empty:
-        print("No two things vary whose values several members share: there are no main effects to compare.")
+        print("Fewer than two parameters have values that several members share: there are no main effects to compare.")
         return None
     ax = theme.new(ax, (theme.WIDTH, theme.tall(len(table))))
     rows = np.arange(len(table))[::-1]
@@ -142,7 +142,7 @@ def effects(table: pd.DataFrame, monitor: str = "val_loss", ax: Axes | None = No
     ax.plot(table["effect"], rows, "o", color=theme.BLUE, markersize=6)
     names = [f"{row.factor.rpartition('.')[2]} {_text(row.value)}" for row in table.itertuples()]
     ax.set_yticks(rows, [words.shorten(name, 40) for name in names], fontsize=9)
-    ax.set_xlabel(f"mean {monitor.replace('val_', 'validation ')} less that of all members")
+    ax.set_xlabel(f"mean {monitor.replace('val_', 'validation ')} minus that of all members")
     theme.grid(ax, "x")
     return ax
 
@@ -150,15 +150,15 @@ def effects(table: pd.DataFrame, monitor: str = "val_loss", ax: Axes | None = No
 def parallel(
     members: pd.DataFrame, varies: Sequence[str], monitor: str = "val_loss", ax: Axes | None = None
 ) -> Axes | None:
-    """A line for each member through all that varies to its score, the best tenth in colour.
+    """Draw a line for each member through everything that varies to its score, the best tenth in colour.
 
     Returns:
-        None, after a line that says so, where fewer than three things vary.
+        None, after a printed line, if fewer than three things vary.
     """
     keys = [name for name in varies if members[name].nunique() > 1]
     table = members[members[monitor].notna()]
     if len(keys) < 3 or len(table) < 2:
-        print("Fewer than three things vary: parallel coordinates would say no more than the table.")
+        print("Fewer than three parameters vary: parallel coordinates would show no more than the table.")
         return None
     ax = theme.new(ax, (theme.WIDTH, 3.6))
     places = pd.DataFrame({name: _place(table[name]) for name in [*keys, monitor]})
@@ -182,9 +182,9 @@ def parallel(
 
 
 def importance(table: pd.DataFrame, ax: Axes | None = None) -> Axes | None:
-    """The share of each parameter in what makes members differ; None, after a line that says so, for no search."""
+    """Draw the share of each parameter in the differences of members; None, after a printed line, without a search."""
     if table.empty:
-        print("This is no search: nothing says how much each parameter matters.")
+        print("This is not a search: there is no importance of parameters.")
         return None
     ax = theme.new(ax, (theme.WIDTH, theme.tall(len(table))))
     rows = np.arange(len(table))[::-1]
@@ -198,7 +198,7 @@ def importance(table: pd.DataFrame, ax: Axes | None = None) -> Axes | None:
 
 
 def _place(column: pd.Series) -> pd.Series:
-    """Where the values stand on a line from 0 to 1: by their logarithm, their size, or their order."""
+    """Return the places of the values on a line from 0 to 1: by their logarithm, their size, or their order."""
     if pd.api.types.is_numeric_dtype(column) and column.nunique() > 1:
         scaled = np.log(column) if column.min() > 0 and column.max() / column.min() > 20 else column.astype(float)
         return (scaled - scaled.min()) / (scaled.max() - scaled.min())
@@ -207,14 +207,14 @@ def _place(column: pd.Series) -> pd.Series:
 
 
 def _text(value: Any) -> str:
-    """Return a value with four digits: 3.16e-5 and 0.8651; nothing where there is none."""
+    """Return a value with four digits: 3.16e-5 and 0.8651; "" if it is NaN."""
     if not isinstance(value, float):
         return str(value)
     return "" if value != value else re.sub(r"e-0?", "e-", f"{value:.4g}")
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table as text, with four digits for every number, of small rates too, and without empty columns."""
+    """Return a table as text, with four digits for every number, also for small rates, and without empty columns."""
     filled = [name for name in table if (table[name].notna() & (table[name].astype(str) != "")).any()]
     return table[filled].rename(columns=lambda name: str(name).rpartition(".")[2]).map(_text)
 
@@ -225,7 +225,7 @@ def write_page(path: Path, title: str, lede: str, shown: Mapping[str, tuple[Any,
     Args:
         path: the file.
         title: of the page.
-        lede: a sentence or two at its beginning.
+        lede: a sentence or two at its start.
         shown: heading -> (a table, one or several Axes, or None, which is left out; what to look for).
     """
     parts = [f"<section><h2>{html.escape(name)}</h2>{_shown(what)}<p class='note'>{html.escape(note)}</p></section>"

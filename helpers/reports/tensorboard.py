@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside the scalars that Keras writes: figures and precision-recall curves."""
+"""What TensorBoard shows besides the scalars that Keras writes: figures and precision-recall curves."""
 
 import io
 from collections.abc import Mapping, Sequence

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter
 
 from helpers.core import words
 
-# Blue and vermilion of Okabe and Ito (2008): told apart by every kind of colour vision, and light against dark in grey.
+# Blue and vermilion of Okabe and Ito (2008): distinct in every kind of colour vision, and light against dark in grey.
 BLUE, VERMILION, GREEN, INK, GREY, PALE = "#0B6BA8", "#D55E00", "#009E73", "#22303C", "#7A8791", "#E6EAED"
 PARTS = {"train": BLUE, "val": "#8CB9D9", "test": VERMILION}
 SHADES = LinearSegmentedColormap.from_list("thaw", ["#FFFFFF", "#CFE1EE", "#6FA8D0", BLUE, "#0A3D62"])
@@ -28,15 +28,15 @@ WIDTH = 8.0  # inches: the text width of a notebook and of the report
 
 @cache
 def prepare() -> None:
-    """Let Matplotlib draw names in every script that has a font here, without a warning for each letter it lacks."""
+    """Let Matplotlib draw names in every script that has a font here, without a warning for each missing letter."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     plt.rcParams["font.family"] = ["sans-serif", *(name for name in SCRIPTS if name in installed)]
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font may lack the very weight asked for
-    warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")  # else a box is drawn; tables show the name
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font may lack the requested weight
+    warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")  # a box is drawn; tables show the name
 
 
 def new(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The given Axes or that of a new figure, dressed in the suite's style whatever the session's rcParams are."""
+    """Return `ax` or the Axes of a new figure, in the suite's style; the session's rcParams do not change it."""
     prepare()
     if ax is None:
         _, ax = plt.subplots(figsize=size, layout="constrained")
@@ -78,30 +78,30 @@ def require(table: pd.DataFrame, *columns: str) -> None:
 
 
 def tall(rows: int) -> float:
-    """Height in inches for a line of text per row: ample for few rows, tight (but legible) for a hundred."""
+    """Return the height in inches for a line of text per row: large for few rows, small but legible for a hundred."""
     return 0.9 + rows * float(np.clip(0.36 - 0.004 * (rows - 8), 0.16, 0.36))
 
 
 def fit(ax: Axes, rows: int, axis: str = "y") -> float:
-    """The font size in points at which `rows` lines fit along an axis, between 4 and 9."""
+    """Return the font size in points at which `rows` lines fit along an axis, between 4 and 9."""
     size = ax.get_window_extent().height if axis == "y" else ax.get_window_extent().width
     return float(np.clip(0.78 * size * 72 / ax.figure.dpi / max(1, rows), 4.0, 9.0))
 
 
 def name_axis(ax: Axes, axis: str, names: list[str], limit: int = 30, first: float = 0.0) -> None:
-    """Put class names on an axis; when even small type would overlap, every second (third, ...) name is left out.
+    """Write class names on an axis; if even small type overlaps, leave names out (draw every second, third, ...).
 
-    `first` is where the first name stands; each stands 1 after the one before.
+    `first` is the place of the first name; each next one is 1 further.
     """
     extent = ax.get_window_extent()
     points = (extent.height if axis == "y" else extent.width) * 72 / ax.figure.dpi
     step = max(1, int(np.ceil(5.0 * len(names) / points)))
     style = {"fontsize": fit(ax, int(np.ceil(len(names) / step)), axis), "color": INK, "parse_math": False}
-    shown = [words.shorten(name, limit) for name in names[::step]]
+    labels = [words.shorten(name, limit) for name in names[::step]]
     if axis == "y":
-        ax.set_yticks(first + np.arange(0, len(names), step), shown, rotation=0, **style)
+        ax.set_yticks(first + np.arange(0, len(names), step), labels, rotation=0, **style)
     else:
         room = points / len(names) / (0.6 * style["fontsize"])  # characters that fit side by side
-        turn = {} if max(map(len, shown)) + 1 < room else {"rotation": 90} if len(names) > 12 else {
+        turn = {} if max(map(len, labels)) + 1 < room else {"rotation": 90} if len(names) > 12 else {
             "rotation": 35, "ha": "right", "rotation_mode": "anchor"}  # fmt: skip
-        ax.set_xticks(first + np.arange(0, len(names), step), shown, **style, **turn)
+        ax.set_xticks(first + np.arange(0, len(names), step), labels, **style, **turn)

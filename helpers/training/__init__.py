@@ -1,1 +1,1 @@
-"""What `compile` and `fit` are given, and what they leave."""
+"""What `compile` and `fit` get, and what they leave."""

@@ -1,4 +1,4 @@
-"""What `compile` gets: optimiser, learning rate, loss and metrics, each a Keras object that a name stands for.
+"""What `compile` gets: optimiser, learning rate, loss and metrics, each a Keras object with a short name.
 
 A choice is a name, "sgd", or a dict of the name and arguments, {"name": "sgd", "momentum": 0.9}. The error
 about an unknown name suggests the nearest one.
@@ -37,25 +37,25 @@ NOT_SHARED = {
     "global_clipnorm": "each would clip its own part of the gradient",
     "clipvalue": "each would clip its own part of the gradient",
     "gradient_accumulation_steps": "Keras cannot accumulate gradients there",
-}  # arguments of optimisers that mean something else on several devices, or fail
-PEAK, RISE, FALL = 0.25, 25, 1e-5  # one cycle: when it peaks, how far below it begins, where it ends (fastai's numbers)
+}  # arguments of optimisers that have another meaning on several devices, or fail
+PEAK, RISE, FALL = 0.25, 25, 1e-5  # one cycle: when it peaks, how far below it starts, where it ends (fastai's numbers)
 
 
 def optimizer(
     spec: str | dict, learning_rate: Any, *, shares: Mapping[int, float] | None = None
 ) -> keras.optimizers.Optimizer:
-    """Return a Keras optimiser; "sgd" has momentum 0.9 unless told otherwise.
+    """Return a Keras optimiser; "sgd" has momentum 0.9 by default.
 
     Args:
         spec: a key of OPTIMIZERS, or a dict of `name` and any argument of the Keras class but the learning rate, e.g.
             {"name": "sgd", "momentum": 0.9, "nesterov": True, "clipnorm": 1.0}.
         learning_rate: a number or a keras.optimizers.schedules.LearningRateSchedule.
-        shares: id of a variable -> the share of the learning rate, and of the weight decay, that moves it; 1 for
+        shares: id of a variable -> the share of the learning rate, and of the weight decay, that changes it; 1 for
             those that are not named.
 
     Raises:
         ValueError: an unknown name or argument, a value that Keras refuses, or an argument of NOT_SHARED where several
-            devices train at once.
+            devices train together.
     """
     name, arguments = _choice("optimizer", spec, {name: _arguments(kind) for name, kind in OPTIMIZERS.items()})
     wrong = {key: value for key, value in arguments.items() if not isinstance(value, int | float | None)}
@@ -64,7 +64,7 @@ def optimizer(
     for key, reason in NOT_SHARED.items() if hardware.mirrors() else ():
         if arguments.get(key) is not None:
             raise ValueError(
-                f"optimizer: {key} does not work on {hardware.replicas()} devices at once: {reason}. Leave it out, or"
+                f"optimizer: {key} does not work on {hardware.replicas()} devices together: {reason}. Leave it out, or"
                 f" set {hardware.ONE_DEVICE}."
             )
     if name == "sgd":
@@ -79,7 +79,7 @@ def optimizer(
 
 
 def _by_shares(plain: keras.optimizers.Optimizer, shares: Mapping[int, float]) -> type:
-    """Return the class of `plain` with a learning rate of its own for each variable; Keras has one for all."""
+    """Return the class of `plain` with a separate learning rate for each variable; Keras has one for all."""
     decay = plain.weight_decay
 
     class ByShares(type(plain)):
@@ -103,9 +103,9 @@ def schedule(spec: str | dict, learning_rate: float, *, epochs: int, steps: int)
     """Return the learning rate of a phase: a number, or a Keras schedule that counts steps from the phase's start.
 
     constant; cosine {warmup_epochs: 0, alpha: 0.01}: falls to the share alpha; one_cycle {peak_epoch}: rises from a
-    25th for a quarter of the epochs, then falls to nearly nothing; step {every, factor}: times `factor` every so many
-    epochs; table {below: {7: 1e-3, 8: 5e-4}, then: 1e-5}: seven epochs at 1e-3, one at 5e-4, the rest at 1e-5, whatever
-    `learning_rate` is; plateau: a number, which the callback of `plateau` lowers.
+    25th for a quarter of the epochs, then falls to nearly zero; step {every, factor}: times `factor` every so many
+    epochs; table {below: {7: 1e-3, 8: 5e-4}, then: 1e-5}: seven epochs at 1e-3, one at 5e-4, the rest at 1e-5; it
+    ignores `learning_rate`; plateau: a number, which the callback of `plateau` lowers.
 
     Args:
         spec: a key of SCHEDULES, or a dict of `name` and arguments.
@@ -114,21 +114,21 @@ def schedule(spec: str | dict, learning_rate: float, *, epochs: int, steps: int)
         steps: batches a pass.
 
     Raises:
-        ValueError: an unknown name or argument, or a value that cannot be.
+        ValueError: an unknown name or argument, or an impossible value.
     """
-    name, given = _choice("schedule", spec, SCHEDULES)
+    name, arguments = _choice("schedule", spec, SCHEDULES)
     if name == "table":
-        return _table(given, steps)
+        return _table(arguments, steps)
     if name == "step":
-        every, factor = _number("schedule.every", given.get("every", 10), 1), given.get("factor", 0.1)
+        every, factor = _number("schedule.every", arguments.get("every", 10), 1), arguments.get("factor", 0.1)
         factor = _number("schedule.factor", factor, 0, above=True)
         return schedules.ExponentialDecay(learning_rate, int(every * steps), factor, staircase=True)
     if name == "cosine":
-        warm = _number("schedule.warmup_epochs", given.get("warmup_epochs", 0), 0)
-        alpha = _number("schedule.alpha", given.get("alpha", 0.01), 0)
+        warm = _number("schedule.warmup_epochs", arguments.get("warmup_epochs", 0), 0)
+        alpha = _number("schedule.alpha", arguments.get("alpha", 0.01), 0)
         return _cosine(learning_rate, learning_rate / 100, warm, alpha, epochs, steps)
     if name == "one_cycle":
-        peak = _number("schedule.peak_epoch", given.get("peak_epoch", PEAK * epochs), 0)
+        peak = _number("schedule.peak_epoch", arguments.get("peak_epoch", PEAK * epochs), 0)
         return _cosine(learning_rate, learning_rate / RISE, peak, FALL, epochs, steps)
     plateau(spec, "val_loss")
     return float(learning_rate)
@@ -142,10 +142,10 @@ def _cosine(peak: float, start: float, warm: float, alpha: float, epochs: int, s
     return schedules.CosineDecay(start if rising else peak, max(total - rising, 1), alpha=alpha, **target)
 
 
-def _table(given: Mapping[str, Any], steps: int) -> Any:
-    below, then = given.get("below"), given.get("then")
+def _table(arguments: Mapping[str, Any], steps: int) -> Any:
+    below, then = arguments.get("below"), arguments.get("then")
     if not isinstance(below, dict) or not below or then is None:
-        raise ValueError(f"schedule: a table is {{name: table, below: {{epoch: rate}}, then: rate}}; got {given}.")
+        raise ValueError(f"schedule: a table is {{name: table, below: {{epoch: rate}}, then: rate}}; got {arguments}.")
     try:
         rates = dict(sorted((int(str(epoch)), rate) for epoch, rate in below.items()))
     except ValueError:
@@ -156,13 +156,13 @@ def _table(given: Mapping[str, Any], steps: int) -> Any:
 
 
 def plateau(spec: str | dict, monitor: str) -> list[keras.callbacks.Callback]:
-    """Return the callback that lowers the rate where `monitor` stands still; none for the other schedules."""
-    name, given = _choice("schedule", spec, SCHEDULES)
+    """Return the callback that lowers the rate when `monitor` does not improve; none for the other schedules."""
+    name, arguments = _choice("schedule", spec, SCHEDULES)
     if name != "plateau":
         return []
-    given = {"monitor": monitor} | given
+    arguments = {"monitor": monitor} | arguments
     try:
-        return [keras.callbacks.ReduceLROnPlateau(mode=better(given["monitor"]), **given)]
+        return [keras.callbacks.ReduceLROnPlateau(mode=better(arguments["monitor"]), **arguments)]
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"schedule: plateau refused its arguments: {error}") from None
 
@@ -223,7 +223,7 @@ def loss(spec: str | dict = "cross_entropy", label_smoothing: float = 0.0) -> ke
     Args:
         spec: "cross_entropy", "focal", or {"name": "focal", "gamma": 2.0, "alpha": 0.25}; alpha may be a list with a
             weight for each class.
-        label_smoothing: share of a label that goes to all classes alike, 0 to 1.
+        label_smoothing: share of a label that goes to all classes equally, 0 to 1.
 
     Raises:
         ValueError: an unknown name or argument, or a value that Keras refuses.
@@ -236,27 +236,27 @@ def loss(spec: str | dict = "cross_entropy", label_smoothing: float = 0.0) -> ke
 
 
 def metrics(monitor: str = "val_loss") -> list[keras.metrics.Metric]:
-    """Return what is counted beside the loss: accuracy, and macro F1 or AUC where `monitor` asks for it.
+    """Return the metrics besides the loss: accuracy, and macro F1 or AUC if `monitor` names it.
 
     They take labels as the loss does. AUC is the mean over the classes, each against the rest.
     """
-    found: list[keras.metrics.Metric] = [keras.metrics.MeanMetricWrapper(_accuracy, name="accuracy")]
+    metrics: list[keras.metrics.Metric] = [keras.metrics.MeanMetricWrapper(_accuracy, name="accuracy")]
     if monitor == "val_macro_f1":
-        found.append(_MacroF1(average="macro", name="macro_f1"))
+        metrics.append(_MacroF1(average="macro", name="macro_f1"))
     if monitor == "val_auc":
-        found.append(_AUC(multi_label=True, name="auc"))
-    return found
+        metrics.append(_AUC(multi_label=True, name="auc"))
+    return metrics
 
 
-def _choice(what: str, spec: Any, known: Mapping[str, Sequence[str]]) -> tuple[str, dict[str, Any]]:
-    """Return name and arguments of a choice; `known` holds the arguments that each name takes."""
+def _choice(what: str, spec: Any, arguments_of: Mapping[str, Sequence[str]]) -> tuple[str, dict[str, Any]]:
+    """Return name and arguments of a choice; `arguments_of` holds the arguments that each name takes."""
     arguments = dict(spec) if isinstance(spec, dict) else {"name": spec}
     name = arguments.pop("name", None)
-    if name not in known:
-        raise ValueError(f"{what}: there is no {name!r}.{words.did_you_mean(str(name), known)}")
+    if name not in arguments_of:
+        raise ValueError(f"{what}: there is no {name!r}.{words.did_you_mean(str(name), arguments_of)}")
     for key in arguments:
-        if key not in known[name]:
-            hint = words.did_you_mean(str(key), known[name]) if known[name] else " It takes none."
+        if key not in arguments_of[name]:
+            hint = words.did_you_mean(str(key), arguments_of[name]) if arguments_of[name] else " It takes none."
             raise ValueError(f"{what}: {name} has no argument {key!r}.{hint}")
     return name, arguments
 

@@ -1,7 +1,7 @@
 """Batches of images for Keras: read from a resized folder, augmented, mixed and sampled, the same for the same seed.
 
-Every draw (order, augmentation, sampling) follows from the seed, the epoch and the step and from nothing else, so a
-training that was interrupted and goes on at epoch k sees what an undisturbed one would have seen.
+Every draw (order, augmentation, sampling) follows from the seed, the epoch and the step and from nothing else. So a
+training that resumes at epoch k sees the same batches as one without an interruption.
 """
 
 from collections.abc import Callable, Iterator
@@ -63,12 +63,12 @@ def read(folder: str | Path, part: str) -> Folder:
             f"images.csv has labels that class_names.json lacks: {', '.join(unknown)}. Run 02_resize again."
         )
     about = disk.read_json(folder / "resize.json")
-    made = ":".join(str(about[key]) for key in ("image_size", "fit", "format", "levels") if key in about)
-    cut = rows["sha256"] + (":" + rows["box"] if "box" in rows else "")
+    resizing = ":".join(str(about[key]) for key in ("image_size", "fit", "format", "levels") if key in about)
+    pixels = rows["sha256"] + (":" + rows["box"] if "box" in rows else "")
     files = [str(folder / file) for file in rows["file"]]
     return Folder(
         pixels=_in_order(files, about["image_size"]),
-        keys=[f"{one}:{made}" for one in cut],
+        keys=[f"{image}:{resizing}" for image in pixels],
         labels=rows["label"].map(index).to_numpy(np.int32),
         paths=list(rows["path"]),
         files=files,
@@ -78,7 +78,7 @@ def read(folder: str | Path, part: str) -> Folder:
 
 
 def through(run: Callable[[np.ndarray], np.ndarray], images: Folder, label: str) -> np.ndarray:
-    """Return what a model gives for every image, in their order, (n, ...) in the dtype that it gives.
+    """Return the output of a model for every image, in order, (n, ...) in the model's dtype.
 
     Args:
         run: images (batch, H, W, 3) -> (batch, ...), as `inference.fast` returns it.
@@ -120,14 +120,14 @@ def training(
     augment: transforms.Augmentation | None = None,
     balanced: bool = False,
 ) -> tuple[tf.data.Dataset, keras.callbacks.Callback]:
-    """Return the training data with fresh augmentation in every epoch, and the callback that tells it the epoch.
+    """Return the training data with fresh augmentation in every epoch, and the callback that sets its epoch.
 
     An epoch holds every image once in a new order, or as many draws, every class equally often, when `balanced`.
     Images are mixed with images of the same batch; labels are float32 shares (batch, classes) then.
 
     Args:
-        images: the training images. They are kept in memory when they fit in a quarter of what is free.
-        batch_size: images a step. The last batch of an epoch is smaller; where several devices train at once, which
+        images: the training images. They stay in memory if they fit in a quarter of the free memory.
+        batch_size: images a step. The last batch of an epoch is smaller; where several devices train together and
             share each batch evenly, it is left out, and holds other images in every epoch.
         seed: decides order and augmentation together with the epoch's number.
         augment: as `transforms.make` returns it.
@@ -143,13 +143,13 @@ def training(
 
     def epoch() -> tuple[np.ndarray, np.int32]:
         rng = np.random.default_rng([seed, clock["epoch"]])
-        drawn = rng.choice(count, size=count, p=chances) if balanced else rng.permutation(count)
-        return ranks.of_batches(drawn, batch_size).astype(np.int32), np.int32(clock["epoch"])
+        rows = rng.choice(count, size=count, p=chances) if balanced else rng.permutation(count)
+        return ranks.of_batches(rows, batch_size).astype(np.int32), np.int32(clock["epoch"])
 
-    def batches(drawn: tf.Tensor, number: tf.Tensor) -> tf.data.Dataset:
+    def batches(rows: tf.Tensor, number: tf.Tensor) -> tf.data.Dataset:
         starts = tf.data.Dataset.range(0, steps * part, part, output_type=tf.int32)
         keys = partial(views.key, seed, number)
-        return starts.map(lambda at: (drawn[at : at + part], keys(at * ranks.count() + ranks.number() * part)))
+        return starts.map(lambda at: (rows[at : at + part], keys(at * ranks.count() + ranks.number() * part)))
 
     def load(rows: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         if pixels is not None:
@@ -162,14 +162,14 @@ def training(
         return change(*batch, key) if change else batch
 
     begin = tf.data.Dataset.range(1).map(lambda _: tf.numpy_function(epoch, [], (tf.int32, tf.int32)))
-    begin = begin.map(lambda drawn, number: (tf.ensure_shape(drawn, [None]), tf.ensure_shape(number, [])))
+    begin = begin.map(lambda rows, number: (tf.ensure_shape(rows, [None]), tf.ensure_shape(number, [])))
     data = begin.flat_map(batches).map(load, tf.data.AUTOTUNE, deterministic=True)
     data = data.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2)
     return data, keras.callbacks.LambdaCallback(on_epoch_begin=lambda number, logs=None: clock.update(epoch=number))
 
 
 def sample(images: Folder, count: int, seed: int = 0) -> pd.DataFrame:
-    """Return `count` images chosen at random, every class as often as can be: the columns file and label."""
+    """Return `count` images chosen at random, every class as often as possible: the columns file and label."""
     rows = pd.DataFrame({"file": images.files, "label": [images.class_names[label] for label in images.labels]})
     rows = rows.sample(frac=1, random_state=seed)
     turn = rows.groupby("label").cumcount()

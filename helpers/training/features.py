@@ -1,6 +1,6 @@
-"""What the head is given: which levels of the backbone, and each of its features with mean 0 and standard deviation 1.
+"""What the head reads: which levels of the backbone, and each of its features with mean 0 and standard deviation 1.
 
-Features of several levels differ a thousandfold in size. A solver and an optimiser both need them alike.
+Features of several levels differ a thousandfold in size. A solver and an optimiser both need one scale.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,8 +15,8 @@ from helpers.models import backbones, classifier
 from helpers.models import levels as levels_of
 from helpers.training import datasets, feeds
 
-LEAST = 1e-6  # a feature that varies less is taken as constant, and only its mean is taken off
-SAMPLE = 2000  # training images, and as many of validation, by which levels are chosen
+LEAST = 1e-6  # a feature that varies less counts as constant, and only its mean is subtracted
+SAMPLE = 2000  # training images, and as many of validation, that decide about levels
 STRENGTHS = (1e-3, 1e-2, 1e-1)  # of the linear probe (scikit-learn's C)
 
 
@@ -30,10 +30,10 @@ def choose_levels(
     pool: levels_of.Pool,
     seed: int,
 ) -> str | list[str]:
-    """Return the levels that the head is to read; where "auto" asks for it, validation decides between "top" and "all".
+    """Return the levels that the head reads; for "auto", validation decides between "top" and "all".
 
-    A linear probe learns from the plain features of up to SAMPLE training images and is asked about as many of
-    validation, so the choice reads 4,000 images at most, in a pass of its own. What was tried is printed.
+    A linear probe learns from the plain features of up to SAMPLE training images and is tested on as many of
+    validation. So the choice reads 4,000 images at most, in a separate pass. It prints what it tried.
 
     Args:
         levels: 03's parameter.
@@ -46,15 +46,15 @@ def choose_levels(
     body = backbones.build(backbone, train.image_size, weights)
     top = (1 if pool in ("mean", "class") else 2) * body.output.shape[-1]
     run = inference.fast(levels_of.read(body, "all", pool))
-    (known, labels), (asked, truth) = (_of_some(run, images, seed) for images in (train, val))
+    (train_features, labels), (val_features, truth) = (_of_some(run, images, seed) for images in (train, val))
     rows = []
     for name, columns in {"top": slice(-top, None), "all": slice(None)}.items():
         for strength in STRENGTHS:
-            probe = linear.fit(linear.classifier(strength, 1e-2), known[:, columns], labels)
-            said = np.full((len(truth), len(train.class_names)), 1e-7)
-            said[:, probe.classes_] = np.maximum(probe.predict_proba(asked[:, columns]), 1e-7)
-            loss = -np.log(said[np.arange(len(truth)), truth]).mean()
-            rows.append([name, strength, loss, (said.argmax(axis=1) == truth).mean()])
+            probe = linear.fit(linear.classifier(strength, 1e-2), train_features[:, columns], labels)
+            chances = np.full((len(truth), len(train.class_names)), 1e-7)
+            chances[:, probe.classes_] = np.maximum(probe.predict_proba(val_features[:, columns]), 1e-7)
+            loss = -np.log(chances[np.arange(len(truth)), truth]).mean()
+            rows.append([name, strength, loss, (chances.argmax(axis=1) == truth).mean()])
     table = pd.DataFrame(rows, columns=["levels", "strength", "val_loss", "val_accuracy"])
     best = table.loc[table["val_loss"].idxmin()]
     print(table.round(4).to_string(index=False))
@@ -75,11 +75,11 @@ def standardise(model: keras.Model, cut: frontier.Cut, banks: feeds.Banks | None
     Args:
         model: a classifier from `classifier.build`.
         cut: of the model, whose backbone is frozen; the frontier is the features.
-        banks: the features of all views, which are used where they are there.
-        train: the training images, whose plain features are computed where there are no banks.
+        banks: the features of all views, which are used if there are any.
+        train: the training images, whose plain features are computed if there are no banks.
 
     Returns:
-        What was done, in a sentence; "" for a head without that layer. Where another run's head was taken, the layer is
+        What was done, in a sentence; "" for a head without that layer. If the head comes from another run, the layer is
         set already, and only frozen.
     """
     layer = scale_of(model)
@@ -98,7 +98,7 @@ def standardise(model: keras.Model, cut: frontier.Cut, banks: feeds.Banks | None
 
 
 def scale_of(model: keras.Model) -> keras.layers.BatchNormalization | None:
-    """Return the layer that standardises, None where the head has none."""
+    """Return the layer that standardises, None if the head has none."""
     return next((layer for layer in model.layers if layer.name == classifier.SCALE), None)
 
 

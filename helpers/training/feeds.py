@@ -20,7 +20,7 @@ from helpers.core import words
 from helpers.models import unfreezing
 from helpers.training import datasets, transforms
 
-SMALL_STEPS = 16  # of a head on pooled features: measured twice as fast as one by one
+SMALL_STEPS = 16  # of a head on pooled features: measured twice as fast as one step a call
 VAL_BATCH = 256  # activations are small
 
 
@@ -33,9 +33,9 @@ class Feed:
         train: training data, one epoch long.
         val: validation data for `fit`, in order; of several ranks, each has its part.
         all_val: the same of every validation image, for `predict`.
-        clock: the callback that tells `train` which epoch it is; `fit` must be given it.
+        clock: the callback that sets the epoch of `train`; `fit` must get it.
         steps: batches an epoch.
-        steps_per_execution: steps that `fit` runs in one go; more than one where a step is shorter than its start.
+        steps_per_execution: steps that `fit` runs in one call; more than one if a step takes less time than its start.
         folders: of the activations; empty when the whole model trains.
     """
 
@@ -56,7 +56,7 @@ class Feed:
         ranks.meet()
 
     def close(self, keep: bool = False) -> None:
-        """Delete the activations unless they are to be kept; ranks part here."""
+        """Delete the activations unless `keep`; ranks part here."""
         if not keep:
             self.remove_cache()
         ranks.part()
@@ -71,19 +71,19 @@ class Banks:
 
     @property
     def images_per_second(self) -> float:
-        """Images/s of the frozen part, each view counted; 0 where all was found in the cache."""
+        """Images/s of the frozen part, each view counted; 0 if the cache held all of them."""
         return self.train.views * len(self.train) / self.train.seconds if self.train.seconds else 0.0
 
     def __str__(self) -> str:
         megabytes = (self.train.activations.nbytes + self.val.activations.nbytes) / 1e6
-        held = (
+        contents = (
             f"{self.train.views} views of {len(self.train):,} training images and {len(self.val):,} validation images:"
             f" {megabytes:,.1f} MB"
         )
         if not self.images_per_second:
-            return f"{held}, found in the cache."
+            return f"{contents}, found in the cache."
         return (
-            f"{held}.\nThe training images took {words.duration(self.train.seconds)}:"
+            f"{contents}.\nThe training images took {words.duration(self.train.seconds)}:"
             f" {self.images_per_second:,.0f} images/s."
         )
 
@@ -101,7 +101,7 @@ def fill_banks(
     cache_gb: float = 20.0,
     next_unfreeze: str | int | float | dict = "none",
 ) -> Banks | None:
-    """Compute once what lies below the frontier, for each image and view; print why where that cannot be.
+    """Compute once what lies below the frontier, for each image and view; print why if that is impossible.
 
     Where images are mixed, all labels are float32 shares (n, classes). The first view of each image is plain and each
     other one is mixed with an image of the same group of `bank.GROUP`; the groups are made at random.
@@ -110,7 +110,7 @@ def fill_banks(
         cut: from `frontier.cut`.
         train, val: the images.
         folder: the cache, a folder of banks.
-        views: augmented versions of each training image to choose from; 0 computes nothing beforehand.
+        views: augmented versions of each training image to choose from; 0 computes nothing in advance.
         seed: of the augmentation.
         augment: as `transforms.make` returns it.
         epochs: of the training that follows; with 0, nothing is computed.
@@ -139,7 +139,7 @@ def _nothing_below(cut: frontier.Cut) -> str:
 
 
 def _lower_cut(cut: frontier.Cut, unfreeze: str | int | float | dict) -> frontier.Cut:
-    """Return the cut that the next phase will make where that leaves something frozen, else `cut`."""
+    """Return the cut that the next phase will make if that leaves something frozen, otherwise `cut`."""
     if unfreeze == "none":
         return cut
     unfreezing.unfreeze(cut.model, unfreeze)
@@ -165,12 +165,12 @@ def from_banks(cut: frontier.Cut, banks: Banks, *, batch_size: int, seed: int, b
 
     Raises:
         ValueError: images were mixed in their views and are drawn in balance, which would balance one of each pair
-            only; or the devices that train at once cannot share the batches.
+            only; or the devices that train together cannot share the batches.
     """
     if balanced and banks.train.labels.ndim > 1:
         raise ValueError(
             "balanced_batches cannot balance images that were mixed when their views were made: the other one of each"
-            " pair was taken whatever its class. Take views: 0, imbalance: class_weight, or mix: none."
+            " pair can have any class. Take views: 0, imbalance: class_weight, or mix: none."
         )
     hardware.share(cut.model)
     steps, several = hardware.steps(len(banks.train), batch_size), hardware.replicas() > 1
@@ -204,7 +204,7 @@ def whole_model(
         batch_size, seed, augment, balanced: as in `datasets.training`.
 
     Raises:
-        ValueError: the devices that train at once cannot share the batches.
+        ValueError: the devices that train together cannot share the batches.
     """
     hardware.share(model)
     steps = hardware.steps(len(train), batch_size)
@@ -224,7 +224,7 @@ def faster(model: keras.Model) -> keras.Model:
 
 
 def gain(banks: Banks | None, history: pd.DataFrame) -> str:
-    """Say what the cache saved, from what was measured while it was filled and while the suffix trained.
+    """Return how much time the cache saved, measured while it was filled and while the suffix trained.
 
     Args:
         banks: from `fill_banks`.

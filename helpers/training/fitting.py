@@ -30,12 +30,12 @@ def class_weights(labels: np.ndarray, imbalance: str = "class_weight") -> dict[i
 
 
 def verbosity() -> int:
-    """Return `fit`'s verbose: a bar when a person runs the notebook; headless nothing, since `Recorder` prints."""
+    """Return `fit`'s verbose: a bar when a person runs the notebook; nothing when headless, since `Recorder` prints."""
     return 0 if os.environ.get(progress.PROGRESS_VARIABLE) else 1
 
 
 def first_epoch(out: Path, default: int = 0) -> int:
-    """Return the epoch at which a training in `out` goes on: the last one backed up after `default`, else `default`."""
+    """Return the epoch at which a training in `out` resumes: the last backup after `default`, otherwise `default`."""
     backups = sorted((out / "backup").glob("epoch-*.weights.h5"))
     return max(default, int(backups[-1].name[6:12])) if backups else default
 
@@ -54,7 +54,7 @@ def callbacks(
     schedule: str | dict = "constant",
     profile_steps: Sequence[int] = (),
 ) -> list[keras.callbacks.Callback]:
-    """Return the callbacks of a phase, in the order in which they must run; when `fit` ends, the best weights are back.
+    """Return the callbacks of a phase, in the order in which they must run; after `fit` the model has its best weights.
 
     Args:
         out: the stage's folder: history.csv and logs/ go there, and backup/ until `save` removes it.
@@ -62,10 +62,10 @@ def callbacks(
         images: training images an epoch, for the images/s.
         begin, end: epochs before this phase, and after it: `fit`'s initial_epoch and epochs.
         monitor: the metric that decides which epoch is best, e.g. "val_loss" or "val_accuracy".
-        patience: stop after so many epochs without a better `monitor`; 0 never stops early.
+        patience: epochs without a better `monitor` before it stops; 0 never stops early.
         stop_smoothed: arguments of `SmoothedStopping` except the monitor; an empty dict never stops.
         optimizer, schedule: as in `compiling`; some need a callback.
-        profile_steps: first and last step that the TensorFlow Profiler looks at.
+        profile_steps: first and last step that the TensorFlow Profiler records.
     """
     file, mode = str(out / "backup" / "best.weights.h5"), compiling.better(monitor)
     best = Best(file, monitor=monitor, mode=mode, save_best_only=True, save_weights_only=True)
@@ -86,7 +86,7 @@ def callbacks(
 
 
 class Recorder(keras.callbacks.Callback):
-    """Writes a row of history.csv, a line of output and a line of progress after each epoch."""
+    """Write a row of history.csv, a line of output and a line of progress after each epoch."""
 
     def __init__(self, out: Path, *, phase: str, images: int, last_epoch: int):
         super().__init__()
@@ -112,7 +112,7 @@ class Recorder(keras.callbacks.Callback):
 
 
 class Best(keras.callbacks.ModelCheckpoint):
-    """ModelCheckpoint of the best weights that gives them back to the model when the training ends."""
+    """ModelCheckpoint of the best weights that loads them into the model when the training ends."""
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         with saving.uninterrupted():
@@ -125,7 +125,7 @@ class Best(keras.callbacks.ModelCheckpoint):
 
 
 class SmoothedStopping(keras.callbacks.Callback):
-    """Stops when the exponential moving average of a metric has not improved enough for some epochs.
+    """Stop when the exponential moving average of a metric has not improved enough for some epochs.
 
     Args:
         monitor: the metric.
@@ -168,12 +168,11 @@ class SmoothedStopping(keras.callbacks.Callback):
 
 
 class Backup(keras.callbacks.BackupAndRestore):
-    """BackupAndRestore with a backup of one file: no kill can leave weights and an epoch that do not belong together.
+    """BackupAndRestore with a backup of one file: after a kill, weights and epoch still belong together.
 
-    It also brings back what Keras leaves out: the state of the other callbacks, by replaying history.csv to them, and
-    the random numbers of dropout, by letting each epoch's follow from its number. What it does not bring back is the
-    learning rate: that is what the model was compiled with, less what a plateau has taken off, so that it can be
-    changed by hand.
+    It also restores what Keras leaves out. It replays history.csv to the other callbacks for their state; the random
+    numbers of dropout follow from the number of each epoch. It does not restore the learning rate: that
+    is the one that the model was compiled with, minus the reductions of a plateau. So a user can change it.
     """
 
     def __init__(
@@ -193,7 +192,7 @@ class Backup(keras.callbacks.BackupAndRestore):
             state.assign([*np.random.SeedSequence([seed, epoch]).generate_state(1), 0])
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        for state, seed in self.random_states:  # so that a next step draws what it would in a new process
+        for state, seed in self.random_states:  # so that the next step draws what it would in a new process
             state.assign([seed, 0])
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -219,7 +218,7 @@ class Backup(keras.callbacks.BackupAndRestore):
         for row in rows.to_dict("records"):
             for watcher in self.watchers:
                 watcher.on_epoch_end(row["epoch"] - 1, dict(row))
-        if self.model.stop_training:  # `fit` would ask only after one more epoch
+        if self.model.stop_training:  # `fit` would check it only after one more epoch
             self.model._initial_epoch = self.params["epochs"]
         values = rows[self.best.monitor]
         self.best.best = values.min() if compiling.better(self.best.monitor) == "min" else values.max()

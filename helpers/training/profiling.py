@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, as the TensorFlow Profiler sees it."""
+"""Where the time of a training step goes, measured by the TensorFlow Profiler."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ import pandas as pd
 
 from helpers.core import disk
 
-CALLS = re.compile(r".*(Call|While|If)$")  # operations whose time is that of those within
+CALLS = re.compile(r".*(Call|While|If)$")  # operations whose time is that of the operations in them
 ROWS = 15
 
 
@@ -24,7 +24,7 @@ def check(steps: Sequence[int]) -> None:
 def tensorboard(logs: Path, steps: Sequence[int] = ()) -> keras.callbacks.TensorBoard:
     """Return the callback that writes scalars and the graph to `logs`, and a profile of the steps from first to last.
 
-    Where `fit` runs several steps in one go, all of those that hold a step asked for are profiled.
+    If `fit` runs several steps in one call, every call that holds one of the steps is profiled.
     """
     check(steps)
     return _TensorBoard(str(logs), steps=steps)
@@ -46,16 +46,16 @@ def write_profile(out: Path, steps: Sequence[int] = (1, 1)) -> pd.DataFrame | No
     """Write profile.csv of the newest profile in a stage's folder and return its first rows.
 
     Columns: op (the kind of operation on a CPU, the kernel on a GPU), calls, milliseconds (of all threads or streams
-    together), share (of all operations, 0 to 1). The trace itself lies in logs/, for TensorBoard's profile plugin.
+    together), share (of all operations, 0 to 1). The trace itself is in logs/, for TensorBoard's profile plugin.
 
     Args:
         out: the stage's folder.
-        steps: first and last step that were profiled; where there are none, nothing is written.
+        steps: first and last step that were profiled; if there are none, nothing is written.
     """
     if not steps:
         return None
     traces = sorted((out / "logs").glob("train/plugins/profile/*/*.xplane.pb"))
-    if not traces:  # no reason to lose what was trained
+    if not traces:  # no reason to lose the trained model
         print("profile_steps: no step was profiled, since the training had fewer.")
     events = pd.DataFrame(_operations(traces[-1]) if traces else [], columns=["op", "milliseconds"])
     table = events.groupby("op")["milliseconds"].agg(calls="size", milliseconds="sum")
@@ -75,6 +75,6 @@ def _operations(trace: Path) -> Iterator[tuple[str, float]]:
         for event in (event for line in plane.lines for event in line.events):
             about = plane.event_metadata[event.metadata_id]
             kind = about.name if devices else about.display_name
-            # On a CPU an operation is "its/name:Kind", beside much else such as the threads' own notes.
+            # On a CPU an operation is "its/name:Kind", among others, such as the threads' notes.
             if devices or (about.name.endswith(f":{kind}") and not CALLS.fullmatch(kind)):
                 yield kind, event.duration_ps / 1e9

@@ -1,6 +1,6 @@
 """What a training leaves: the history, the best weights, a model that was loaded again and predicts the same.
 
-Also what stands for a training where there is none: the head of another run, or a head with its random weights.
+Also what replaces a training where there is none: the head of another run, or a head with its random weights.
 """
 
 import os
@@ -37,13 +37,13 @@ def best_epoch(history: pd.DataFrame, monitor: str) -> pd.Series:
 
 
 def load_best(model: keras.Model, out: Path, monitor: str = "val_loss", whole: keras.Model | None = None) -> str:
-    """Give the trained `model` the weights of its best epoch, also when `fit` was interrupted, and say which it was.
+    """Give `model` the weights of its best epoch, also when `fit` was interrupted, and return a sentence about it.
 
     Args:
         model: what was trained: the suffix above the frozen frontier, or the whole classifier.
         out: the stage's folder.
         monitor: as in `callbacks`.
-        whole: the classifier, needed where several steps were trained: the best epoch may be of an earlier one.
+        whole: the classifier, needed if several steps were trained: the best epoch may be of an earlier one.
 
     Raises:
         ValueError: the loss was not a number in any epoch.
@@ -62,7 +62,7 @@ def load_best(model: keras.Model, out: Path, monitor: str = "val_loss", whole: k
 
 
 def best_after(out: Path, epoch: int) -> Path:
-    """Return the file with the best weights of all epochs up to `epoch`, kept until `save` where several thaws train.
+    """Return the file with the best weights of all epochs up to `epoch`, kept until `save` if several thaws train.
 
     Args:
         out: the stage's folder.
@@ -72,7 +72,7 @@ def best_after(out: Path, epoch: int) -> Path:
 
 
 def bare(model: keras.Model) -> keras.Model:
-    """Return the same layers as a model that was never compiled, so that no optimiser is saved or asked for."""
+    """Return the same layers as a model that was never compiled, so that no optimiser is saved or needed."""
     return keras.Model(model.input, model.output, name=model.name)
 
 
@@ -87,7 +87,7 @@ def save_weights(model: keras.Model, path: Path) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Put a KeyboardInterrupt off until the block ends: a weights file left open could not be written again."""
+    """Delay a KeyboardInterrupt until the block ends: a weights file left open could not be written again."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -102,9 +102,9 @@ def uninterrupted() -> Iterator[None]:
 
 
 def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
-    """Save the whole model as out/model.keras and prove that it predicts the same when loaded.
+    """Save the whole model as out/model.keras and check that it predicts the same when loaded.
 
-    It is saved without optimiser and loss, so that plain Keras loads it. Where several ranks trained it, each computes
+    It is saved without optimiser and loss, so that plain Keras loads it. If several ranks trained it, each computes
     alone from here on.
 
     Args:
@@ -122,7 +122,7 @@ def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = False  # only TensorFlow could load it; `hardware.share` sets it
     plain.save(path)
-    images = np.asarray(images[:2])  # called as they are: to compile both graphs would take longer than all the rest
+    images = np.asarray(images[:2])  # called directly: to compile both graphs would take longer than all the rest
     models = (plain, hardware.load(path))
     expected, loaded = (keras.ops.convert_to_numpy(each(images, training=False)) for each in models)
     if not np.allclose(expected, loaded, atol=hardware.tolerance()):
@@ -131,12 +131,12 @@ def save(model: keras.Model, out: Path, images: np.ndarray) -> Path:
 
 
 def remove_backup(out: Path) -> None:
-    """Remove what a training is resumed from, once nothing can fail any more."""
+    """Remove the backup that a training resumes from, when nothing can fail any more."""
     shutil.rmtree(out / "backup", ignore_errors=True)
 
 
 def read_history(out: Path) -> pd.DataFrame:
-    """Return history.csv: one row an epoch, columns as HISTORY_COLUMNS; epochs count from 1 and go on in phase 2.
+    """Return history.csv: one row an epoch, columns as HISTORY_COLUMNS; epochs count from 1 and continue in phase 2.
 
     learning_rate is that of the epoch's first step.
     """
@@ -144,7 +144,7 @@ def read_history(out: Path) -> pd.DataFrame:
 
 
 def take(model: keras.Model, text: str, *, class_names: Sequence[str]) -> str:
-    """Give `model` the weights of another run's head stage, and say so.
+    """Give `model` the weights of another run's head stage, and return a sentence about it.
 
     Args:
         model: a classifier as `classifier.build` builds it.
@@ -158,11 +158,11 @@ def take(model: keras.Model, text: str, *, class_names: Sequence[str]) -> str:
     folder = _head_of(text)
     names = disk.read_json(folder / "class_names.json")
     if names != list(class_names):
-        raise ValueError(f"from_run: {text!r} knows the classes {', '.join(names)}; here are {', '.join(class_names)}.")
-    giver = keras.models.load_model(folder / "model.keras", compile=False)
-    if difference := _difference(model, giver):
+        raise ValueError(f"from_run: {text!r} has the classes {', '.join(names)}; here are {', '.join(class_names)}.")
+    source = keras.models.load_model(folder / "model.keras", compile=False)
+    if difference := _difference(model, source):
         raise ValueError(f"from_run: {text!r} has another model, {difference}. Set the parameters of that run.")
-    model.set_weights(giver.get_weights())
+    model.set_weights(source.get_weights())
     return f"The head comes from {project.display_path(folder)}; nothing is trained here."
 
 
@@ -170,15 +170,15 @@ def _head_of(text: str) -> Path:
     return stages.of_run(text, "head", "model.keras", parameter="from_run")
 
 
-def _difference(model: keras.Model, giver: keras.Model) -> str:
-    """Name the first layer in which two classifiers differ, here and there."""
-    if model.input_shape != giver.input_shape:
-        return f"its images are {giver.input_shape[1]} x {giver.input_shape[2]} pixels"
-    pairs = zip(model.layers, giver.layers, strict=False)
-    for one, other in pairs:
-        if one.name != other.name or graphs.structure(one) != graphs.structure(other):
-            return f"its layer {other.name} is not the {one.name} of this one"
-    counts = len(giver.layers), len(model.layers)
+def _difference(model: keras.Model, source: keras.Model) -> str:
+    """Return the first difference between two classifiers, in words; "" if there is none."""
+    if model.input_shape != source.input_shape:
+        return f"its images are {source.input_shape[1]} x {source.input_shape[2]} pixels"
+    pairs = zip(model.layers, source.layers, strict=False)
+    for layer, source_layer in pairs:
+        if layer.name != source_layer.name or graphs.structure(layer) != graphs.structure(source_layer):
+            return f"its layer {source_layer.name} is not the {layer.name} of this one"
+    counts = len(source.layers), len(model.layers)
     return "" if counts[0] == counts[1] else f"it has {counts[0]} layers, not {counts[1]}"
 
 
@@ -186,8 +186,8 @@ def untrained(out: Path, text: str = "") -> str:
     """Write the history.csv of a head that was not trained by epochs, and return the sentence that says so.
 
     Args:
-        out: the stage's folder; where it holds the path of a solver, its choice is the one row of the history.
-        text: the run whose head was taken, and now its history; "" for a solved head, or one with its random weights.
+        out: the stage's folder; if it holds the path of a solver, its choice is the one row of the history.
+        text: the run whose head and history are taken; "" for a solved head, or one with its random weights.
     """
     if not text and (out / SOLVED).is_file():
         return _solved(out)

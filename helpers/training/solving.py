@@ -1,8 +1,8 @@
-"""The last layer of the head, solved at once: logistic regression on the features of all views, in place of epochs.
+"""The last layer of the head, solved directly: logistic regression on the features of all views, instead of epochs.
 
-What the frozen network says of an image does not change while the head is fitted, so the best weights of a head without
-hidden layers are the solution of a convex problem. scikit-learn's L-BFGS finds it in seconds. How strongly the weights
-are held small is chosen on validation, along a path from strong to weak, each solution beginning at the one before.
+The features of an image do not change while the head is fitted, so the best weights of a head without
+hidden layers are the solution of a convex problem. scikit-learn's L-BFGS finds it in seconds. Validation
+chooses the strength of the regularisation along a path from strong to weak; each solution starts at the last one.
 """
 
 import time
@@ -22,41 +22,41 @@ from helpers.core.machine import free_memory
 from helpers.training import compiling, features, feeds, fitting, saving
 
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-10, 3))  # scikit-learn's C, from strong to weak
-WORSE = 2  # so many strengths in a row without a better one end the path
+WORSE = 2  # this many strengths in a row without a better one end the path
 STEPS = 300  # of L-BFGS at most, for each strength
-SHARE_OF_RAM = 0.3  # of the memory that is free, for the features
-ROWS = 20_000  # images times views that are used, for the time it takes; the plain view of every image always is
+SHARE_OF_RAM = 0.3  # of the free memory, for the features
+ROWS = 20_000  # images times views that are used, to limit the time; the plain view of every image is always used
 
 
-def why_not(given: Mapping[str, Any]) -> str:
-    """Return why the head of these parameters cannot be solved, "" when it can.
+def why_not(parameters: Mapping[str, Any]) -> str:
+    """Return why the head of these parameters cannot be solved, "" if it can.
 
     Args:
-        given: the parameters of 03.
+        parameters: those of 03.
     """
-    loss = given["loss"] if isinstance(given["loss"], str) else given["loss"].get("name")
+    loss = parameters["loss"] if isinstance(parameters["loss"], str) else parameters["loss"].get("name")
     reasons = {
-        "dense": bool(given["dense"]) and "hidden layers are trained by gradients",
-        "mix": given["mix"] != "none" and "blended images have no single label",
+        "dense": bool(parameters["dense"]) and "hidden layers are trained by gradients",
+        "mix": parameters["mix"] != "none" and "blended images have no single label",
         "loss": loss != "cross_entropy" and "only the cross entropy is solved",
-        "label_smoothing": given["label_smoothing"] > 0 and "labels are taken as they are",
-        "imbalance": given["imbalance"] == "balanced_batches" and "there are no batches; class_weight does the same",
-        "output": any(given["output"].values()) and "its strength is chosen on validation",
-        "views": given["views"] < 1 and "the features of at least the plain view are needed",
+        "label_smoothing": parameters["label_smoothing"] > 0 and "the solver takes labels without smoothing",
+        "imbalance": parameters["imbalance"] == "balanced_batches" and "it has no batches; class_weight does the same",
+        "output": any(parameters["output"].values()) and "its strength is chosen on validation",
+        "views": parameters["views"] < 1 and "the features of at least the plain view are needed",
     }
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
 
 
-def is_solved(given: Mapping[str, Any]) -> bool:
-    """Return whether 03 solves its head: where `solver` says so, or where it is "auto" and nothing speaks against it.
+def is_solved(parameters: Mapping[str, Any]) -> bool:
+    """Return whether 03 solves its head: if `solver` says so, or if it is "auto" and no parameter forbids it.
 
     Raises:
         ValueError: `solver` is "logistic", and the other parameters need gradients.
     """
-    reason = why_not(given)
-    if given["solver"] == "logistic" and reason:
+    reason = why_not(parameters)
+    if parameters["solver"] == "logistic" and reason:
         raise ValueError(f"solver: logistic cannot fit this head. {reason}. Change that, or take solver: gradient.")
-    return given["solver"] != "gradient" and not reason
+    return parameters["solver"] != "gradient" and not reason
 
 
 def solve(
@@ -77,7 +77,7 @@ def solve(
         banks: the pooled features of all views, from `feeds.fill_banks`.
         labels, val_labels: class indices of the training and of the validation images.
         out: the stage's folder, which gets the path as solver.csv.
-        monitor: a metric of validation that is to be on record too, such as "val_auc".
+        monitor: a metric of validation to record too, such as "val_auc".
         imbalance: "class_weight" gives each class the same weight.
 
     Returns:
@@ -96,19 +96,19 @@ def solve(
     plain = banks.val.activations[0].astype(np.float32)
     scale, shift = (part.astype(np.float32) for part in inference.scale_and_shift(features.scale_of(model)))
     plain = plain * scale + shift
-    known = np.concatenate([banks.train.activations[view] * scale + shift for view in range(views)])
+    inputs = np.concatenate([banks.train.activations[view] * scale + shift for view in range(views)])
     repeated = np.tile(labels, views)
     weights = fitting.class_weights(labels, imbalance)
     weights = np.ones(len(labels)) if weights is None else np.array([weights[label] for label in labels])
-    weights = np.tile(weights / views, views)  # an image counts once, whatever the number of its views
-    solver, rows, best, chosen = LogisticRegression(max_iter=STEPS, warm_start=True), [], (np.inf, None), 0
+    weights = np.tile(weights / views, views)  # an image counts once, with any number of views
+    solver, rows, best, best_number = LogisticRegression(max_iter=STEPS, warm_start=True), [], (np.inf, None), 0
     for number, strength in enumerate(STRENGTHS):
         begin = time.monotonic()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the last step is reached changes hardly a class
-            solver.set_params(C=strength).fit(known, repeated, sample_weight=weights)
+            warnings.simplefilter("ignore")  # reaching the last step changes the class of hardly any image
+            solver.set_params(C=strength).fit(inputs, repeated, sample_weight=weights)
         solution = _weights(solver)
-        row = {"strength": strength} | _measured(_logits(known, *solution), repeated, weights)
+        row = {"strength": strength} | _measured(_logits(inputs, *solution), repeated, weights)
         scores = _logits(plain, *solution)
         row |= {f"val_{name}": value for name, value in _measured(scores, val_labels).items()}
         row |= _monitored(monitor, scores, val_labels)
@@ -116,8 +116,8 @@ def solve(
         rows.append(row)
         progress.report(number + 1, len(STRENGTHS), unit="strength", label="solve the head", val_loss=row["val_loss"])
         if row["val_loss"] < best[0]:
-            best, chosen = (row["val_loss"], solution), number
-        elif number - chosen >= WORSE:
+            best, best_number = (row["val_loss"], solution), number
+        elif number - best_number >= WORSE:
             break
     model.get_layer("probabilities").set_weights([part.astype(np.float32) for part in best[1]])
     path = pd.DataFrame(rows)
@@ -138,7 +138,7 @@ def _views_that_fit(banks: feeds.Banks) -> int:
         )
     fitting = min(views, int(room), max(1, ROWS // images))
     if fitting < views:
-        print(f"Of {views} views, {fitting} are used: for the memory that is free, and for the time.")
+        print(f"Of {views} views, {fitting} are used, to limit memory and time.")
     return fitting
 
 
@@ -164,10 +164,10 @@ def _measured(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None
 
 def _monitored(monitor: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return the metric of Keras that `monitor` names, unless it is measured anyway."""
-    found = {}
+    values = {}
     scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     for metric in compiling.metrics(monitor):
         if isinstance(metric, keras.metrics.Metric) and f"val_{metric.name}" == monitor:
             metric.update_state(keras.ops.one_hot(labels, scores.shape[1]), scores)
-            found[monitor] = float(metric.result())
-    return found
+            values[monitor] = float(metric.result())
+    return values

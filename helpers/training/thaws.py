@@ -1,4 +1,4 @@
-"""The thaws of phase 2: what thaws when, how each thaw trains, and the training of several in a row."""
+"""The thaws of phase 2: which layers thaw when, how each thaw trains, and how several train in a row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Thaw:
 
 
 def plan(steps: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any], begin: int = 0) -> list[Thaw]:
-    """Return the thaws of phase 2, one where `steps` is empty; what a step leaves out is the stage's own parameter.
+    """Return the thaws of phase 2, one if `steps` is empty; a step without a key takes the stage's parameter.
 
     Args:
         steps: dicts of any of FIELDS.
@@ -114,9 +114,9 @@ def train(
     augment: transforms.Augmentation | None,
     parameters: Mapping[str, Any],
 ) -> None:
-    """Train thaws that another one follows, each from the best weights of all before it, as the cells of 04 train one.
+    """Train all thaws but the last, each from the best weights of all before it, as the cells of 04 train one.
 
-    What was finished before is not trained again. `model` is left with the best weights, and as the last one thaws it.
+    A finished thaw is not trained again. At the end `model` has the best weights, and is thawed as by the last of them.
 
     Args:
         thaws: of `plan`, without the last.

@@ -1,6 +1,6 @@
 """How many images a second each step of a training handles on this machine, and which step the training waits for.
 
-The steps run here one at a time, each as the training would run it; in the training they overlap, so it takes about as
+The steps run here one at a time, each as in the training; in the training they overlap, so it takes about as
 long as its slowest step.
 """
 
@@ -33,10 +33,10 @@ ADVICE = {
 
 
 def check(seconds: int) -> None:
-    """Raise a ValueError where something is to be measured and the model trains on several devices at once."""
+    """Raise a ValueError if something is measured and the model trains on several devices together."""
     if seconds and hardware.replicas() > 1:
         raise ValueError(
-            f"measure_seconds measures one device, and {hardware.replicas()} train at once. Set it to 0, or"
+            f"measure_seconds measures one device, and {hardware.replicas()} train together. Set it to 0, or"
             f" {hardware.ONE_DEVICE}."
         )
 
@@ -52,21 +52,21 @@ def measure(
     augment: transforms.Augmentation | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Measure each step of the training of `model` on `images`; the model's weights are afterwards what they were.
+    """Measure each step of the training of `model` on `images`; the model keeps its weights.
 
     Args:
-        model: a classifier whose trainable flags are set. It must be compiled again before it trains on.
+        model: a classifier whose trainable flags are set. It must be compiled again before it trains.
         images: the training images.
-        seconds: how long to measure in all, preparations included; each step runs twice even if that takes longer.
+        seconds: how long to measure in all, with the preparations; each step runs twice even if that takes longer.
         views, epochs, batch_size, augment, seed: as the training will get them.
 
     Returns:
-        One row a step: disk (past the system's file cache where it can be emptied), decode, augment, prefix (what is
-        computed once a view; not there when the whole model trains), suffix (a step of training). Columns: images/s,
+        One row a step: disk (without the system's file cache if it can be emptied), decode, augment, prefix (what is
+        computed once a view; absent if the whole model trains), suffix (a step of training). Columns: images/s,
         passes (how often the training sends each image through), seconds (that all of it takes in the training).
 
     Raises:
-        ValueError: the model is to train on several devices at once; one is measured.
+        ValueError: the model trains on several devices together; one is measured.
     """
     check(1)
     cut = frontier.cut(model)
@@ -89,7 +89,7 @@ def measure(
 
 
 def bottleneck(table: pd.DataFrame) -> str:
-    """Return a sentence that names the step of `measure` that takes longest, and what would help."""
+    """Return a sentence that names the step of `measure` that takes longest, and how to make it faster."""
     slowest = table["seconds"].idxmax()
     rate, seconds = table.loc[slowest, ["images/s", "seconds"]]
     return (
@@ -131,7 +131,7 @@ def loader_workers(
 
 
 def _rates(starts: Sequence[Callable], seconds: float) -> list[float]:
-    """Return the images/s of each step. All are prepared and tried once first, and share the time that is then left.
+    """Return the images/s of each step. First each is prepared and runs once; then all share the remaining time.
 
     Args:
         starts: functions that prepare a step and give, as a context, a function that does some of it and returns how
@@ -208,14 +208,14 @@ def _predicting(prefix: keras.Model, pixels: np.ndarray) -> Iterator[Callable[[]
 
 @contextmanager
 def _training(model: keras.Model, batch_size: int) -> Iterator[Callable[[], int]]:
-    """Train on noise, and give every variable the value back that it had."""
-    kept = [(variable, keras.ops.convert_to_numpy(variable)) for variable in model.variables]
+    """Train on noise, and restore the value of every variable."""
+    initial_values = [(variable, keras.ops.convert_to_numpy(variable)) for variable in model.variables]
     batch = np.random.default_rng(0).random((batch_size, *model.input_shape[1:]), "float32")
     model.compile("adam", "sparse_categorical_crossentropy")
     try:
         yield lambda: np.size(model.train_on_batch(batch, np.zeros(batch_size, "int32"))) * batch_size
     finally:
-        for variable, value in kept:
+        for variable, value in initial_values:
             variable.assign(value)
 
 
@@ -235,7 +235,7 @@ def _loading(images: datasets.Folder, augment, batch_size: int, workers: int) ->
 
 
 def _taking(data: tf.data.Dataset) -> Callable[[], int]:
-    """Return the function that takes the next batch, over and over, and returns how many images it holds."""
+    """Return the function that takes the next batch, without end, and returns how many images it holds."""
     batches = iter(data.repeat())
 
     def take() -> int:

@@ -4,9 +4,9 @@
     change = augment.function()
     images, labels = change(images, labels, views.key(seed, epoch, step))
 
-Every draw follows from that key and from nothing else. Each image has a key of its own, split off it, so that no two
-images share a draw, which several Keras layers (RandAugment, RandomGaussianBlur, RandomElasticTransform) would let a
-whole batch do.
+Every draw follows from that key and from nothing else. Each image has its own key, split from it, so no two images
+share a draw. Several Keras layers (RandAugment, RandomGaussianBlur, RandomElasticTransform) would make one draw for a
+whole batch.
 """
 
 import inspect
@@ -38,8 +38,8 @@ ENHANCED: list[dict[str, dict[str, Any]]] = [
     {"RandomErasing": {"factor": 0.5, "scale": [0.02, 0.1], "fill_value": 127.0, "value_range": [0, 255]}},
 ]
 PRESETS = {"none": [], "default": DEFAULT, "enhanced": ENHANCED}
-UNFIT = ("RandomCrop", "AugMix")  # one changes the size, the other draws with Python's `random` whatever the seed
-OTHERS = ("Equalization", "GaussianNoise", "Solarization")  # that change images without saying so in their names
+UNFIT = ("RandomCrop", "AugMix")  # one changes the size, the other draws with Python's `random` and ignores the seed
+OTHERS = ("Equalization", "GaussianNoise", "Solarization")  # augmentations without Random or Auto in their names
 WARPS = (
     keras.layers.RandomRotation,
     keras.layers.RandomShear,
@@ -78,7 +78,7 @@ MIXES = {
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images. It holds settings only, so that a fingerprint can tell two of them apart.
+    """The changes to training images. It holds only settings, so that two of them have different fingerprints.
 
     Attributes:
         layers: (name in keras.layers, arguments), applied in this order after the flips.
@@ -130,26 +130,26 @@ def make(
     *,
     before: Mapping[str, Any] | None = None,
 ) -> Augmentation | None:
-    """Return the augmentation that is described, None when it would do nothing.
+    """Return the augmentation, None if it does nothing.
 
     Args:
         spec: a preset ("none", "default", "enhanced") or a list of {layer of keras.layers: arguments}, e.g.
-            `[{"RandomZoom": {"height_factor": 0.2}}]`. Each image is varied by itself, whatever the layer does to a
-            batch. The `stddev` of GaussianNoise is a share of the range 0-255, as Keras wants it below 1.
+            `[{"RandomZoom": {"height_factor": 0.2}}]`. Each image is varied separately, even if the layer varies a
+            batch as one. The `stddev` of GaussianNoise is a share of the range 0-255, since Keras expects it below 1.
         flip: "none", "horizontal", "vertical", "both", or "dihedral", all flips and quarter turns; never part of a
             preset, since only the user knows whether such an image still belongs to its class.
-        mix: "none", "mixup", "cutmix" or "both": pairs of images are blended, and their labels as much.
-        before: augmentation, flip and mix of an earlier phase, which "same" stands for.
+        mix: "none", "mixup", "cutmix" or "both": pairs of images are blended, and their labels in the same shares.
+        before: augmentation, flip and mix of an earlier phase, which "same" means.
 
     Raises:
         ValueError: an unknown preset, flip, mix or layer, or arguments that the layer refuses.
     """
     if before is not None:
-        chosen = {"augmentation": spec, "flip": flip, "mix": mix}
-        spec, flip, mix = (before[name] if value == "same" else value for name, value in chosen.items())
-    for name, value, known in (("flip", flip, FLIPS), ("mix", mix, MIXES)):
-        if value not in known:
-            raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}.")
+        choices = {"augmentation": spec, "flip": flip, "mix": mix}
+        spec, flip, mix = (before[name] if value == "same" else value for name, value in choices.items())
+    for name, value, names in (("flip", flip, FLIPS), ("mix", mix, MIXES)):
+        if value not in names:
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(names)}.")
     if isinstance(spec, str) and spec not in PRESETS:
         raise ValueError(f"augmentation: {spec!r} is not a preset. Take one of {', '.join(PRESETS)}, or list layers.")
     layers = tuple(_checked(item) for item in (PRESETS[spec] if isinstance(spec, str) else spec))
@@ -200,7 +200,7 @@ def _shown(images: np.ndarray, labels: np.ndarray, augment: Augmentation | None,
 
 
 class _Draws(keras.random.SeedGenerator):
-    """A seed generator without a state of its own: its seeds follow from the key at which it was told to begin."""
+    """A seed generator without a state: its seeds follow from the key that `begin` got."""
 
     def begin(self, key: tf.Tensor) -> None:
         self.key, self.count = key, 0
@@ -211,15 +211,15 @@ class _Draws(keras.random.SeedGenerator):
 
 
 def _checked(item: dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """Return the name and the arguments of a layer, or raise when there can be no such layer."""
+    """Return the name and the arguments of a layer, or raise if there is no such layer."""
     if not isinstance(item, dict) or len(item) != 1:
         raise ValueError(f"augmentation: expected {{layer name: {{argument: value}}}}, got {item!r}.")
     (name, arguments), *_ = item.items()
     if name in ("MixUp", "CutMix"):
         raise ValueError(f"augmentation: {name} blends images and labels. Ask for it by mix: {name.lower()}.")
-    known = [n for n in dir(keras.layers) if n.startswith(("Rand", "Auto")) and n not in UNFIT] + list(OTHERS)
-    if name not in known:
-        raise ValueError(f"augmentation: keras.layers has no augmentation {name!r}. There are: {', '.join(known)}.")
+    names = [n for n in dir(keras.layers) if n.startswith(("Rand", "Auto")) and n not in UNFIT] + list(OTHERS)
+    if name not in names:
+        raise ValueError(f"augmentation: keras.layers has no augmentation {name!r}. There are: {', '.join(names)}.")
     try:
         _layer(name, arguments or {}, _Draws(seed=0))
     except (TypeError, ValueError) as error:
@@ -228,7 +228,7 @@ def _checked(item: dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
 
 
 def _layer(name: str, arguments: dict[str, Any], draws: _Draws) -> keras.layers.Layer:
-    """Return a layer that takes every seed from `draws`, and so do the layers in it."""
+    """Return a layer that takes every seed from `draws`, as do the layers in it."""
     kind = getattr(keras.layers, name)
     if "seed" in inspect.signature(kind).parameters:  # without one it takes a number of Python's `random`
         arguments = arguments | {"seed": 0}
@@ -239,7 +239,7 @@ def _layer(name: str, arguments: dict[str, Any], draws: _Draws) -> keras.layers.
 
 
 def _steps(layers: Iterable[tuple], draws: _Draws) -> list[Callable[[tf.Tensor], tf.Tensor]]:
-    """Return the layers as functions of one image; those in a row that only move pixels are made one warp."""
+    """Return the layers as functions of one image; those in a row that only move pixels become one warp."""
     steps = []
     for border, group in itertools.groupby((_layer(*each, draws) for each in layers), _border):
         if border is not None:
@@ -250,7 +250,7 @@ def _steps(layers: Iterable[tuple], draws: _Draws) -> list[Callable[[tf.Tensor],
 
 
 def _border(layer: keras.layers.Layer) -> tuple | None:
-    """Return what two warps must have in common to be made one, None for a layer that is no warp."""
+    """Return what two warps must share to become one, None for a layer that is no warp."""
     return (layer.fill_mode, layer.interpolation, layer.fill_value) if isinstance(layer, WARPS) else None
 
 
@@ -270,7 +270,7 @@ def _with_noise(layer: keras.layers.GaussianNoise, draws: _Draws, image: tf.Tens
 
 
 def _rand_augmented(layer: keras.layers.RandAugment, draws: _Draws, image: tf.Tensor) -> tf.Tensor:
-    """Change an image by `num_ops` of the layer's parts; Keras computes all of them each time and keeps those drawn."""
+    """Change an image by `num_ops` of the layer's parts; Keras computes all of them each time and keeps some."""
     parts = [getattr(layer, name) for name in layer._AUGMENT_LAYERS]
     for _ in range(layer.num_ops):
         drawn = tf.random.stateless_uniform((), draws.next(), 0, len(parts), tf.int32)
@@ -301,7 +301,7 @@ def _warp(border: tuple, image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 def _matrix(layer: keras.layers.Layer, image: tf.Tensor) -> tf.Tensor:
     """Return a draw of `layer` for a batch of one image as the matrix (3, 3) from new to old pixel coordinates."""
-    layer.backend.set_backend("tensorflow")  # whatever Keras runs on
+    layer.backend.set_backend("tensorflow")  # on every backend of Keras
     drawn = layer.get_random_transformation(image, training=True)
     if isinstance(layer, keras.layers.RandomRotation):
         rows = tf.unstack(drawn["rotation_matrix"][0])

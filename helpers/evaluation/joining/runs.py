@@ -1,4 +1,4 @@
-"""The runs that are joined into one classifier, and what must hold so that the joined one can be measured honestly."""
+"""The runs that are joined into one classifier, and what must hold so that the joined one is measured fairly."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 from helpers.core import disk, notebooks, project, stages
 from helpers.evaluation import selection
 
-PIXELS = ("image_size", "fit", "levels", "crop")  # of resize.json, all of which the images' pixels follow from
+PIXELS = ("image_size", "fit", "levels", "crop")  # of resize.json, which decide the pixels of the images
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Member:
         class_names: in the model's order.
         about: model.json.
         epochs: of both phases.
-        seconds: that its training took.
-        start: the folder of the head from which phase 2 went on; that of the head itself where phase 1 is better.
+        seconds: of its training.
+        start: the folder of the head from which phase 2 continued; that of the head itself if phase 1 is better.
     """
 
     name: str
@@ -56,8 +56,8 @@ def members(own: Mapping[str, Path], runs: Sequence[str], monitor: str = "val_lo
         monitor: what decides between the phases.
 
     Raises:
-        FileNotFoundError: one of them is no run whose phases are done.
-        ValueError: no other run is named, or one twice.
+        FileNotFoundError: one of them is not a run whose phases are done.
+        ValueError: no other run is named, or one is named twice.
     """
     if not runs or len(set(runs)) < len(runs):
         raise ValueError(f"runs: name at least one other run, each once; got {', '.join(runs) or 'none'}.")
@@ -65,25 +65,25 @@ def members(own: Mapping[str, Path], runs: Sequence[str], monitor: str = "val_lo
 
 
 def phases(name: str) -> dict[str, Path]:
-    """Return the folders of the two phases of a run; what stands in place of the second one, where a run has that."""
+    """Return the folders of the two phases of a run; another stage instead of the second one, if the run has it."""
     second = "fine_tune"
     for stage in notebooks.stages().values():
         if stage.replaces == second and stages.status(project.run_folder(name) / stage.name) == "done":
             second = stage.name
-    found = {"head": "head", "fine_tune": second}
-    return {phase: stages.of_run(name, stage, "model.keras", parameter="runs") for phase, stage in found.items()}
+    stage_of = {"head": "head", "fine_tune": second}
+    return {phase: stages.of_run(name, stage, "model.keras", parameter="runs") for phase, stage in stage_of.items()}
 
 
 def check(members: Sequence[Member], source: Path) -> None:
-    """Refuse runs that would make the joined one's numbers a lie, or that do not fit together.
+    """Raise an error for runs that would make the joined one's numbers wrong, or that do not fit together.
 
     Args:
         members: the run itself first.
         source: the folder of 02_resize that the run itself reads.
 
     Raises:
-        ValueError: a run has learned or chosen by an image that this one measures on; it reads its images otherwise;
-            or the classes fit neither an ensemble nor two stages.
+        ValueError: a run has learned from, or was chosen on, an image that this one measures on; it reads its images
+            differently; or the classes fit neither an ensemble nor two stages.
     """
     table = disk.read_table(source / "images.csv")
     val, test = (set(table.loc[table["part"] == part, "sha256"]) for part in ("val", "test"))
@@ -94,23 +94,23 @@ def check(members: Sequence[Member], source: Path) -> None:
         if seen := learned & (val | test) | chose & test:
             raise ValueError(
                 f"runs: {one.name} has seen {len(seen):,} images, in train or val, that this run measures on. Give both"
-                " the same split (split.seed, split.ratio and what else 01 reads)."
+                " the same split (split.seed, split.ratio and all else that 01 reads)."
             )
-        read = disk.read_json(one.images / "resize.json")
-        if different := [key for key in PIXELS if read.get(key) != about.get(key)]:
+        resizing = disk.read_json(one.images / "resize.json")
+        if different := [key for key in PIXELS if resizing.get(key) != about.get(key)]:
             raise ValueError(
-                f"runs: {one.name} reads images with {different[0]} {read.get(different[0])}, this run with"
-                f" {about.get(different[0])}. One model needs one kind of image: resize both alike."
+                f"runs: {one.name} reads images with {different[0]} {resizing.get(different[0])}, this run with"
+                f" {about.get(different[0])}. One model needs one kind of image: resize both the same way."
             )
     if any(one.class_names != members[0].class_names for one in members[1:]):
         by_stage(members)
 
 
 def by_stage(members: Sequence[Member]) -> tuple[Member, Member, dict[str, Member]]:
-    """Return the run that knows all classes, the one that tells groups apart, and for each group the one within it.
+    """Return the run with all classes, the one that separates groups, and for each group the one within it.
 
     Raises:
-        ValueError: the runs are no two stages of this one.
+        ValueError: the runs are not the two stages of this one.
     """
     whole, first, *others = members
     merged = first.about.get("merge", {})
@@ -125,24 +125,24 @@ def by_stage(members: Sequence[Member]) -> tuple[Member, Member, dict[str, Membe
         if not fitting:
             raise ValueError(f"runs: no run keeps the classes of {group}, {', '.join(names)} (resize.keep).")
         seconds[group] = fitting[0]
-    known = {name for name in first.class_names if name not in merged} | {n for own in merged.values() for n in own}
-    if missing := sorted(known ^ set(whole.class_names)):
+    covered = {name for name in first.class_names if name not in merged} | {n for own in merged.values() for n in own}
+    if missing := sorted(covered ^ set(whole.class_names)):
         raise ValueError(f"runs: {first.name} and this run do not have the same classes: {', '.join(missing)}.")
     return whole, first, seconds
 
 
 def groups(members: Sequence[Member]) -> list[list[str]]:
-    """Return the groups of a two-stage classifier; none where the runs are an ensemble."""
+    """Return the groups of a two-stage classifier; none if the runs are an ensemble."""
     return [list(own) for own in members[1].about.get("merge", {}).values()] if len(members) > 1 else []
 
 
 def share_a_start(members: Sequence[Member]) -> bool:
-    """Whether all models are trained on from the same head, so that a mean of their weights means something."""
+    """Return whether all models continue from the same head, so that a mean of their weights makes sense."""
     return len({one.start for one in members}) == 1 and all(one.folder != one.start for one in members)
 
 
 def answers(members: Sequence[Member], val) -> list[np.ndarray]:
-    """Return what each says of the validation images of the run itself, (images, its classes) float32.
+    """Return the probabilities of each for the validation images of the run itself, (images, its classes) float32.
 
     Args:
         members: from `members`.

@@ -1,4 +1,4 @@
-"""The ways in which several runs can be one classifier, what each gives on validation, and the choice between them."""
+"""The ways in which several runs can be one classifier, their scores on validation, and the choice between them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ class Way:
 
     Attributes:
         how: "alone", "probabilities", "logits", "weights", "soft" or "hard".
-        shares: of each run, 1 in all; of weights and two stages, what is used has a share and the rest 0.
-        probabilities: that it gives on validation, (images, classes).
+        shares: of each run, 1 in all; of weights and two stages, the used runs have a share and the rest 0.
+        probabilities: on validation, (images, classes).
         val_loss, val_accuracy: on validation.
     """
 
@@ -36,61 +36,61 @@ class Way:
 def every(
     members: Sequence[runs_of.Member], scores: Sequence[np.ndarray], val, *, how: str = "auto", weigh: str = "greedy"
 ) -> list[Way]:
-    """Return what each way gives on validation: each run alone that knows all classes, then the ways to join them.
+    """Return each way with its scores on validation: each run alone with all classes, then the ways to join them.
 
     Args:
         members: the run itself first.
-        scores: what each gives on validation, (images, its classes).
+        scores: probabilities of each on validation, (images, its classes).
         val: datasets.Folder of the validation part.
-        how: "auto": whatever these runs allow, or one of the ways.
+        how: "auto": all ways that these runs allow, or one of the ways.
         weigh: "greedy" or "equal" shares, of probabilities and logits.
 
     Raises:
-        ValueError: the runs do not allow the way asked for.
+        ValueError: the runs do not allow this way.
     """
     own = members[0].class_names
     alike = [number for number, one in enumerate(members) if one.class_names == own]
-    found = [_way("alone", _only(len(members), number), scores[number], val.labels) for number in alike]
+    ways = [_way("alone", _only(len(members), number), scores[number], val.labels) for number in alike]
     stages = [one for one in members if one.class_names != own]
     if stages and how in ENSEMBLES:
         raise ValueError(f"how: {how} joins runs of the same classes; {stages[0].name} has other ones.")
     if not stages and how in TWO_STAGE:
         raise ValueError(f"how: {how} joins two stages, so the runs need other classes than {members[0].name}.")
     if stages:
-        return found + [_two_stage(members, scores, val, kind) for kind in TWO_STAGE if how in ("auto", kind)]
+        return ways + [_two_stage(members, scores, val, kind) for kind in TWO_STAGE if how in ("auto", kind)]
     for of in ("probabilities", "logits"):
         if how in ("auto", of):
             shares = greedy(scores, val.labels, of) if weigh == "greedy" else tuple([1 / len(scores)] * len(scores))
-            found.append(_way(of, shares, mean(scores, shares, of), val.labels))
+            ways.append(_way(of, shares, mean(scores, shares, of), val.labels))
     if how == "weights" or (how == "auto" and runs_of.share_a_start(members)):
-        found.append(_soup(members, found[: len(alike)], val))
-    return found
+        ways.append(_soup(members, ways[: len(alike)], val))
+    return ways
 
 
-def choose(found: Sequence[Way]) -> Way:
+def choose(ways: Sequence[Way]) -> Way:
     """Return the way to join with the lowest loss on validation."""
-    return min((way for way in found if way.how != "alone"), key=lambda way: way.val_loss)
+    return min((way for way in ways if way.how != "alone"), key=lambda way: way.val_loss)
 
 
-def table(found: Sequence[Way], members: Sequence[runs_of.Member]) -> pd.DataFrame:
+def table(ways: Sequence[Way], members: Sequence[runs_of.Member]) -> pd.DataFrame:
     """Return a row for each way: how, runs (names with shares), val_loss, val_accuracy; the lowest loss first."""
     rows = [
         {"how": way.how, "runs": shown(way, members), "val_loss": way.val_loss, "val_accuracy": way.val_accuracy}
-        for way in found
+        for way in ways
     ]
     return pd.DataFrame(rows).sort_values("val_loss", kind="stable").reset_index(drop=True)
 
 
 def shown(way: Way, members: Sequence[runs_of.Member]) -> str:
-    """Return the names of the runs that a way uses, with their shares where these differ."""
+    """Return the names of the runs that a way uses, with their shares if these differ."""
     used = [(one.name, share) for one, share in zip(members, way.shares, strict=True) if share]
     equal = len({round(share, 6) for _, share in used}) == 1
     return ", ".join(name if equal else f"{name} {share:.2f}" for name, share in used)
 
 
-def sentence(found: Sequence[Way], chosen: Way, members: Sequence[runs_of.Member]) -> str:
-    """Say in one sentence what joining brings on validation."""
-    alone, used = found[0], sum(share > 0 for share in chosen.shares)
+def sentence(ways: Sequence[Way], chosen: Way, members: Sequence[runs_of.Member]) -> str:
+    """Return one sentence about what joining gains on validation."""
+    alone, used = ways[0], sum(share > 0 for share in chosen.shares)
     what = "Two stages" if chosen.how in TWO_STAGE else f"{used} of {len(members)} runs joined"
     return (
         f"{what} ({chosen.how}): validation loss {chosen.val_loss:.4f}, and {alone.val_loss:.4f} of"
@@ -99,7 +99,7 @@ def sentence(found: Sequence[Way], chosen: Way, members: Sequence[runs_of.Member
 
 
 def history(chosen: Way, members: Sequence[runs_of.Member]) -> pd.DataFrame:
-    """Return the one row that stands for the joining in the run's history; seconds are those of all its trainings."""
+    """Return the one row of the joining in the run's history; seconds are those of all its trainings."""
     from helpers.training import saving
 
     used = [one for one, share in zip(members, chosen.shares, strict=True) if share]
@@ -111,11 +111,11 @@ def history(chosen: Way, members: Sequence[runs_of.Member]) -> pd.DataFrame:
 def greedy(scores: Sequence[np.ndarray], labels: np.ndarray, of: str = "probabilities") -> tuple[float, ...]:
     """Return shares by greedy selection with replacement (Caruana et al., "Ensemble selection", ICML 2004).
 
-    It begins with the best run and adds, again and again, the one that lowers the loss most; the best of all these
+    It starts with the best run and repeatedly adds the one that lowers the loss most; the best of all these
     bags counts.
 
     Args:
-        scores: what each run gives on validation, (images, classes).
+        scores: probabilities of each run on validation, (images, classes).
         labels: their classes, integers (images,).
         of: "probabilities" or "logits".
     """
@@ -133,7 +133,7 @@ def greedy(scores: Sequence[np.ndarray], labels: np.ndarray, of: str = "probabil
 
 
 def mean(scores: Sequence[np.ndarray], shares: Sequence[float], of: str = "probabilities") -> np.ndarray:
-    """Return the weighted mean of probabilities, or of their logarithms made probabilities again."""
+    """Return the weighted mean of probabilities, or of their logarithms, turned into probabilities again."""
     stack = np.stack([np.asarray(one, np.float64) for one in scores])
     if of == "probabilities":
         return np.tensordot(np.asarray(shares), stack, axes=1)
@@ -151,7 +151,7 @@ def build(chosen: Way, members: Sequence[runs_of.Member]):
     from helpers.models import joined
 
     used = [(one, share) for one, share in zip(members, chosen.shares, strict=True) if share]
-    used.sort(key=lambda pair: -pair[1])  # what looks into the model, such as novelty, looks into the first
+    used.sort(key=lambda pair: -pair[1])  # code that looks into the model, such as novelty, looks into the first
     if chosen.how == "weights":
         return joined.soup([one.load() for one, _ in used])
     if chosen.how in TWO_STAGE:
@@ -159,22 +159,22 @@ def build(chosen: Way, members: Sequence[runs_of.Member]):
     return joined.mean([one.load() for one, _ in used], [share for _, share in used], chosen.how)
 
 
-def prove(chosen: Way, given: np.ndarray) -> str:
-    """Say that a joined model gives what was computed of its runs.
+def prove(chosen: Way, probabilities: np.ndarray) -> str:
+    """Return a sentence that a joined model predicts what was computed from its runs.
 
     Args:
         chosen: the way.
-        given: what the model gives on validation, (images, classes).
+        probabilities: of the model on validation, (images, classes).
 
     Raises:
-        RuntimeError: it gives something else.
+        RuntimeError: it predicts something else.
     """
     from helpers.compute import hardware
 
-    off = float(np.abs(given - chosen.probabilities).max())
+    off = float(np.abs(probabilities - chosen.probabilities).max())
     if off > hardware.tolerance():
-        raise RuntimeError(f"The joined model does not give what its runs give: off by {off:.2g}.")
-    return f"The joined model gives what its runs give, to {off:.0e} on {len(given):,} images."
+        raise RuntimeError(f"The joined model does not predict what its runs predict: off by {off:.2g}.")
+    return f"The joined model predicts what its runs predict, to {off:.0e} on {len(probabilities):,} images."
 
 
 def _way(how: str, shares: tuple[float, ...], probabilities: np.ndarray, labels: np.ndarray) -> Way:
@@ -187,37 +187,37 @@ def _only(count: int, *numbers: int) -> tuple[float, ...]:
 
 
 def _soup(members: Sequence[runs_of.Member], alone: Sequence[Way], val) -> Way:
-    """Return the mean of weights to which, the best run first, each is added that does not raise the loss."""
+    """Return the mean of weights; from the best run on, each run is added if it does not raise the loss."""
     from helpers.evaluation import prediction
     from helpers.models import joined
 
     if not runs_of.share_a_start(members):
-        raise ValueError("how: weights means something only for runs that go on from the same head of 03.")
+        raise ValueError("how: weights makes sense only for runs that continue from the same head of 03.")
     ranked = sorted(range(len(members)), key=lambda number: alone[number].val_loss)
     kept, best = ranked[:1], alone[ranked[0]]
     for number in ranked[1:]:
         models = [members[each].load() for each in (*kept, number)]
-        given = prediction.probabilities(joined.soup(models), val)
-        tried = _way("weights", _only(len(members), *kept, number), given, val.labels)
+        probabilities = prediction.probabilities(joined.soup(models), val)
+        tried = _way("weights", _only(len(members), *kept, number), probabilities, val.labels)
         if tried.val_loss <= best.val_loss:
             kept, best = [*kept, number], tried
     return best if best.how == "weights" else _way("weights", best.shares, best.probabilities, val.labels)
 
 
 def _two_stage(members: Sequence[runs_of.Member], scores: Sequence[np.ndarray], val, kind: str) -> Way:
-    """Return P(group) x P(class | group) of what the stages give."""
+    """Return P(group) x P(class | group) from the stages."""
     whole, first, seconds = runs_of.by_stage(members)
     outer, names = np.asarray(scores[1], np.float64), first.class_names
     if kind == "hard":
         outer = np.eye(len(names))[outer.argmax(axis=1)]
-    given = np.zeros((len(outer), len(whole.class_names)))
+    probabilities = np.zeros((len(outer), len(whole.class_names)))
     for place, name in enumerate(whole.class_names):
         group = next((group for group, one in seconds.items() if name in one.class_names), name)
-        given[:, place] = outer[:, names.index(group)]
+        probabilities[:, place] = outer[:, names.index(group)]
         if group in seconds:
             inner = scores[members.index(seconds[group])]
-            given[:, place] *= inner[:, seconds[group].class_names.index(name)]
-    return _way(kind, _only(len(members), *range(1, len(members))), given, val.labels)
+            probabilities[:, place] *= inner[:, seconds[group].class_names.index(name)]
+    return _way(kind, _only(len(members), *range(1, len(members))), probabilities, val.labels)
 
 
 def _stages_as_one(members: Sequence[runs_of.Member], hard: bool):

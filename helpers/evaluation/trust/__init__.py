@@ -1,1 +1,1 @@
-"""What should be known before a classifier is believed: calibration, promises, novelty, explanation, cheats."""
+"""What to check before a user trusts a classifier: calibration, promises, novelty, explanation, cheats."""

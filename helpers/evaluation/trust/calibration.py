@@ -1,6 +1,6 @@
-"""How sure is "90 %"? Probabilities put right by the validation part, and how far they are off.
+"""How sure is "90 %"? Probabilities corrected on the validation part, and how far they are off.
 
-The calibration becomes the last layers of the run's model, so that everything that uses the model has it.
+The calibration becomes the last layers of the run's model, so that every use of the model has it.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from helpers.evaluation import metrics, tables
 
 Method = Literal["none", "temperature", "vector"]
 BINS = 15
-SMALLEST = 1e-7  # of a probability, before its logarithm is taken
-PULL = 1e-2  # towards no change, for each number of a vector: a class with few images keeps what it has
+SMALLEST = 1e-7  # of a probability, before its logarithm
+PULL = 1e-2  # towards no change, for each number of a vector: a class with few images changes little
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is done to the logarithms of probabilities, before they are made probabilities again.
+    """Changes to the logarithms of probabilities, before they become probabilities again.
 
     Attributes:
-        scale: what they are multiplied by, one number, or one for each class.
-        shift: what is then added, one number, or one for each class.
-        images: how many validation images decided it; 0 where nothing was asked for.
+        scale: their factor, one number, or one for each class.
+        shift: the number added then, one number, or one for each class.
+        images: how many validation images decided it; 0 for the method "none".
     """
 
     method: Method
@@ -36,7 +36,7 @@ class Calibration:
     images: int
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
-        """Return the calibrated probabilities, (images, classes) in the dtype given."""
+        """Return the calibrated probabilities, (images, classes) in the dtype of the input."""
         if self.method == "none":
             return probabilities
         return softmax(_logits(probabilities) * self.scale + self.shift, axis=1).astype(probabilities.dtype)
@@ -48,7 +48,7 @@ class Calibration:
         if self.method == "vector":
             return f"Each class has its own scale, {min(self.scale):.2f} to {max(self.scale):.2f}, and shift, {of}."
         temperature = 1 / self.scale[0]
-        what = "less sure" if temperature > 1 else "surer"
+        what = "less sure" if temperature > 1 else "more sure"
         return f"Temperature {temperature:.3f}, {of}: the model becomes {what}."
 
 
@@ -56,7 +56,7 @@ def fit(method: Method, probabilities: np.ndarray, labels: np.ndarray) -> Calibr
     """Return the calibration with the lowest log loss on validation images.
 
     Temperature scaling divides all logarithms by one number and changes no prediction; vector scaling gives each class
-    a scale and a shift of its own (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
+    its own scale and shift (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
 
     Args:
         method: "none", "temperature" or "vector".
@@ -64,7 +64,7 @@ def fit(method: Method, probabilities: np.ndarray, labels: np.ndarray) -> Calibr
         labels: their classes, integers (images,).
 
     Raises:
-        ValueError: an unknown method, or as many labels as images are missing.
+        ValueError: an unknown method, or not one label for each image.
     """
     if method not in get_args(Method):
         raise ValueError(f"calibrate is {method!r}; choose one of {', '.join(get_args(Method))}.")
@@ -82,13 +82,13 @@ def fit(method: Method, probabilities: np.ndarray, labels: np.ndarray) -> Calibr
 
     start = np.zeros(parts if method == "temperature" else 2 * parts)
     bounds = [(-4.0, 4.0)] * parts + [(-10.0, 10.0)] * (len(start) - parts)
-    found = minimize(loss, start, method="L-BFGS-B", bounds=bounds).x
-    shift = found[parts:] if method == "vector" else np.zeros(1)
-    return Calibration(method, tuple(map(float, np.exp(found[:parts]))), tuple(map(float, shift)), len(labels))
+    solution = minimize(loss, start, method="L-BFGS-B", bounds=bounds).x
+    shift = solution[parts:] if method == "vector" else np.zeros(1)
+    return Calibration(method, tuple(map(float, np.exp(solution[:parts]))), tuple(map(float, shift)), len(labels))
 
 
 def within(model, calibration: Calibration):
-    """Return a keras.Model that gives the calibrated probabilities of `model`; `model` itself where none are asked for.
+    """Return a keras.Model that gives the calibrated probabilities of `model`; `model` itself for the method "none".
 
     Args:
         model: keras.Model, images (batch, H, W, 3) -> probabilities (batch, classes).
@@ -143,8 +143,8 @@ def by_class(predictions: pd.DataFrame, class_names: Sequence[str], *, seed: int
 
     Returns:
         Columns label, images (predicted as this class), too_sure (mean confidence minus precision, fractions of 1),
-        low and high (95 % bootstrap interval) and verdict: "too sure" or "not sure enough" where the interval does not
-        hold 0, else "".
+        low and high (95 % bootstrap interval) and verdict: "too sure" or "not sure enough" if the interval does not
+        hold 0, otherwise "".
     """
     truth, probabilities = tables.parse(predictions, class_names)
     picked = tables.picked(predictions, class_names)

@@ -1,7 +1,7 @@
-"""Is the model cheating? What can be predicted from what should not matter.
+"""Is the model cheating? What a probe can predict from things that should not matter.
 
 Two small classifiers learn the classes from facts about the files alone (size, JPEG compression, date, camera, folder,
-colour) and from the border of the images alone. What they can tell apart, a network can learn in place of the object.
+colour) and from the border of the images alone. A network can learn from the same clues instead of the object.
 """
 
 import unicodedata
@@ -19,10 +19,10 @@ from helpers.data import images as files
 from helpers.data import inventory
 from helpers.evaluation import metrics
 
-MOST = 500  # images that are looked at
+MOST = 500  # images that are examined
 TREES = 40
 FOLDS = 5
-RING = 16  # the image is made this small; its outermost ring of pixels is the border
+RING = 16  # the image is resized to this; its outermost ring of pixels is the border
 FACTS = {
     "width": "width",
     "height": "height",
@@ -45,12 +45,12 @@ FACTS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a probe tells apart.
+    """How well a probe separates the classes.
 
     Attributes:
-        what: it has seen: "facts" or "border".
+        what: the input of the probe, "facts" or "border".
         value, low, high: balanced accuracy on images that it has not learned from, with its 95 % interval.
-        chance: what guessing gives.
+        chance: the balanced accuracy of guessing.
         fields: the facts that alone beat chance, the strongest first, each with its balanced accuracy.
     """
 
@@ -66,21 +66,21 @@ class Verdict:
         return self.low > self.chance
 
     def __str__(self) -> str:
-        seen = {"facts": "only facts about the files", "border": "only the border of the images"}[self.what]
+        what = {"facts": "only facts about the files", "border": "only the border of the images"}[self.what]
         numbers = (
             f"{words.percent(self.value)} balanced accuracy ({words.percent(self.low)} to {words.percent(self.high)})"
         )
         if not self.is_suspicious:
-            return f"A probe that sees {seen} does not beat chance: {numbers}; chance is {words.percent(self.chance)}."
+            return f"A probe that sees {what} does not beat chance: {numbers}; chance is {words.percent(self.chance)}."
         named = ", ".join(f"{FACTS[name]} ({words.percent(value)})" for name, value in self.fields[:4])
-        gives = f" What gives it away: {named}." if named else ""
+        gives = f" What reveals the class: {named}." if named else ""
         return (
-            f"Caution: a probe that sees {seen} reaches {numbers}, where chance is {words.percent(self.chance)}.{gives}"
+            f"Caution: a probe that sees {what} reaches {numbers}, where chance is {words.percent(self.chance)}.{gives}"
         )
 
 
 def sample(listed: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return up to 500 rows of train and val of an images.csv, each image once; test stays closed."""
+    """Return up to 500 rows of train and val of an images.csv, each image once; test is not used."""
     rows = listed[(listed["part"] != "test") & ~listed.duplicated("path")]
     return rows.sample(min(MOST, len(rows)), random_state=seed).sort_index().reset_index(drop=True)
 
@@ -90,7 +90,7 @@ def examine(resized: Path, explored: Path, seed: int = 0) -> list[Verdict]:
 
     Args:
         resized: folder of 02_resize.
-        explored: the folder of the inventory, of 00_explore or 00b_crop; its `source` leads to the files as they came.
+        explored: the folder of the inventory, of 00_explore or 00b_crop; its `source` leads to the original files.
         seed: of the choice of images, of folds and trees.
 
     Raises:
@@ -98,22 +98,22 @@ def examine(resized: Path, explored: Path, seed: int = 0) -> list[Verdict]:
     """
     rows = sample(disk.read_table(resized / "images.csv"), seed)
     groups = inventory.read(explored).drop_duplicates("path").set_index("path")["group"].reindex(rows["path"])
-    seen = [resized / file for file in rows["file"]]
-    raw = facts([explored / "source" / path for path in rows["path"]], seen)
+    resized_files = [resized / file for file in rows["file"]]
+    raw = facts([explored / "source" / path for path in rows["path"]], resized_files)
     raw["folder"] = folders_of(rows["path"], rows["label"])
-    known = {"facts": raw, "border": border(seen)}
-    return [judge(what, numbers, rows["label"], groups, seed=seed) for what, numbers in known.items()]
+    inputs = {"facts": raw, "border": border(resized_files)}
+    return [judge(what, numbers, rows["label"], groups, seed=seed) for what, numbers in inputs.items()]
 
 
 def facts(raw: Sequence[str | Path], seen: Sequence[str | Path]) -> pd.DataFrame:
-    """Return what is known of image files except what they show: columns of FACTS, NaN or "" where unknown.
+    """Return facts about image files except what they show: columns of FACTS, NaN or "" if unknown.
 
     Args:
-        raw: the files as they came.
-        seen: the same images as the model sees them, for colours and contrast, which are fractions of white.
+        raw: the original files.
+        seen: the same images as the model reads them, for colours and contrast, which are fractions of white.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 00_explore has told of what is odd in a file
+        warnings.simplefilter("ignore")  # 00_explore has reported what is odd in a file
         of_files = list(parallel.in_threads(_facts, [Path(path) for path in raw]))
     colours = parallel.in_threads(_colours, seen)
     columns = [name for name in FACTS if name != "folder"]
@@ -121,7 +121,7 @@ def facts(raw: Sequence[str | Path], seen: Sequence[str | Path]) -> pd.DataFrame
 
 
 def folders_of(paths: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """Return the folder of each image without the parts that name a class; all "" where folders are classes renamed.
+    """Return the folder of each image without the parts that name a class; all "" if folders are renamed classes.
 
     Args:
         paths: below the source.
@@ -129,22 +129,22 @@ def folders_of(paths: Sequence[str], labels: Sequence[str]) -> list[str]:
     """
     classes = {part for label in set(labels) for part in label.split("/")}
     kept = [[part for part in PurePosixPath(path).parent.parts if _plain(part) not in classes] for path in paths]
-    found = ["/".join(parts) for parts in kept]
-    pairs = set(zip(found, labels, strict=True))
-    return [""] * len(found) if len(pairs) == len(set(found)) == len(set(labels)) else found
+    folders = ["/".join(parts) for parts in kept]
+    pairs = set(zip(folders, labels, strict=True))
+    return [""] * len(folders) if len(pairs) == len(set(folders)) == len(set(labels)) else folders
 
 
 def border(paths: Sequence[str | Path]) -> np.ndarray:
-    """Return the outermost ring of each image, made 16 x 16 pixels small, float32 (images, 180), 0 to 1."""
+    """Return the outermost ring of each image, resized to 16 x 16 pixels, float32 (images, 180), 0 to 1."""
     return np.stack(list(parallel.in_threads(_ring, paths)))
 
 
 def judge(
     what: str, features: pd.DataFrame | np.ndarray, labels: Sequence[str], groups: Sequence[str], *, seed: int = 0
 ) -> Verdict:
-    """Return what a probe tells apart that learns from some groups of images and is asked about others.
+    """Return how well a probe separates the classes; it learns from some groups of images and is tested on others.
 
-    Facts are given to a forest of trees, which finds ranges and combinations, the border to a logistic regression.
+    A forest of trees, which finds ranges and combinations, reads facts; a logistic regression reads the border.
 
     Args:
         what: "facts", with a table of FACTS, or "border", with numbers (images, n).
@@ -153,7 +153,7 @@ def judge(
         seed: of folds, trees and resamples.
 
     Raises:
-        ValueError: fewer than two classes, or too few groups to hold some back.
+        ValueError: fewer than two classes, or too few groups to hold some out.
     """
     labels, groups = np.asarray(labels).astype(str), np.asarray(groups).astype(str)
     names, target = np.unique(labels, return_inverse=True)
@@ -181,7 +181,7 @@ def _held_out(what, numbers: pd.DataFrame, target, groups, folds: int, seed: int
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of classes with fewer groups than folds
         rounds = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(values, target, groups))
-    for learned, asked in rounds:
+    for learned, tested in rounds:
         if what == "facts":
             how = {"class_weight": "balanced_subsample", "min_samples_leaf": 3, "random_state": seed}
             model = RandomForestClassifier(TREES, **how).fit(values[learned], target[learned])
@@ -189,7 +189,7 @@ def _held_out(what, numbers: pd.DataFrame, target, groups, folds: int, seed: int
             counts = np.bincount(target[learned])
             weights = len(learned) / (np.count_nonzero(counts) * counts[target[learned]])
             model = linear.fit(linear.classifier(1e-3, 1e-2), values[learned], target[learned], weights)
-        picked[asked] = model.predict(values[asked])
+        picked[tested] = model.predict(values[tested])
     is_correct, classes = picked == target, np.unique(target)
     value = np.mean([is_correct[target == one].mean() for one in classes])
     chunks = metrics.resamples(target, seed, 500, groups)
@@ -200,7 +200,7 @@ def _held_out(what, numbers: pd.DataFrame, target, groups, folds: int, seed: int
 
 
 def _numbers(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the facts that differ between images, as numbers; what is unknown is -1."""
+    """Return the facts that differ between images, as numbers; unknown values are -1."""
     kept = {}
     for name in table:
         column = table[name]
@@ -211,7 +211,7 @@ def _numbers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name.strip())  # as labels are written
+    return unicodedata.normalize("NFC", name.strip())  # like labels
 
 
 def _facts(path: Path) -> list:
@@ -235,8 +235,8 @@ def _colours(path: str | Path) -> list[float]:
 
 def _quality(image: Image.Image) -> float:
     """Return the mean of a JPEG's quantisation tables, which grows as its quality falls; NaN for other files."""
-    found = getattr(image, "quantization", None)
-    return float(np.mean([np.mean(values) for values in found.values()])) if found else np.nan
+    tables = getattr(image, "quantization", None)
+    return float(np.mean([np.mean(values) for values in tables.values()])) if tables else np.nan
 
 
 def _small(path: str | Path, side: int) -> np.ndarray:

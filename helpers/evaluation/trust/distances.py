@@ -1,6 +1,6 @@
-"""How far an image lies from all that was learned. A bundle carries this file as it is; `novelty` makes what it reads.
+"""How far an image lies from the training images. A bundle carries this file unchanged; `novelty` makes its input.
 
-The distance is that to the k-th nearest training image, between unit vectors of what the last layer is given (Sun et
+The distance is that to the k-th nearest training image, between unit vectors of the last layer's input (Sun et
 al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022).
 """
 
@@ -15,15 +15,15 @@ NEIGHBOUR = 5
 
 @dataclass(frozen=True)
 class Novelty:
-    """Distances from what was learned.
+    """Distances from the training images.
 
     Attributes:
-        known: float64 (images, n), unit vectors of training images.
+        vectors: float64 (images, n), unit vectors of training images.
         threshold: distance beyond which an image counts as none of the classes.
-        false_alarms: the share of validation images beyond it, as asked for.
+        false_alarms: the requested share of validation images beyond it.
     """
 
-    known: np.ndarray
+    vectors: np.ndarray
     threshold: float
     false_alarms: float
 
@@ -31,10 +31,10 @@ class Novelty:
         """Return the distance of each image, 0 to 2, float64 (images,).
 
         Args:
-            features: (images, n), what the last layer of the classifier is given.
+            features: (images, n), the input of the classifier's last layer.
         """
-        # In float64: of two vectors that are nearly equal, float32 would keep few digits of the difference.
-        likeness = unit(features) @ self.known.T
+        # In float64: for two nearly equal vectors, float32 would keep few digits of the difference.
+        likeness = unit(features) @ self.vectors.T
         place = min(NEIGHBOUR, likeness.shape[1])
         nearest = np.partition(likeness, likeness.shape[1] - place, axis=1)[:, likeness.shape[1] - place]
         return np.sqrt(np.maximum(2 - 2 * nearest, 0))
@@ -49,27 +49,27 @@ class Novelty:
 
     def __str__(self) -> str:
         if not self.false_alarms:
-            return "Images of none of the classes are not looked for (false_alarms)."
+            return "The run does not look for images of none of the classes (false_alarms)."
         return (
-            f"{len(self.known):,} training images are remembered. An image counts as none of the classes beyond a"
+            f"{len(self.vectors):,} training images are remembered. An image counts as none of the classes beyond a"
             f" distance of {self.threshold:.3f}, as {100 * self.false_alarms:.1f} % of the validation images do."
         )
 
     def write(self, folder: Path) -> list[str]:
-        """Write novelty.npz into a folder, unless nothing is looked for, and return the names of what was written."""
+        """Write novelty.npz into a folder, unless false_alarms is 0, and return the names of the files."""
         if not self.false_alarms:
             return []
-        known = self.known.astype(np.float16)
-        np.savez(folder / FILE, known=known, threshold=self.threshold, false_alarms=self.false_alarms)
+        vectors = self.vectors.astype(np.float16)
+        np.savez(folder / FILE, known=vectors, threshold=self.threshold, false_alarms=self.false_alarms)
         return [FILE]
 
 
 def read(folder: Path) -> Novelty | None:
-    """Return what `Novelty.write` left in a folder; None where it left nothing."""
+    """Return what `Novelty.write` wrote into a folder; None if there is nothing."""
     if not (folder / FILE).is_file():
         return None
-    with np.load(folder / FILE) as found:
-        return Novelty(unit(found["known"]), float(found["threshold"]), float(found["false_alarms"]))
+    with np.load(folder / FILE) as arrays:
+        return Novelty(unit(arrays["known"]), float(arrays["threshold"]), float(arrays["false_alarms"]))
 
 
 def unit(features: np.ndarray) -> np.ndarray:

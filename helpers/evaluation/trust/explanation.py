@@ -1,10 +1,10 @@
-"""What does the model look at? A map of each image that says how much each place speaks for the predicted class.
+"""What does the model look at? A map of each image that shows how much each place supports the predicted class.
 
 A map is the feature map of the backbone times the gradient of the class's score, summed over channels (HiResCAM,
-Draelos and Carin, 2020). Where the head is a layer on means of the map, it is the class activation map (Zhou et al.,
-2016), to the last digit, and that of Grad-CAM (Selvaraju et al., 2017); where the head has hidden layers, reads maxima
-or deviations, it still sums to what the map adds to the score, which Grad-CAM does not. Only what lies above the maps
-is differentiated, so it costs little more than a prediction.
+Draelos and Carin, 2020). If the head is a layer on means of the map, it is the class activation map (Zhou et al.,
+2016), to the last digit, and that of Grad-CAM (Selvaraju et al., 2017); if the head has hidden layers, reads maxima
+or deviations, it still sums to what the map adds to the score, which Grad-CAM does not. Only the layers above the maps
+are differentiated, so it costs little more than a prediction.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,24 +22,24 @@ BATCH = 16
 
 
 def heat(model: keras.Model, images: np.ndarray, classes: Iterable[int] | None = None) -> np.ndarray:
-    """Return for each image how much each pixel speaks for a class, against the mean of the other classes.
+    """Return for each image how much each pixel supports a class, against the mean of the other classes.
 
     Args:
-        model: a classifier of Thaw, as trained, loaded, mirrored or calibrated; mirrored images are not looked at.
+        model: a classifier of Thaw, as trained, loaded, mirrored or calibrated; mirrored images do not count.
         images: (n, H, W, 3), RGB 0-255.
-        classes: the class asked about, for each image; the predicted one by default.
+        classes: a class for each image; the predicted one by default.
 
     Returns:
-        float32 (n, H, W); positive where the place speaks for the class. The maps of several levels are added up.
+        float32 (n, H, W); positive where the place supports the class. The maps of several levels are added up.
     """
     parts = _Parts(novelty.base_of(model))
-    asked = [None] * len(images) if classes is None else list(classes)
-    found = [parts.heat(images[at : at + BATCH], asked[at : at + BATCH]) for at in range(0, len(images), BATCH)]
-    return np.concatenate(found) if found else np.zeros((0, *model.input_shape[1:3]), np.float32)
+    rows = [None] * len(images) if classes is None else list(classes)
+    maps = [parts.heat(images[at : at + BATCH], rows[at : at + BATCH]) for at in range(0, len(images), BATCH)]
+    return np.concatenate(maps) if maps else np.zeros((0, *model.input_shape[1:3]), np.float32)
 
 
 class _Parts:
-    """A classifier in two: images -> the maps that its head reads, and maps -> what its last layer is given."""
+    """A classifier in two: images -> the maps that its head reads, and maps -> the input of its last layer."""
 
     def __init__(self, base: keras.Model):
         nodes, last = [*wiring.nodes_of(base)], base.get_layer(novelty.LAST)
@@ -69,8 +69,8 @@ class _Parts:
         towards = self.kernel @ (chosen - (1 - chosen) / (logits.shape[1] - 1)).T
 
         def score(parts: list) -> Any:
-            found = keras.ops.cast(self.above(parts, training=False), "float32")
-            return keras.ops.sum(found * towards.T)
+            features = keras.ops.cast(self.above(parts, training=False), "float32")
+            return keras.ops.sum(features * towards.T)
 
         total = tf.zeros((len(images), *self.size))
         for part, gradient in zip(maps, _gradients(score, maps), strict=True):
@@ -83,19 +83,19 @@ class _Parts:
 
 
 def _gradients(score: Callable[[list], Any], maps: list) -> list:
-    """Return the gradient of a number by each of the tensors that it is computed from."""
+    """Return the gradient of a number for each of the tensors that it is computed from."""
     if keras.backend.backend() == "jax":
         import jax
 
         return jax.grad(score)(maps)
     with tf.GradientTape() as tape:
         tape.watch(maps)
-        found = score(maps)
-    return tape.gradient(found, maps)
+        value = score(maps)
+    return tape.gradient(value, maps)
 
 
 def _in_place(each: tf.Tensor) -> tf.Tensor:
-    """Return (n, h, w, 1) of (n, h, w), or of the tokens (n, t) of a transformer, without those that are no place."""
+    """Return (n, h, w, 1) of (n, h, w), or of the tokens (n, t) of a transformer that are places."""
     if len(each.shape) == 2:
         side = int(each.shape[1] ** 0.5)
         each = tf.reshape(each[:, each.shape[1] - side * side :], (-1, side, side))

@@ -1,6 +1,6 @@
-"""Is this even one of my classes? How far an image lies from all training images, as the network sees them.
+"""Is this even one of my classes? How far an image lies from all training images, by the features of the network.
 
-`distances` says how far; here is what asks a network for the features that are compared.
+`distances` measures how far; this module gets the compared features from a network.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ LAST = "probabilities"  # the layer whose input is compared
 
 
 def features_of(model) -> Any:
-    """Return a function of images that gives what the last layer of a classifier is given, float32 (images, n).
+    """Return a function from images to the input of a classifier's last layer, float32 (images, n).
 
     Args:
         model: keras.Model as `classifier.build` makes it, or one that averages over its mirror images.
@@ -40,7 +40,7 @@ def base_of(model) -> Any:
 
 
 def with_features(model) -> Any:
-    """Return a keras.Model that gives, in one pass, what a classifier gives and what `features_of` gives.
+    """Return a keras.Model that gives, in one pass, the outputs of a classifier and those of `features_of`.
 
     Args:
         model: as for `features_of`.
@@ -61,18 +61,18 @@ def with_features(model) -> Any:
     def call(node, *args, **kwargs):
         if node.operation is not inner:
             return node.operation(*args, **kwargs)
-        said, found = both(*args, **kwargs)
+        outputs, vectors = both(*args, **kwargs)
         if node.input_tensors[0] is whole:  # not one of its mirror images
-            features.append(found)
-        return said
+            features.append(vectors)
+        return outputs
 
     image = keras.Input(batch_shape=whole.shape, dtype=whole.dtype, name="image")
-    said = frontier.replay(model, [*wiring.nodes_of(model)], {id(whole): image}, call)
-    return keras.Model(image, [said, features[0]], name=name)
+    outputs = frontier.replay(model, [*wiring.nodes_of(model)], {id(whole): image}, call)
+    return keras.Model(image, [outputs, features[0]], name=name)
 
 
 def asking(model) -> tuple[Any, int]:
-    """Return a function of images that gives probabilities and, in the columns behind them, features.
+    """Return a function from images to probabilities and, in the columns after them, features.
 
     Args:
         model: as `with_features` returns it.
@@ -84,7 +84,7 @@ def asking(model) -> tuple[Any, int]:
 
     from helpers.compute import inference
 
-    # A name of its own: names that Keras makes up in this process may be in the model already.
+    # An explicit name: names that Keras generates in this process may be in the model already.
     both = keras.layers.Concatenate(name="said_and_features", dtype="float32")(model.outputs)
     return inference.fast(keras.Model(model.input, both)), model.outputs[0].shape[1]
 
@@ -107,7 +107,7 @@ def fit(model, train, features: np.ndarray, *, false_alarms: float, seed: int = 
         model: as for `features_of`.
         train: datasets.Folder.
         features: of the validation images, (images, n).
-        false_alarms: share of the validation images that may lie beyond the threshold; 0 looks at no image.
+        false_alarms: share of the validation images that may lie beyond the threshold; 0 checks no image.
         seed: of the choice of training images.
     """
     from helpers.training import datasets
@@ -115,16 +115,16 @@ def fit(model, train, features: np.ndarray, *, false_alarms: float, seed: int = 
     if not false_alarms:
         return distances.Novelty(np.zeros((0, 1), np.float32), np.inf, 0.0)
     run = features_of(model)
-    some = np.sort(np.random.default_rng(seed).permutation(len(train))[:KNOWN])
-    found = distances.unit(datasets.through(run, datasets.at(train, some), "features"))
-    known = distances.unit(found.astype(np.float16))  # as the file keeps them, so that the threshold is of these
-    far = distances.Novelty(known, np.inf, false_alarms).distance(features)
-    return distances.Novelty(known, _threshold(np.sort(far), false_alarms), false_alarms)
+    rows = np.sort(np.random.default_rng(seed).permutation(len(train))[:KNOWN])
+    own = distances.unit(datasets.through(run, datasets.at(train, rows), "features"))
+    vectors = distances.unit(own.astype(np.float16))  # as in the file, so that the threshold fits them
+    far = distances.Novelty(vectors, np.inf, false_alarms).distance(features)
+    return distances.Novelty(vectors, _threshold(np.sort(far), false_alarms), false_alarms)
 
 
 def _threshold(far: np.ndarray, false_alarms: float) -> float:
-    """Return a distance that at most this share of the sorted distances is beyond, in the middle of a gap: at the
-    distance of an image, the last digit would decide about that image.
+    """Return a distance that at most this share of the sorted distances exceeds, in the middle of a gap. At
+    the distance of an image, the last digit would decide about that image.
     """
     place = int(np.ceil((len(far) - 1) * (1 - false_alarms) - 1e-9))
     return float(far[place : place + 2].mean() if place + 1 < len(far) else far[-1] + 1e-3)

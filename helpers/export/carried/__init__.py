@@ -1,1 +1,1 @@
-"""What a bundle carries as it is: to read images, to classify them, to verify itself, and to serve."""
+"""What a bundle carries unchanged: to read images, to classify them, to verify itself, and to serve."""

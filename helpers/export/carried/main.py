@@ -6,7 +6,7 @@ GET  /          a page to drop a photo on
 GET  /health    the model and its version
 GET  /metrics   in the text format of Prometheus
 
-Nothing of a request is kept, and no answer holds anything of the host.
+The function stores nothing of a request, and no answer holds information about the host.
 """
 
 import base64
@@ -35,7 +35,7 @@ WAIT_SECONDS = float(os.environ.get("WAIT_SECONDS", 60))  # for one of the model
 ORIGIN = os.environ.get("ALLOW_ORIGIN", "")  # a site whose pages may call this function (CORS); none if empty
 
 FOLDER = Path(__file__).resolve().parent
-# What is wrong with an image, by the reason of images.ImageError; everything else is 422.
+# HTTP status by the reason of images.ImageError; every other reason is 422.
 STATUS = {"not an image": 415, "format": 415, "too many pixels": 413, "empty": 400}
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
 PAGE_POLICY = (
@@ -53,11 +53,11 @@ _first = _models.queue[0]
 
 
 class Refused(Exception):
-    """A request, or one image of it, that is not answered: the status and what to tell."""
+    """A request, or one image of it, that is not answered: the status and the content of the error."""
 
     def __init__(self, status: int, reason: str, detail: str) -> None:
         super().__init__(detail)
-        self.status, self.said = status, {"error": reason, "detail": detail}
+        self.status, self.content = status, {"error": reason, "detail": detail}
 
 
 def classify(request) -> tuple[str, int, dict[str, str]]:
@@ -73,7 +73,7 @@ def classify(request) -> tuple[str, int, dict[str, str]]:
             raise Refused(405, "method", f"{path} takes {allowed[0]}.")
         body, status, headers = paths[path](request)
     except Refused as refused:
-        body, status, headers = _json(refused.said, refused.status)
+        body, status, headers = _json(refused.content, refused.status)
     except HTTPException as error:  # of werkzeug, such as a body that is too large
         body, status, headers = _json({"error": error.name.lower(), "detail": _too_large()}, error.code or 400)
     except Exception:
@@ -95,7 +95,7 @@ def _predict(request) -> tuple[str, int, dict[str, str]]:
             answer = _answer(data)
             ANSWERS.labels(answer["predicted"]).inc()
         except Refused as refused:
-            answer, worst = refused.said | {"status": refused.status}, max(worst, refused.status)
+            answer, worst = refused.content | {"status": refused.status}, max(worst, refused.status)
         SECONDS.observe(time.perf_counter() - begin)
         results.append({"name": name} | answer if name else answer)
     if len(results) == 1 and worst != 200:
@@ -116,7 +116,7 @@ def _answer(data: bytes) -> dict[str, Any]:
 
 @contextmanager
 def _model():
-    """Lend one of the models; images are read while it is held, which bounds the memory of many requests at once."""
+    """Lend one of the models; images are read while it is held, which limits the memory of parallel requests."""
     try:
         model = _models.get(timeout=WAIT_SECONDS)
     except queue.Empty:
@@ -131,36 +131,36 @@ def _files(request) -> list[tuple[str, bytes]]:
     """Return (name, content) of each image of a request.
 
     Raises:
-        Refused: there is none, there are too many, they are too large, or the body is not what its type says.
+        Refused: there is none, there are too many, they are too large, or the body does not fit its type.
     """
     if (request.content_length or 0) > MAX_BYTES:
         raise Refused(413, "too large", _too_large())
     kind = (request.mimetype or "").lower()
     if kind == "multipart/form-data":
-        found = [(_plain(file.filename), file.read()) for _, file in request.files.items(multi=True)]
-        if not found:
+        named_images = [(_plain(file.filename), file.read()) for _, file in request.files.items(multi=True)]
+        if not named_images:
             raise Refused(400, "no image", "The form holds no file.")
     elif kind == "application/json":
-        found = [("", data) for data in _base64(_body(request))]
+        named_images = [("", data) for data in _base64(_body(request))]
     elif kind.startswith("image/") or kind == "application/octet-stream":
-        found = [("", _body(request))]
+        named_images = [("", _body(request))]
     else:
-        taken = "image/..., application/octet-stream, multipart/form-data or application/json"
-        raise Refused(415, "content type", f"Send {taken}.")
-    if len(found) > MAX_FILES:
-        raise Refused(413, "too many images", f"{len(found)} images came; at most {MAX_FILES} are taken at once.")
-    return found
+        types = "image/..., application/octet-stream, multipart/form-data or application/json"
+        raise Refused(415, "content type", f"Send {types}.")
+    if len(named_images) > MAX_FILES:
+        raise Refused(413, "too many images", f"{len(named_images)} images came; a request takes at most {MAX_FILES}.")
+    return named_images
 
 
 def _body(request) -> bytes:
     data = request.get_data()
-    if len(data) > MAX_BYTES:  # a body in chunks says no length, and is cut off behind the limit
+    if len(data) > MAX_BYTES:  # a body in chunks has no length, and is cut off at the limit
         raise Refused(413, "too large", _too_large())
     return data
 
 
 def _drain(request) -> None:
-    """Read what is left of a body, up to the limit: the framework would do it after us, and fail beyond the limit."""
+    """Read the rest of a body, up to the limit: the framework would read it later, and fail beyond the limit."""
     try:
         request.get_data()
     except HTTPException:
@@ -169,14 +169,14 @@ def _drain(request) -> None:
 
 def _base64(body: bytes) -> list[bytes]:
     try:
-        given = json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError):
         raise Refused(400, "json", "The body is not valid JSON.") from None
-    texts = given.get("images", [given.get("image")]) if isinstance(given, dict) else None
+    texts = content.get("images", [content.get("image")]) if isinstance(content, dict) else None
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise Refused(400, "json", 'Send {"images": ["<base64>", ...]} or {"image": "<base64>"}.')
     if len(texts) > MAX_FILES:
-        raise Refused(413, "too many images", f"{len(texts)} images came; at most {MAX_FILES} are taken at once.")
+        raise Refused(413, "too many images", f"{len(texts)} images came; a request takes at most {MAX_FILES}.")
     try:
         return [base64.b64decode(text.partition("base64,")[2] or text, validate=True) for text in texts]
     except (binascii.Error, ValueError):
@@ -205,5 +205,5 @@ def _too_large() -> str:
 
 
 def _plain(name: str | None) -> str:
-    """Return the last part of a file's name without control characters, which a client chose."""
+    """Return the last part of the client's file name, without control characters."""
     return "".join(c for c in (name or "").replace("\\", "/").rpartition("/")[2] if c.isprintable())[:200]

@@ -1,23 +1,23 @@
-"""A network in any format of a bundle: a float32 image in; out come probabilities, and features where it has them."""
+"""A network in any format of a bundle: from a float32 image to probabilities, and features if it has them."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-# (1, height, width, 3) float32, RGB 0-255 -> probabilities (1, classes), and where the bundle looks for what is novel,
+# (1, height, width, 3) float32, RGB 0-255 -> probabilities (1, classes), and if the bundle looks for novel images,
 # features (1, n)
 Network = Callable[[np.ndarray], list[np.ndarray]]
 
 
 def load(file: Path, threads: int = 1) -> Network:
-    """Return the network of a file by its suffix; it is not to be called by two threads at once.
+    """Return the network of a file by its suffix; two threads must not call it at the same time.
 
     Raises:
-        ValueError: the suffix is of no format.
+        ValueError: no format has this suffix.
     """
     if file.suffix not in LOADERS:
-        raise ValueError(f"{file.name} is of no format that is read here: {', '.join(LOADERS)}.")
+        raise ValueError(f"{file.name} has none of the suffixes that a bundle can read: {', '.join(LOADERS)}.")
     return LOADERS[file.suffix](str(file), threads)
 
 

@@ -1,4 +1,4 @@
-"""Classify images with the model of this folder. It needs nothing but this folder and its requirements.txt.
+"""Classify images with the model of this folder. It needs only this folder and its requirements.txt.
 
 python predict.py photo.jpg folder/ --csv answers.csv
 """
@@ -34,7 +34,7 @@ class Model:
         file: of the network, within the folder.
         classes: names in the order of the probabilities.
         how: preprocessing.json.
-        known: what tells images of none of the classes; None where the run remembers no images.
+        novelty: finds images of none of the classes; None if the run remembers no images.
     """
 
     def __init__(self, folder: str | os.PathLike = FOLDER, kind: str = "", threads: int = 1) -> None:
@@ -58,16 +58,16 @@ class Model:
         self.name, self.version = about["name"], about["formats"][kind]["version"]
         self.file = about["formats"][kind]["file"]
         self.network = networks.load(folder / self.file, threads)
-        self.known = distances.read(folder)
+        self.novelty = distances.read(folder)
         self.levels = Levels(*self.how["levels"]) if self.how["levels"] else None
 
     def caution(self) -> str:
-        """Return what should be known about every answer; "" where there is nothing."""
+        """Return a caution about every answer; "" if there is none."""
         boxes = self.how.get("boxes")
         return f"The model learned on images cut to the boxes of {boxes}; these are taken whole." if boxes else ""
 
     def pixels(self, data: bytes, max_pixels: int | None = None) -> np.ndarray:
-        """Return the content of an image file as the network sees it: uint8 RGB, (size, size, 3).
+        """Return the content of an image file as input of the network: uint8 RGB, (size, size, 3).
 
         Args:
             data: of any format that `images.FORMATS` names.
@@ -82,54 +82,54 @@ class Model:
         return images.resize(images.decode(image, at_least=enough, levels=self.levels), size, fit)
 
     def raw(self, pixels: np.ndarray) -> np.ndarray:
-        """Return what the network says of one image: the probabilities as it gives them and, where `known`, by how much
+        """Return the outputs of the network for one image: its probabilities and, if there is `novelty`, by how much
         the image is farther than the threshold of novelty; float64 (classes,) or (classes + 1,).
         """
         chances, *features = self.network(pixels[None].astype(np.float32))
-        beyond = self.known.beyond(features[0]) if self.known else []
+        beyond = self.novelty.beyond(features[0]) if self.novelty else []
         return np.concatenate([np.asarray(chances, np.float64)[0], beyond])
 
     def answer(self, pixels: np.ndarray) -> dict[str, Any]:
-        """Return what the model says of one image.
+        """Return the answer of the model for one image.
 
         Returns:
-            `predicted`: a class, or "unsure" where the model keeps no promise; `confidence`: of the most probable
-            class; `probabilities`: by class; `candidates`: where the promise is coverage, the most probable class and
-            every other one that is probable enough; `novel`: where `known`, whether it looks like none of the classes.
+            `predicted`: a class, or "unsure" if the model cannot keep its promise; `confidence`: of the most probable
+            class; `probabilities`: by class; `candidates`: if the promise is coverage, the most probable class and
+            every other one that is probable enough; `novel`: with `novelty`, whether it looks like none of the classes.
         """
         raw, promise = self.raw(pixels), self.decision.get("promise") or {}
         chances = raw[: len(self.classes)]
         top = int(chances.argmax())
-        said = {"predicted": self.classes[top], "confidence": float(chances[top])}
-        said["probabilities"] = dict(zip(self.classes, map(float, chances), strict=True))
-        said |= {"novel": bool(raw[-1] > 0)} if self.known else {}
+        answer = {"predicted": self.classes[top], "confidence": float(chances[top])}
+        answer["probabilities"] = dict(zip(self.classes, map(float, chances), strict=True))
+        answer |= {"novel": bool(raw[-1] > 0)} if self.novelty else {}
         if promise.get("kind") == "coverage":
-            said["candidates"] = [
-                name for name, p in said["probabilities"].items() if p >= min(promise["level"], chances[top])
+            answer["candidates"] = [
+                name for name, p in answer["probabilities"].items() if p >= min(promise["level"], chances[top])
             ]
-            return said | ({} if len(said["candidates"]) == 1 else {"predicted": UNSURE})
+            return answer | ({} if len(answer["candidates"]) == 1 else {"predicted": UNSURE})
         if thresholds := promise.get("thresholds"):
             least = thresholds[top]
-            return said | ({} if least is not None and chances[top] >= least else {"predicted": UNSURE})
-        return said
+            return answer | ({} if least is not None and chances[top] >= least else {"predicted": UNSURE})
+        return answer
 
 
 def rows(model: Model, files: Iterable[str | os.PathLike]) -> Iterator[list[str]]:
-    """Yield a row for each image, with the columns of `header`; of one that is not read, only its path and why."""
+    """Yield a row for each image, with the columns of `header`; of an unreadable one, only its path and the reason."""
     for path in files:
         try:
-            said = model.answer(model.pixels(images.read_bytes(path)))
+            answer = model.answer(model.pixels(images.read_bytes(path)))
         except images.ImageError as error:
             yield [str(path), "", "", str(error), *[""] * (len(header(model)) - 4)]
         else:
-            novel = ["yes" if said["novel"] else ""] if model.known else []
-            chances = [f"{chance:.9g}" for chance in said["probabilities"].values()]
-            yield [str(path), said["predicted"], f"{said['confidence']:.9g}", "", *novel, *chances]
+            novel = ["yes" if answer["novel"] else ""] if model.novelty else []
+            chances = [f"{chance:.9g}" for chance in answer["probabilities"].values()]
+            yield [str(path), answer["predicted"], f"{answer['confidence']:.9g}", "", *novel, *chances]
 
 
 def header(model: Model) -> list[str]:
-    """Return the columns: path, predicted, confidence, not_read, novel where it is known, and each class."""
-    own = ["not_read", "novel"] if model.known else ["not_read"]
+    """Return the columns: path, predicted, confidence, not_read, novel if the model has novelty, and each class."""
+    own = ["not_read", "novel"] if model.novelty else ["not_read"]
     return ["path", "predicted", "confidence", *(f"{name}_" if name in model.classes else name for name in own),
             *model.classes]  # fmt: skip
 
@@ -139,20 +139,20 @@ def _read(file: Path) -> Any:
 
 
 def main() -> int:
-    """Write a CSV, one line an image; the exit code is 1 where an image could not be read."""
+    """Write a CSV, one line an image; the exit code is 1 if an image could not be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", help="image files, or folders that are searched for images")
-    parser.add_argument("--csv", help="the file to write; standard output if not given")
-    parser.add_argument("--format", default="", help="one of the bundle's formats; the first if not given")
+    parser.add_argument("--csv", help="the file to write; standard output by default")
+    parser.add_argument("--format", default="", help="one of the bundle's formats; the first by default")
     parser.add_argument("--threads", type=int, default=1)
-    given, unread = parser.parse_args(), 0
-    model = Model(kind=given.format, threads=given.threads)
+    arguments, unread = parser.parse_args(), 0
+    model = Model(kind=arguments.format, threads=arguments.threads)
     if caution := model.caution():
         print(caution, file=sys.stderr)
-    with open(given.csv, "w", newline="", encoding="utf-8") if given.csv else sys.stdout as stream:
+    with open(arguments.csv, "w", newline="", encoding="utf-8") if arguments.csv else sys.stdout as stream:
         writer = csv.writer(stream)
         writer.writerow(header(model))
-        for row in rows(model, listing.find(given.images)):
+        for row in rows(model, listing.find(arguments.images)):
             writer.writerow(row)
             unread += bool(row[3])
     return int(unread > 0)

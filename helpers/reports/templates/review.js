@@ -1,5 +1,5 @@
 "use strict";
-// Marks labels and saves them as fixes.csv. It remembers nothing outside the page: what is not saved is lost on closing.
+// Marks labels and saves them as fixes.csv. It stores nothing outside the page: unsaved changes are lost when it closes.
 const { classes, earlier } = JSON.parse(document.getElementById("data").textContent);
 const cards = [...document.querySelectorAll(".card")];
 const image = new Map(cards.map((card) => [card, JSON.parse(card.dataset.image)]));
@@ -17,7 +17,7 @@ function fill(card) {
   const menu = menuOf(card);
   if (menu.options.length) return;
   const { label, suggested } = image.get(card);
-  menu.add(new Option("choose the right label", ""));
+  menu.add(new Option("choose the correct label", ""));
   classes.forEach((name, index) => { if (name !== label) menu.add(new Option(name, String(index))); });
   menu.add(new Option("remove the image", REMOVE));
   menu.value = classes.includes(suggested) && suggested !== label ? String(classes.indexOf(suggested)) : "";
@@ -38,26 +38,26 @@ function show(card) {
   card.classList.toggle("marked", on);
   card.classList.toggle("removed", on && menu.value === REMOVE);
   card.classList.toggle("open", on && menu.value === "");
-  tell();
+  showCounts();
   if (large.open) enlarge(card);
 }
 
-function tell() {
+function showCounts() {
   const chosen = cards.filter((card) => tickOf(card).checked).map((card) => menuOf(card).value);
   const removed = chosen.filter((value) => value === REMOVE).length;
   const open = chosen.filter((value) => value === "").length;
   const corrected = chosen.length - removed - open;
-  const said = [];
-  if (corrected) said.push(`${corrected} label${corrected > 1 ? "s" : ""} to correct`);
-  if (removed) said.push(`${removed} image${removed > 1 ? "s" : ""} to remove`);
-  if (open) said.push(`${open} still without a label`);
-  if (earlier.length && chosen.length) said.push(`${earlier.length} from before`);
-  document.getElementById("count").textContent = said.join(", ") || "Nothing is marked yet";
+  const counts = [];
+  if (corrected) counts.push(`${corrected} label${corrected > 1 ? "s" : ""} to correct`);
+  if (removed) counts.push(`${removed} image${removed > 1 ? "s" : ""} to remove`);
+  if (open) counts.push(`${open} still without a label`);
+  if (earlier.length && chosen.length) counts.push(`${earlier.length} from before`);
+  document.getElementById("count").textContent = counts.join(", ") || "Nothing is marked yet";
   document.getElementById("next").hidden = true;
   save.disabled = corrected + removed === 0;
 }
 
-// Every field is quoted, so commas, quotes and line breaks in names come back as they are.
+// Every field is quoted, so commas, quotes and line breaks in names stay the same.
 function asCsv(rows) {
   const quote = (text) => `"${text.replaceAll('"', '""')}"`;
   return rows.map((row) => row.map(quote).join(",") + "\r\n").join("");
@@ -84,12 +84,12 @@ function download() {
 }
 
 function enlarge(card) {
-  const picture = card.querySelector("img");
-  if (!picture) return;
+  const thumbnail = card.querySelector("img");
+  if (!thumbnail) return;
   const { path, label } = image.get(card);
   const menu = menuOf(card);
   const to = tickOf(card).checked ? ` → ${menu.selectedOptions[0].text}` : "";
-  large.querySelector("img").src = picture.src;
+  large.querySelector("img").src = thumbnail.src;
   large.querySelector("p").textContent = `${label}${to} · ${card.querySelector(".seen").innerText} · ${path}`;
   if (!large.open) large.showModal();
 }
@@ -114,11 +114,11 @@ function inNextRow(step) {
 }
 
 const visible = () => cards.filter((card) => card.offsetParent);
-const beside = (step) => { const shown = visible(); return shown[shown.indexOf(current) + step]; };
+const neighbour = (step) => { const shown = visible(); return shown[shown.indexOf(current) + step]; };
 
 const keys = {
-  ArrowLeft: () => go(beside(-1)),
-  ArrowRight: () => go(beside(1)),
+  ArrowLeft: () => go(neighbour(-1)),
+  ArrowRight: () => go(neighbour(1)),
   ArrowUp: () => go(inNextRow(-1)),
   ArrowDown: () => go(inNextRow(1)),
   Enter: () => (large.open ? large.close() : enlarge(current)),
