@@ -4,7 +4,7 @@ The rule of "ratio". Groups of several images are assigned first, the largest fi
 their classes. Single images follow, in one sequence for each class, stratum by stratum; their shares correct what the
 groups left uneven. Ties are ordered by a hash of the seed and the content. The next image always goes to the part that
 is furthest behind. So a class of n single images has its n p images of a part to within 4/3, and any stretch of its
-sequence, and thus every stratum, to within 2. A requested part without an image of a class then takes one group of it
+sequence, and so every stratum, to within 2. A requested part without an image of a class then takes one group of it
 from the part that has the most, if the class has enough groups for every part. With shares of 0.6, 0.15 and 0.25, a
 class of two images has one for train and one for test; a third one goes to val. For a class that is a single group,
 the user chooses (`rare`).
