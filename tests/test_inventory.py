@@ -60,7 +60,7 @@ def test_the_facts_about_each_file(root):
 def test_images_of_which_none_can_be_read(root):
     for path in root.rglob("*.png"):
         path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"No sound image is left of cat, dog \(12 truncated\)"):
+    with pytest.raises(ValueError, match=r"No usable image is left of cat, dog \(12 truncated\)"):
         take(root)
 
 

@@ -247,7 +247,7 @@ def test_merged_classes_are_the_labels_of_the_same_images(place):
 
 def test_an_ensemble_goes_through_05_and_is_measured_as_it_is(place, by_hand, pixels):
     left = join(by_hand, place, "both", ["seed"], how="probabilities", weigh="equal")
-    assert left["chosen"].shares == (0.5, 0.5)
+    assert left["choice"].shares == (0.5, 0.5)
     parts = [one.load() for one in left["members"]]
     images = np.random.default_rng(0).uniform(0, 255, (3, 32, 32, 3)).astype(np.float32)
     whole = keras.saving.load_model(place / "both" / "join" / "model.keras")
@@ -282,8 +282,8 @@ def test_a_joined_run_is_compared_as_what_it_is(place, by_hand):
 
 def test_two_stages_are_found_by_the_merged_classes_and_the_better_way_is_kept(place, by_hand):
     left = join(by_hand, place, "two", ["first", "pets"])
-    assert {way.how for way in left["tried"]} == {"alone", "soft", "hard"}
-    assert left["chosen"].val_loss == min(way.val_loss for way in left["tried"] if way.how != "alone")
+    assert {way.how for way in left["candidates"]} == {"alone", "soft", "hard"}
+    assert left["choice"].val_loss == min(way.val_loss for way in left["candidates"] if way.how != "alone")
     assert left["groups"] == [["cat", "dog"]]
     assert disk.read_json(place / "two" / "join" / "class_names.json") == NAMES
     record = disk.read_json(place / "two" / "join" / stages.STAGE_FILE)
@@ -319,8 +319,8 @@ def test_a_soup_wants_the_same_head(place, by_hand):
     by_hand("fine_tune", **given, epochs=2, unfreeze="block3", seed=9, out=str(place / "again" / "fine_tune"))
     (place / "again" / "head").symlink_to(place / "plain" / "head")
     left = join(by_hand, place, "soup", ["again"], how="weights")
-    assert left["chosen"].how == "weights" and runs_of.share_a_start(left["members"])
-    assert left["chosen"].val_loss <= min(way.val_loss for way in left["tried"] if way.how == "alone")
+    assert left["choice"].how == "weights" and runs_of.share_a_start(left["members"])
+    assert left["choice"].val_loss <= min(way.val_loss for way in left["candidates"] if way.how == "alone")
 
 
 @pytest.mark.parametrize("part", ["train", "val"])

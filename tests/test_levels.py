@@ -27,6 +27,7 @@ SOME = ["block1", "block3", "top"]
 
 def build(name: str, size: int, **settings) -> keras.Model:
     """A classifier whose statistics matter, and whose answers differ from image to image."""
+    keras.utils.set_random_seed(0)
     rng, model = np.random.default_rng(0), classifier.build(name, 3, image_size=size, weights="none", **settings)
     head = model.get_layer("probabilities")
     for layer in model._flatten_layers():
@@ -228,7 +229,7 @@ def test_validation_chooses_the_levels(by_hand, small_backbone, resized, tmp_pat
     assert [name for name, _ in tried] == ["top"] * 3 + ["all"] * 3
     best = min(tried, key=lambda row: float(row[1]))[0]
     assert f"levels: {best}, whose probe has the lowest loss on 6 validation images" in shown
-    assert left["read"] == best and (len(left["cut"].shape) == 1)
+    assert left["head_levels"] == best and (len(left["cut"].shape) == 1)
     assert left["model"].get_layer("head_scale").moving_mean.shape == ({"all": 24, "top": 8}[best],)
 
 

@@ -345,17 +345,12 @@ def other(tmp_path_factory, recipe):
     return Workplace(tmp_path_factory.mktemp("other"), recipe)
 
 
-def test_a_class_with_one_image_is_told(other, image_folder, tmp_path):
-    image_folder(tmp_path / "few", {"cat": 8, "dog": 1})
-    shown = other.thaw("run", other.recipe, "--set", f"explore.source={tmp_path / 'few'}", "--to", "split", code=1)
-    assert "dog (1 in one group)" in shown and "failed" not in shown and "Traceback" not in shown
-
-
-def test_classes_too_small_to_test_are_left_out_on_request(other, image_folder, tmp_path):
+def test_a_class_too_small_to_test_is_told_and_left_out_on_request(other, image_folder, tmp_path):
     image_folder(tmp_path / "few", {"cat": 8, "bird": 1, "dog": 8})
-    shown = other.thaw(
-        "run", other.recipe, "--set", f"explore.source={tmp_path / 'few'}", "--set", "split.rare=drop", "--to", "resize"
-    )
+    few = ("--set", f"explore.source={tmp_path / 'few'}", "--to", "split")
+    shown = other.thaw("run", other.recipe, *few, code=1)
+    assert "bird (1 in one group)" in shown and "failed" not in shown and "Traceback" not in shown
+    shown = other.thaw("run", other.recipe, *few, "--set", "split.rare=drop")
     assert "classes left out: bird" in shown
     split = other.folder / "tiny/split"
     assert disk.read_json(split / "class_names.json") == ["cat", "dog"]
@@ -364,8 +359,7 @@ def test_classes_too_small_to_test_are_left_out_on_request(other, image_folder, 
     assert "Left out by split.rare: bird" in report
 
 
-def test_a_source_within_the_runs_is_told(other, image_folder):
-    source = image_folder(other.folder / "photos", {"cat": 3, "dog": 3}).parent
-    given = ("--set", f"explore.source={source}", "--set", "explore.class_folders=upper")
-    shown = other.thaw("run", other.recipe, *given, "--to", "explore", code=1)
-    assert "lie inside each other. Choose another `out`" in shown
+def test_a_source_within_the_runs_is_told(runs_folder, image_folder, by_hand):
+    source = image_folder(runs_folder / "photos", {"cat": 3, "dog": 3}).parent
+    with pytest.raises(ValueError, match="lie inside each other. Choose another `out`"):
+        by_hand("explore", source=str(source), class_folders="upper", out=str(runs_folder / "tiny" / "explore"))
