@@ -12,7 +12,7 @@ demo: env  ## the main job: solar cells to a report
 	$(BIN)/thaw run recipes/elpv.yaml
 
 test: env  ## all tests except the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 systems: env  ## the five systems' recipes end to end, on built-in images with a small network
 	$(BIN)/python benchmarks/systems.py

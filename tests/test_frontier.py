@@ -36,7 +36,7 @@ FAMILIES = {
 DEEP = ["densenet121", "efficientnet_v2_b0", "inception_resnet_v2", "inception_v3", "nasnet_mobile", "resnet50_v2"]
 
 
-FROZEN = {"efficientnet_lite0", "mobilenet_v3_small", "resnet50"}  # tracing is dear
+FROZEN = {"efficientnet_lite0", "mobilenet_v3_small"}  # tracing is dear
 
 
 def classify(backbone: keras.Model, dropout: float = 0.0) -> keras.Model:

@@ -163,6 +163,7 @@ def test_it_can_be_switched_off_and_needs_linux(pages, started, monkeypatch):
     assert kernels.forks_for(pages) is None and not started
 
 
+@pytest.mark.slow
 def test_importing_tensorflow_starts_no_thread():
     """What makes its forks whole. OpenBLAS starts threads, and looks after them in a fork itself."""
     code = "import tensorflow, os\nfrom tensorflow.python.eager import context\n"

@@ -77,7 +77,7 @@ def test_a_gradient_passes_where_a_map_is_flat():
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
 
-@pytest.mark.parametrize("name", dear(FAMILIES, ["convnext_tiny", "densenet121", "efficientnet_v2_b0"]))
+@pytest.mark.parametrize("name", dear(FAMILIES, ["convnext_tiny", "densenet121", "efficientnet_v2_b0", "resnet50"]))
 def test_suffix_of_prefix_is_the_model_in_every_family(name, tmp_path):
     size, thawed = FAMILIES[name]
     model = build(name, size, levels="all", pool="mean_std")
@@ -197,7 +197,7 @@ def test_constants_of_bare_operations_are_part_of_what_a_model_computes():
     assert graphs.signature(model) == before == graphs.signature(adds(1.0)) != graphs.signature(adds(2.0))
 
 
-@pytest.mark.parametrize("views", [0, 2])
+@pytest.mark.parametrize("views", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_03_standardises_and_04_trains_on_with_levels(views, by_hand, small_backbone, resized, tmp_path):
     """Through the notebooks, with the cache and without it."""
     at = {"images": str(resized), "out": str(tmp_path / "head")}
