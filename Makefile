@@ -5,6 +5,7 @@ LOCK := requirements.lock
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export PYTHONNOUSERSITE = 1
+unexport PYTHONDONTWRITEBYTECODE  # else each process compiles the code of helpers/ and tests/ again
 
 .PHONY: demo test lint audit lock lab clean env systems slow crash browser cluster families
 

@@ -104,6 +104,8 @@ def test_contract_equals_the_familys_own_preprocessing(name):
     assert _relative_gap(ours(images), expected) < 1e-5
     assert len(ours.output.shape) == 4
     assert ours.name == "backbone"
+    if found.contract != "inside":  # so this comparison would notice a contract that is left out
+        assert _relative_gap(ours(images), bare(images.astype("float32"))) > 0.1
 
 
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - SMALLEST))
@@ -122,16 +124,6 @@ def test_the_other_networks_are_asked_of_keras_as_these_are(name, monkeypatch):
     size = (found.min_size, found.min_size, 3)
     assert asked == [{"include_top": False, "weights": None, "input_shape": size}]
     assert model.input_shape == (None, *size) and len(model.output_shape) == 4
-
-
-@pytest.mark.parametrize("name", ["vgg16", "mobilenet", "densenet121"])
-def test_the_contract_matters(name):
-    """The comparison above would notice a contract that is left out: one network for each kind."""
-    found = backbones.spec(name)
-    ours, bare = backbones.build(name, found.min_size, "none"), _bare(found, found.min_size)
-    _give_weights(ours, bare)
-    images = _noise(found.min_size)
-    assert _relative_gap(ours(images), bare(images.astype("float32"))) > 0.1
 
 
 def test_saved_backbones_open_in_safe_mode_without_this_project(tmp_path):

@@ -64,6 +64,7 @@ def proved(tmp_path, pixels):
     return proved
 
 
+@pytest.mark.slow
 def test_a_real_network_of_several_levels_is_carried(proved):
     parity, why = proved("efficientnet_lite0", "all", ["litert"])["litert"]
     assert not why and 0 < parity.largest < 1e-4 and 0 < parity.distance < 1e-4
