@@ -103,6 +103,13 @@ def test_without_its_server_a_kernel_starts_in_the_ordinary_way(run):
     assert int(run(forks, code)[0]) == os.getpid()
 
 
+def test_nothing_is_left_when_the_command_ends(tmp_path):
+    code = "from helpers.pipeline import kernels\nforks = kernels.Forks(['numpy'])\nprint(forks._process.pid)"
+    command = [sys.executable, "-c", code]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=project.ROOT)
+    assert not psutil.pid_exists(int(answer.stdout))
+
+
 def test_a_kernel_ends_with_the_command_that_started_it(tmp_path):
     code = f"""
 import time

@@ -6,6 +6,7 @@ no thread and opens no device when it is imported, so nothing is lost in a fork.
 where the server is not ready yet, outside Linux, and where THAW_FORK is "no". The result is the same.
 """
 
+import atexit
 import json
 import os
 import select
@@ -75,7 +76,7 @@ class Forks:
         # matplotlib reads the first when it is imported; a kernel sets it before that, see ipykernel.
         variables = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "TF_CPP_MIN_LOG_LEVEL": "2"}
         with other_end:
-            subprocess.Popen(
+            self._process = subprocess.Popen(
                 command,
                 env=os.environ | variables,
                 cwd=project.ROOT,
@@ -86,6 +87,12 @@ class Forks:
                 start_new_session=True,  # Ctrl-C is for this process, which ends the kernels itself
             )
         self._is_ready = False
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the server, which has no kernel by then, so that no zombie is left where process 1 collects none."""
+        self._process.kill()
+        self._process.wait()
 
     def is_ready(self) -> bool:
         """Say whether all is imported."""
