@@ -6,13 +6,12 @@ The demo's recipe runs twice from the beginning, each time in a folder of runs o
 each stage, and with kernels that are forks of one process that has imported the libraries. papermill notes how long
 every cell took. The rest of a stage's time is the kernel's start and end and the writing of the notebook. The rest of
 the whole is the command itself, with fingerprints and the report. Figures are overhead too: without notebooks there
-would be none.
+would be none. A cell that computes and draws counts as work.
 """
 
 import argparse
 import ast
 import os
-import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -22,13 +21,12 @@ from pathlib import Path
 import nbformat
 import setting
 
-from helpers import reports
 from helpers.core import disk, project, stages
 from helpers.pipeline import kernels, recipes
 
 KINDS = ("kernel", "imports", "figures", "work")
 WAYS = {"ordinary kernels": "no", "forked kernels": "yes"}
-DRAWING = {module.name for module in pkgutil.iter_modules(reports.__path__)}
+DRAWING = "helpers.reports"
 
 
 def main() -> None:
@@ -56,21 +54,30 @@ def main() -> None:
 def stage_seconds(folder: Path) -> dict[str, float]:
     """Return the seconds of a finished stage by kind."""
     seconds = dict.fromkeys(KINDS, 0.0)
-    for cell in nbformat.read(folder / "notebook.ipynb", as_version=4).cells:
-        seconds[kind_of(cell)] += cell.metadata.get("papermill", {}).get("duration") or 0.0
+    cells = nbformat.read(folder / "notebook.ipynb", as_version=4).cells
+    packages = packages_of(cells)
+    for cell in cells:
+        seconds[kind_of(cell, packages)] += cell.metadata.get("papermill", {}).get("duration") or 0.0
     seconds["kernel"] = disk.read_json(folder / stages.STAGE_FILE)["seconds"] - sum(seconds.values())
     return seconds
 
 
-def kind_of(cell) -> str:
+def packages_of(cells: list) -> dict[str, str]:
+    """Return the package of each module of the project that a notebook imports, by the module's name."""
+    nodes = [node for cell in cells if cell.cell_type == "code" for node in ast.walk(ast.parse(cell.source))]
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module.startswith("helpers")]
+    return {alias.asname or alias.name: node.module for node in imports for alias in node.names}
+
+
+def kind_of(cell, packages: dict[str, str]) -> str:
     """Return what a cell is for: imports, figures, or work."""
     if cell.cell_type != "code":
         return "work"
     tree = ast.parse(cell.source)
     if all(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body):
         return "imports"
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    return "figures" if names & DRAWING else "work"
+    used = {packages.get(node.id) for node in ast.walk(tree) if isinstance(node, ast.Name)} - {None}
+    return "figures" if used == {DRAWING} else "work"
 
 
 def conclude(way: str, seconds: float, by_stage: dict[str, dict[str, float]]) -> None:

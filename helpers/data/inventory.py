@@ -80,8 +80,9 @@ def take(
     shared_paths = [source.root, *paths[:1]]
     facts = list(parallel.for_each(check, paths, workers=workers, label="inventory", reads=shared_paths))
     table = pd.concat([source.table, pd.DataFrame(facts, index=source.table.index)], axis=1)
-    for column in {"reason", "detail", "sha256"} - set(table):  # no image is broken, or all are
-        table[column] = None
+    for column in ("reason", "detail", "sha256"):
+        if column not in table:  # no image is broken, or all are
+            table[column] = None
     table["reason"] = table["reason"].astype(object).where(table["reason"].notna(), "")
     conflict = table["sha256"].map(table.groupby("sha256")["label"].nunique()).fillna(0) > 1
     table.loc[conflict, "reason"] = "two labels"

@@ -122,7 +122,7 @@ def errors_text(errors: dict[str, dict]) -> str:
 
 
 def headline(result: dict, published: dict[str, float] | None = None) -> str:
-    """Return one line for the end of a run: accuracy with its interval, and published figures if there are any.
+    """Return one line for the end of a run: accuracy with its interval, and published results if there are any.
 
     Args:
         result: from `metrics`; a key `part` is "val" if it was not the test part.

@@ -115,15 +115,14 @@ def make(steps: list[planning.Step], *, watching: Watching, say: Say, address: s
     """Make the steps that are to do, link to all of them, and yield each that was made. Arguments as for `run`."""
     todo = [step.stage.notebook for step in steps if step.state == "to do"]
     forks = None if address else kernels.forks_for(todo)
+    forked = partial(execution.execute, forks=forks) if forks else None
     for number, step in enumerate(steps, 1):
         if step.state != "to do":
             planning.link_stage(step)
             continue
         place = f"{number}/{len(steps)} {step.stage.name}"
         with watching(place) as watch:
-            runner = partial(execution.execute, forks=forks) if forks else None
-            if address:
-                runner = hosts.runner(address, step.stage.name, say)
+            runner = hosts.runner(address, step.stage.name, say) if address else forked
             seconds = execution.make(step, watch, say, runner)
         yield Made(place, seconds, disk.read_json(step.folder / stages.STAGE_FILE)["headline"])
 

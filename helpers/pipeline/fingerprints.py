@@ -61,15 +61,13 @@ def libraries(notebook: Path) -> set[str]:
         if not name.startswith("helpers"):
             names.add(name)
         elif path := _file_of(name):
-            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            waiting |= _loaded(path.read_text(encoding="utf-8"), package) - seen
+            waiting |= _loaded(path.read_text(encoding="utf-8"), _package_of(name, path)) - seen
     return names
 
 
 def _loaded(source: str, package: str) -> set[str]:
-    """Return the dotted names that `source` imports at once, so not within a function."""
-    statements = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    return set(_names_imported(ast.unparse(ast.Module(statements, [])), package))
+    """Return the dotted names that `source` imports outside its functions."""
+    return _names(ast.parse(source).body, package)
 
 
 def _hashes(names: Iterable[str], *, decides: bool) -> dict[str, str]:
@@ -99,8 +97,11 @@ def _source(notebook: Path) -> str:
 @cache
 def _module_code(name: str, path: Path) -> tuple[str, frozenset[str]]:
     source = path.read_text(encoding="utf-8")
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    return _code_hash(source), frozenset(_imported(source, package))
+    return _code_hash(source), frozenset(_imported(source, _package_of(name, path)))
+
+
+def _package_of(name: str, path: Path) -> str:
+    return name if path.name == "__init__.py" else name.rpartition(".")[0]
 
 
 def _imported(source: str, package: str) -> set[str]:
@@ -110,14 +111,18 @@ def _imported(source: str, package: str) -> set[str]:
 
 @cache
 def _names_imported(source: str, package: str) -> frozenset[str]:
+    return frozenset(_names(ast.walk(ast.parse(source)), package))
+
+
+def _names(nodes: Iterable[ast.AST], package: str) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = importlib.util.resolve_name("." * node.level + (node.module or ""), package or None)
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return frozenset(names)
+    return names
 
 
 def _file_of(name: str) -> Path | None:
