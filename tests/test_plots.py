@@ -145,6 +145,9 @@ def test_confidence_counts_every_image_and_ends_at_the_edges():
     assert ax.get_xlim() == (0.5, 1.0)
     assert sum(bar.get_height() for bar in ax.patches) == 4
     drawn(charts.confidence(right.assign(prediction="wrong")))
+    sure = charts.confidence(right.assign(confidence=1.0, prediction="correct"))
+    drawn(sure)
+    assert sure.get_xlim() == (0.95, 1.0) and sum(bar.get_height() for bar in sure.patches) == 4
     with pytest.raises(ValueError, match="prediction"):
         charts.confidence(right[["confidence"]])
 

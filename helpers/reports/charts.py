@@ -211,7 +211,7 @@ def confidence(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     theme.require(table, "confidence", "prediction")
     ax = theme.new(ax, (theme.WIDTH, 3.2))
     colours = {"correct": theme.BLUE, "wrong": theme.VERMILION}
-    low = np.floor(20 * table["confidence"].min()) / 20
+    low = min(np.floor(20 * table["confidence"].min()) / 20, 0.95)  # a model may be sure of every image
     seaborn.histplot(
         table, x="confidence", hue="prediction", hue_order=list(colours), palette=colours, multiple="stack",
         binwidth=0.025, binrange=(low, 1.0), edgecolor="white", linewidth=0.6, alpha=1.0, legend=False, ax=ax,
