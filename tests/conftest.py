@@ -14,14 +14,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import cv2
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
 from helpers.core import disk, notebooks, project
+from helpers.core.mended import jsonschema
 from helpers.pipeline.sweeps import files
 
+gc.set_threshold(100_000, 50, 100)  # networks are many objects, and few of them are garbage
+jsonschema.correct()  # before a test module imports nbformat
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
 
 
@@ -150,6 +152,7 @@ def toy_notebooks(tmp_path, monkeypatch) -> Path:
 
 def _by_hand(stage: str, *, before: Mapping[str, Callable[[dict], None]] | None = None, **parameters) -> dict:
     import matplotlib.pyplot as plt
+    import nbformat
 
     found = notebooks.find_notebook(stage)
     cells = [cell for cell in nbformat.read(found.notebook, as_version=4).cells if cell.cell_type == "code"]
@@ -201,6 +204,8 @@ def _picture(rng: np.random.Generator, kind: int, size: int) -> np.ndarray:
 
 
 def _notebook(path: Path, parameters: str, *code: str) -> Path:
+    import nbformat
+
     cells = [nbformat.v4.new_markdown_cell(f"# {path.stem}")]
     cells += [nbformat.v4.new_code_cell(parameters.strip(), metadata={"tags": ["parameters"]})]
     cells += [nbformat.v4.new_code_cell(source.strip()) for source in code]

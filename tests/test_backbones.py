@@ -1,5 +1,6 @@
 """Backbones: their names, their input contracts, their weights."""
 
+import gc
 import os
 import pickle
 import subprocess
@@ -32,7 +33,7 @@ SLOW = ["inception_resnet_v2", "inception_v3", "nasnet_mobile", "resnet50_v2", "
 @pytest.fixture(autouse=True)
 def _forget_models():
     yield
-    keras.backend.clear_session()
+    gc.collect()  # not keras.backend.clear_session, after which TensorFlow prepares each operation again
 
 
 def _noise(size, seed=0):
@@ -41,13 +42,6 @@ def _noise(size, seed=0):
 
 def _bare(found, size):
     return getattr(keras.applications, found.class_name)(include_top=False, weights=None, input_shape=(size, size, 3))
-
-
-def _give_weights(source, target):
-    target.set_weights(source.get_weights())
-    for layer in target.layers:
-        if isinstance(layer, keras.layers.Normalization) and layer.weights:
-            layer.finalize_state()
 
 
 def _relative_gap(got, expected):
@@ -94,18 +88,28 @@ def test_every_kind_of_contract_is_run():
 
 
 @pytest.mark.parametrize("name", dear(sorted(SMALLEST), SLOW))
-def test_contract_equals_the_familys_own_preprocessing(name):
-    found = backbones.spec(name)
-    ours, bare = backbones.build(name, found.min_size, "none"), _bare(found, found.min_size)
-    _give_weights(ours, bare)
+def test_contract_equals_the_familys_own_preprocessing(name, monkeypatch):
+    found, begin = backbones.spec(name), []
+    network = getattr(keras.applications, found.class_name)
+
+    def noted(**asks):
+        begin.append(asks["input_tensor"])
+        return network(**asks)
+
+    monkeypatch.setattr(keras.applications, found.class_name, noted)
+    ours = backbones.build(name, found.min_size, "none")
+    bare = keras.Model(begin, ours.output)  # what Keras was asked for, without what Thaw puts before it
     images = _noise(found.min_size)
     preprocess = getattr(keras.applications, found.module).preprocess_input
-    expected = bare(preprocess(images.astype("float32")))
-    assert _relative_gap(ours(images), expected) < 1e-5
-    assert len(ours.output.shape) == 4
-    assert ours.name == "backbone"
-    if found.contract != "inside":  # so this comparison would notice a contract that is left out
-        assert _relative_gap(ours(images), bare(images.astype("float32"))) > 0.1
+    plain = images.astype("float32")
+    assert len(ours.output.shape) == 4 and ours.name == "backbone"
+    if found.contract == "inside":
+        assert begin[0] is ours.input
+        np.testing.assert_array_equal(preprocess(plain.copy()), plain)
+        return
+    answer = ours(images)
+    assert _relative_gap(answer, bare(preprocess(plain.copy()))) < 1e-5
+    assert _relative_gap(answer, bare(plain)) > 0.1  # so a contract that is left out would be noticed
 
 
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - SMALLEST))
@@ -127,7 +131,7 @@ def test_the_other_networks_are_asked_of_keras_as_these_are(name, monkeypatch):
 
 
 def test_saved_backbones_open_in_safe_mode_without_this_project(tmp_path):
-    networks = ("vgg16", "mobilenet_v3_small", "convnext_tiny")  # the first turns RGB to BGR
+    networks = ("vgg16", "convnext_tiny")  # the first turns RGB to BGR, the second has layers of its own
     images, features = _noise(64)[:, :32], {}
     for name in networks:
         model = backbones.build(name, (32, 64), "none")
@@ -203,7 +207,7 @@ def _legacy_h5(model, path):
     return path
 
 
-@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["mobilenet", "efficientnet_b0"])
 def test_downloaded_weights_give_the_same_function_as_keras(name, monkeypatch, tmp_path):
     found = backbones.spec(name)
     giver = _bare(found, 64)
@@ -223,14 +227,13 @@ def test_downloaded_weights_give_the_same_function_as_keras(name, monkeypatch, t
     assert _relative_gap(backbones.build(name, 64, str(file))(images), expected) < 1e-4
 
 
-@pytest.mark.parametrize("ending", [".keras", ".weights.h5", ".h5"])
-def test_weights_from_a_file(ending, tmp_path):
+def test_weights_from_a_file(tmp_path):
     name = "efficientnet_b0"  # its Normalization layer keeps tensors derived from its weights
-    giver = backbones.build(name, 32, "none")
-    path = tmp_path / f"weights{ending}"
-    (giver.save_weights if ending == ".weights.h5" else giver.save)(path)
-    images = _noise(32)
-    assert _relative_gap(backbones.build(name, 32, str(path))(images), giver(images)) < 1e-6
+    giver, images = backbones.build(name, 32, "none"), _noise(32)
+    for ending in (".keras", ".weights.h5", ".h5"):
+        path = tmp_path / f"weights{ending}"
+        (giver.save_weights if ending == ".weights.h5" else giver.save)(path)
+        assert _relative_gap(backbones.build(name, 32, str(path))(images), giver(images)) < 1e-6, ending
 
 
 def test_weights_from_a_whole_classifier(tmp_path):
@@ -244,21 +247,20 @@ def test_weights_from_a_whole_classifier(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted", "ending"),
+    ("given", "wanted", "endings"),
     [
-        ("mobilenet", "mobilenet_v2", ".keras"),
-        ("mobilenet", "mobilenet_v2", ".h5"),
-        ("mobilenet", "mobilenet_v2", ".weights.h5"),
-        ("mobilenet_v2", "mobilenet", ".weights.h5"),
-        ("vgg16", "vgg19", ".weights.h5"),
+        ("mobilenet", "mobilenet_v2", [".keras", ".h5", ".weights.h5"]),
+        ("mobilenet_v2", "mobilenet", [".weights.h5"]),
+        ("vgg16", "vgg19", [".weights.h5"]),
     ],
 )
-def test_weights_of_another_architecture(given, wanted, ending, tmp_path):
+def test_weights_of_another_architecture(given, wanted, endings, tmp_path):
     giver = backbones.build(given, 32, "none")
-    path = tmp_path / f"weights{ending}"
-    (giver.save_weights if ending == ".weights.h5" else giver.save)(path)
-    with pytest.raises(ValueError, match=f"does not hold the weights of {wanted}"):
-        backbones.build(wanted, 32, str(path))
+    for ending in endings:
+        path = tmp_path / f"weights{ending}"
+        (giver.save_weights if ending == ".weights.h5" else giver.save)(path)
+        with pytest.raises(ValueError, match=f"does not hold the weights of {wanted}"):
+            backbones.build(wanted, 32, str(path))
 
 
 def test_weights_file_missing_or_of_another_kind(tmp_path):

@@ -7,6 +7,8 @@ import errno
 import fcntl
 import os
 import stat
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,7 +16,7 @@ import papermill
 import pytest
 from test_store import ALL, Toys, quick, quick_toys, toys  # noqa: F401
 
-from helpers.core import disk, stages
+from helpers.core import disk, project, stages
 from helpers.data import inventory
 from helpers.pipeline import execution, planning, store
 
@@ -205,3 +207,24 @@ def test_files_of_a_stage_stay_read_only_when_it_is_kept_again(toy, monkeypatch)
         toy.run(last="explore")
     toy.run(last="explore")
     assert not (toy.runs / "toy/explore/word.txt").stat().st_mode & stat.S_IWUSR
+
+
+WITHOUT_GRAMMAR = """
+import sys
+from helpers.core.mended import jsonschema
+
+jsonschema.correct()
+import nbconvert, nbformat, papermill
+
+assert "rfc3987_syntax" not in sys.modules
+try:
+    nbformat.validate(nbformat.v4.new_notebook(metadata=3))
+except nbformat.ValidationError:
+    print("refused")
+import rfc3987_syntax  # is there for whoever needs it later
+"""
+
+
+def test_papermill_is_imported_without_a_grammar_that_takes_a_second():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_GRAMMAR], cwd=project.ROOT, capture_output=True, text=True)
+    assert done.stdout == "refused\n", done.stderr

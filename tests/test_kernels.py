@@ -97,7 +97,8 @@ def test_an_error_and_a_death_are_reported(run, forks):
 def test_without_its_server_a_kernel_starts_in_the_ordinary_way(run):
     forks = ready([])
     code = "import os; print(os.getppid())"
-    server = psutil.Process(int(run(forks, code)[0]))
+    server = psutil.Process(forks._process.pid)
+    assert int(run(forks, code)[0]) == server.pid  # not this process, which the next line would kill
     server.kill()
     psutil.wait_procs([server], timeout=5)
     assert int(run(forks, code)[0]) == os.getpid()

@@ -177,10 +177,10 @@ def model(request):
 def spread(built):
     """Give the last layer weights by which answers differ: a network drawn at random sees all images alike."""
     head = built.get_layer("probabilities")
-    features = keras.Model(built.input, head.input).predict(images(8).astype("float32"), verbose=0)
+    features = np.asarray(keras.Model(built.input, head.input)(images(8).astype("float32"), training=False))
     kernel = np.random.default_rng(0).normal(size=head.kernel.shape) / np.ptp(features, axis=0).max()
     head.set_weights([kernel, -(features.mean(axis=0) @ kernel)])
-    assert np.ptp(built.predict(images(8).astype("float32"), verbose=0), axis=0).max() > 0.01
+    assert np.ptp(np.asarray(built(images(8).astype("float32"), training=False)), axis=0).max() > 0.01
     return built
 
 
@@ -191,7 +191,8 @@ def images(n=4, seed=0):
 
 
 def logits(model, x):
-    features = keras.Model(model.input, model.get_layer("probabilities").input).predict(x.astype("float32"), verbose=0)
+    below = keras.Model(model.input, model.get_layer("probabilities").input)
+    features = np.asarray(below(x.astype("float32"), training=False))
     kernel, bias = model.get_layer("probabilities").get_weights()
     return features @ kernel + bias
 
@@ -227,7 +228,7 @@ def test_the_map_is_the_class_activation_map_where_the_head_reads_means():
     built = spread(classifier.build("efficientnet_lite0", 3, image_size=64, weights="none"))
     kernel = built.get_layer("probabilities").get_weights()[0]
     x = images(2)
-    maps = built.get_layer("backbone").predict(x.astype("float32"), verbose=0)
+    maps = np.asarray(built.get_layer("backbone")(x.astype("float32"), training=False))
     weights = kernel[:, 0] - kernel[:, 1:].mean(axis=1)
     expected = (maps @ weights).mean(axis=(1, 2))
     found = explanation.heat(built, x, [0, 0])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from helpers.core import child, disk, notebooks, project, promise, stages, words
+from helpers.core.mended import jsonschema
 from helpers.data import crop, links, sources, splits
 from helpers.models import backbones
 from helpers.models.families import family
@@ -166,6 +167,7 @@ def _check_training(recipe: recipes.Recipe, backend: str) -> None:
 
 
 def _import_what_comes_next() -> None:
+    jsonschema.correct()
     for package in ("papermill", "nbconvert"):  # of the stages and of the report
         importlib.import_module(package)
 

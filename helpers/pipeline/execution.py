@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from filelock import FileLock, Timeout
 
 from helpers.core import disk, machine, progress, project, stages
+from helpers.core.mended import jsonschema
 from helpers.pipeline import fingerprints, kernels, planning, store
 from helpers.pipeline.planning import StageError, Step
 
@@ -153,6 +154,7 @@ def execute(
     Raises:
         StageError: as `make`.
     """
+    jsonschema.correct()
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError

@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from helpers.core import disk
+from helpers.core.mended import jsonschema
 
 # What a notebook's own HTML may hold: structure, tables and images; no style, no script, nothing that loads.
 # fmt: off
@@ -54,6 +55,7 @@ def of_notebook(notebook: Path, out: Path, title: str) -> Path:
 
 def exporter():
     """Return nbconvert's plainest HTML: without style, script or font, and with the cells' HTML cleaned."""
+    jsonschema.correct()
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(template_name="basic", sanitize_html=True, embed_images=True, exclude_anchor_links=True)
