@@ -98,7 +98,7 @@ def test_contract_equals_the_familys_own_preprocessing(name, monkeypatch):
 
     monkeypatch.setattr(keras.applications, found.class_name, noted)
     ours = backbones.build(name, found.min_size, "none")
-    bare = keras.Model(begin, ours.output)  # what Keras was asked for, without what Thaw puts before it
+    bare = keras.Model(begin[0], ours.output)  # what Keras was asked for, without what Thaw puts before it
     images = _noise(found.min_size)
     preprocess = getattr(keras.applications, found.module).preprocess_input
     plain = images.astype("float32")

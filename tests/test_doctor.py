@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -169,6 +170,7 @@ def test_prefetch_goes_on_after_a_failure_and_says_so(thaw, built, monkeypatch):
     ]
     assert "resnet50: its ImageNet weights are on this machine" in shown and "resnet101 are not on this" in shown
     assert thaw("prefetch", "resnet50")[0] == 0
+    assert socket.getdefaulttimeout() is None  # its time limit is not that of later sockets
 
 
 def test_prefetch_names_the_package_of_lite_weights(thaw, monkeypatch):  # noqa: F811

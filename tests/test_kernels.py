@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -92,6 +93,16 @@ def test_an_error_and_a_death_are_reported(run, forks):
     with pytest.raises(Exception, match=r"[Kk]ernel died"):
         run(forks, "import os; os._exit(3)")
     assert run(forks, "print('another')")[0] == "another\n"
+
+
+def test_a_time_limit_for_all_sockets_does_not_end_the_server(run):
+    limit = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5)
+    try:
+        forks = ready([])
+    finally:
+        socket.setdefaulttimeout(limit)
+    assert int(run(forks, "import os; print(os.getppid())")[0]) == forks._process.pid
 
 
 def test_without_its_server_a_kernel_starts_in_the_ordinary_way(run):

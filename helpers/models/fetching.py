@@ -18,8 +18,12 @@ def fetch(name: str) -> None:
     """
     backbones.weights_installed(name)  # names the package to install, without loading Keras
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SECONDS_WITHOUT_AN_ANSWER)
-    backbones.build(name, backbones.own_size(name), "imagenet")
+    try:
+        backbones.build(name, backbones.own_size(name), "imagenet")
+    finally:
+        socket.setdefaulttimeout(before)  # it holds for all sockets of the process
 
 
 if __name__ == "__main__":

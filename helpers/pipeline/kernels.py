@@ -72,6 +72,8 @@ class Forks:
 
     def __init__(self, modules: Iterable[str]) -> None:
         self._channel, other_end = socket.socketpair()
+        for end in (self._channel, other_end):
+            end.setblocking(True)  # a library may have set a default time limit for all sockets
         command = [sys.executable, "-m", forking.__name__, str(other_end.fileno()), *modules]
         # matplotlib reads the first when it is imported; a kernel sets it before that, see ipykernel.
         variables = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "TF_CPP_MIN_LOG_LEVEL": "2"}
