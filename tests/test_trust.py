@@ -334,6 +334,24 @@ def test_one_group_a_class_cannot_be_judged():
         cheats.judge("border", np.zeros((4, 2)), ["a", "a", "b", "b"], ["1", "1", "2", "3"])
 
 
+@pytest.mark.parametrize("classes", [3, 196])
+def test_of_many_classes_some_are_examined_and_each_has_two_groups(classes):
+    names = np.repeat([f"class {number}" for number in range(classes)], 12)
+    rows = pd.DataFrame({"label": names, "group": np.arange(len(names)).astype(str), "number": range(len(names))})
+    rows.loc[rows["label"] == "class 1", "group"] = "one video"
+    drawn = cheats.sample(rows, seed=3)
+    counts = drawn.groupby("label")["group"].nunique()
+    assert "class 1" not in counts and counts.min() >= 2
+    assert len(counts) == (2 if classes == 3 else 50) and len(drawn) == (24 if classes == 3 else 500)
+    assert drawn["number"].is_unique and drawn.equals(cheats.sample(rows, seed=3))
+
+
+def test_a_verdict_on_some_of_the_classes_says_so():
+    some = cheats.Verdict("facts", 0.3, 0.2, 0.4, 0.02, classes=50, all_classes=196)
+    assert "only facts about the files, of 50 of the 196 classes, reaches" in str(some)
+    assert "classes" not in str(cheats.Verdict("facts", 0.3, 0.2, 0.4, 0.02, classes=50, all_classes=50))
+
+
 # Subgroups, curves, order
 
 

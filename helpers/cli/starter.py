@@ -82,12 +82,12 @@ def write_recipe(
 
 
 def _time(images: int) -> str:
-    """Return how long a run will take on the processor of this machine."""
+    """Return how long a run takes on as many cores as this machine has; how fast they are is not measured."""
     cores = machine.cores()
     seconds = SECONDS["a run"] + images * SECONDS["an image"] / cores
     return (
-        f"A run will take about {words.duration(seconds)} on this machine's {cores} cores, as measured with"
-        " efficientnet_lite0 and the recipe's values; much less on a GPU."
+        f"A run takes about {words.duration(seconds)} on {cores} fast cores, as many as this machine has, and two to"
+        " three times as long on slow ones; much less on a GPU. Measured with efficientnet_lite0 and the recipe's values."
     )
 
 

@@ -7,7 +7,7 @@ colour) and from the border of the images alone. A network can learn from the sa
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -20,6 +20,7 @@ from helpers.data import inventory
 from helpers.evaluation import metrics
 
 MOST = 500  # images that are examined
+FEWEST = 10  # of them that a class should have: of many classes, some are examined
 TREES = 40
 FOLDS = 5
 RING = 16  # the image is resized to this; its outermost ring of pixels is the border
@@ -52,6 +53,8 @@ class Verdict:
         value, low, high: balanced accuracy on images that it has not learned from, with its 95 % interval.
         chance: the balanced accuracy of guessing.
         fields: the facts that alone beat chance, the strongest first, each with its balanced accuracy.
+        classes: how many it was asked about.
+        all_classes: how many there are, 0 if all were asked about.
     """
 
     what: str
@@ -60,6 +63,8 @@ class Verdict:
     high: float
     chance: float
     fields: tuple[tuple[str, float], ...] = ()
+    classes: int = 0
+    all_classes: int = 0
 
     @property
     def is_suspicious(self) -> bool:
@@ -70,6 +75,8 @@ class Verdict:
         numbers = (
             f"{words.percent(self.value)} balanced accuracy ({words.percent(self.low)} to {words.percent(self.high)})"
         )
+        if self.classes < self.all_classes:
+            what += f", of {self.classes} of the {self.all_classes} classes,"
         if not self.is_suspicious:
             return f"A probe that sees {what} does not beat chance: {numbers}; chance is {words.percent(self.chance)}."
         named = ", ".join(f"{FACTS[name]} ({words.percent(value)})" for name, value in self.fields[:4])
@@ -79,30 +86,53 @@ class Verdict:
         )
 
 
-def sample(listed: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return up to 500 rows of train and val of an images.csv, each image once; test is not used."""
-    rows = listed[(listed["part"] != "test") & ~listed.duplicated("path")]
-    return rows.sample(min(MOST, len(rows)), random_state=seed).sort_index().reset_index(drop=True)
+def sample(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Return up to 500 images of up to 50 classes, drawn at random; each class has images of two groups or more.
+
+    Args:
+        rows: an image each: columns label and group, and others.
+        seed: of the choice.
+    """
+    names = _in_two_groups(rows)
+    if len(names) > MOST // FEWEST:
+        names = np.random.default_rng(seed).choice(names, MOST // FEWEST, replace=False)
+    rows = rows[rows["label"].isin(names)]
+    rows = rows.sample(min(MOST, len(rows)), random_state=seed).sort_index()
+    return rows[rows["label"].isin(_in_two_groups(rows))].reset_index(drop=True)
+
+
+def _in_two_groups(rows: pd.DataFrame) -> np.ndarray:
+    """Return the classes whose images are in two groups or more, sorted."""
+    groups = rows.groupby("label")["group"].nunique()
+    return groups.index[groups > 1].to_numpy()
 
 
 def examine(resized: Path, explored: Path, seed: int = 0) -> list[Verdict]:
-    """Return the verdicts on both probes, on up to 500 images of train and val.
+    """Return the verdicts on both probes, on images of train and val that `sample` draws; test is not used.
+
+    The list is empty where fewer than two classes have images in two groups.
 
     Args:
         resized: folder of 02_resize.
         explored: the folder of the inventory, of 00_explore or 00b_crop; its `source` leads to the original files.
         seed: of the choice of images, of folds and trees.
-
-    Raises:
-        ValueError: as `judge`.
     """
-    rows = sample(disk.read_table(resized / "images.csv"), seed)
-    groups = inventory.read(explored).drop_duplicates("path").set_index("path")["group"].reindex(rows["path"])
+    listed = disk.read_table(resized / "images.csv")
+    listed = listed[(listed["part"] != "test") & ~listed.duplicated("path")]
+    group_of = inventory.read(explored).drop_duplicates("path").set_index("path")["group"]
+    whole = listed.assign(group=group_of.reindex(listed["path"]).to_numpy())
+    rows = sample(whole, seed)
+    if rows["label"].nunique() < 2:
+        return []
     resized_files = [resized / file for file in rows["file"]]
     raw = facts([explored / "source" / path for path in rows["path"]], resized_files)
     raw["folder"] = folders_of(rows["path"], rows["label"])
     inputs = {"facts": raw, "border": border(resized_files)}
-    return [judge(what, numbers, rows["label"], groups, seed=seed) for what, numbers in inputs.items()]
+    several = whole["label"].nunique()
+    return [
+        replace(judge(what, numbers, rows["label"], rows["group"], seed=seed), all_classes=several)
+        for what, numbers in inputs.items()
+    ]
 
 
 def facts(raw: Sequence[str | Path], seen: Sequence[str | Path]) -> pd.DataFrame:
@@ -169,7 +199,8 @@ def judge(
         for name in numbers:
             value, low, _ = _held_out(what, numbers[[name]], target, groups, folds, seed)
             fields += [(name, value)] if low > 1 / len(names) else []
-    return Verdict(what, *whole, 1 / len(names), tuple(sorted(fields, key=lambda field: -field[1])))
+    strongest = tuple(sorted(fields, key=lambda field: -field[1]))
+    return Verdict(what, *whole, 1 / len(names), strongest, len(names))
 
 
 def _held_out(what, numbers: pd.DataFrame, target, groups, folds: int, seed: int) -> tuple[float, float, float]:
