@@ -87,7 +87,7 @@ def _time(images: int) -> str:
     seconds = SECONDS["a run"] + images * SECONDS["an image"] / cores
     return (
         f"A run takes about {words.duration(seconds)} on {cores} fast cores, as many as this machine has, and two to"
-        " three times as long on slow ones; much less on a GPU. Measured with efficientnet_lite0 and the recipe's values."
+        " three times as long on slow ones; much less on a GPU. Measured with efficientnet_lite0."
     )
 
 

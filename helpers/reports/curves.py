@@ -53,6 +53,7 @@ def training_curves(
         axis.margins(y=0.12)
         theme.grid(axis, "y")
     axes[0].yaxis.set_major_formatter(theme.PERCENT)
+    axes[0].set_ylim(top=min(1.005, axes[0].get_ylim()[1]))  # no share is above 100 %
     axes[1].set_ylim(bottom=max(0.0, axes[1].get_ylim()[0]))
     for axis in axes:
         _epoch_axis(axis, epochs)

@@ -32,6 +32,8 @@ def calibration(bins: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axe
         ax.plot(table["confidence"], table["accuracy"], "o-", color=colour, markersize=5, linewidth=1.2, label=name)
     ax.text(0.97, 0.03, "below the line: too sure", transform=ax.transAxes, fontsize=8, color=theme.GREY, ha="right")
     ax.set(xlim=(low, 1.02), ylim=(low, 1.02), aspect="equal", xlabel="confidence", ylabel="share that was correct")
+    ticks = [tick for tick in ax.get_xticks() if low <= tick < 1.001]  # no share is above 100 %
+    ax.set(xticks=ticks, yticks=ticks)
     ax.xaxis.set_major_formatter(theme.PERCENT)
     ax.yaxis.set_major_formatter(theme.PERCENT)
     theme.grid(ax, "both")
@@ -46,7 +48,8 @@ def rank_curves(table: pd.DataFrame) -> Sequence[Axes]:
     """
     theme.require(table, "label", "kind", "x", "y", "area")
     theme.prepare()
-    _, axes = plt.subplots(1, 2, figsize=(theme.WIDTH, 4.1), layout="constrained")
+    rows = min(NAMED, table["label"].nunique())  # of the legends, below the axes: worst curves may be anywhere in them
+    _, axes = plt.subplots(1, 2, figsize=(theme.WIDTH, 4.1 + 0.18 * rows), layout="constrained")
     names = {"roc": ("false positive rate", "true positive rate", "AUC"), "precision": ("recall", "precision", "AP")}
     colours = [theme.VERMILION, theme.BLUE, theme.GREEN, "#CC79A7", "#E69F00", "#56B4E9"]
     for ax, (kind, (x, y, area)) in zip(axes, names.items(), strict=True):
@@ -61,7 +64,7 @@ def rank_curves(table: pd.DataFrame) -> Sequence[Axes]:
             ax.plot(curve["x"], curve["y"], color=colour, linewidth=1.5, zorder=2,
                     label=f"{words.shorten(label, 22)}  {area} {order[label]:.3f}".replace("$", r"\$"))  # fmt: skip
         ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x, ylabel=y)
-        ax.legend(loc="lower right" if kind == "roc" else "lower left", frameon=False, fontsize=8, labelcolor=theme.INK)
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.14), frameon=False, fontsize=8, labelcolor=theme.INK)
         theme.grid(ax, "both")
     if len(order) > NAMED:
         axes[0].set_title(
