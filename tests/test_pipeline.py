@@ -41,7 +41,9 @@ class Workplace:
 
     def __init__(self, folder: Path, recipe: Path):
         self.folder, self.recipe, self.run = folder, recipe, folder / "tiny"
-        self.environment = os.environ | {"THAW_RUNS": str(folder), "COLUMNS": "200"}
+        self.temporary = folder.with_name(f"{folder.name}-tmp")
+        self.temporary.mkdir()
+        self.environment = os.environ | {"THAW_RUNS": str(folder), "COLUMNS": "200", "TMPDIR": str(self.temporary)}
         self.environment.pop(progress.PROGRESS_VARIABLE, None)
 
     def start(self, *arguments) -> subprocess.Popen:
@@ -116,6 +118,10 @@ def test_the_terminal_shows_each_stage_and_the_answer(done):
     assert "tiny: 6 of 6 stages to do" in done.shown and "Traceback" not in done.shown
     assert re.search(r"[Aa]ccuracy.*%", done.shown) and "a coin" in done.shown
     assert f"Report: {done.run / 'report.html'}" in done.shown
+
+
+def test_nothing_stays_in_the_temporary_folder(done):
+    assert not [path.name for path in done.temporary.iterdir()]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ class Bank:
     def _set_epoch(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch = epoch
 
+    @tf.autograph.experimental.do_not_convert
     def _dataset(self, batch_size: int, rows: Callable, weights: np.ndarray | None, steps: int) -> tf.data.Dataset:
         read = self._reader(weights)
         epoch = tf.data.Dataset.range(1).map(lambda _: tf.ensure_shape(tf.numpy_function(rows, [], tf.int64), [None]))

@@ -107,7 +107,7 @@ def _frozen(model: keras.Model, batch: int | None) -> Any:
     """Return the model as one graph whose weights are constants, float32 images -> the model's outputs."""
     signature = [tf.TensorSpec((batch, *model.input_shape[1:]), tf.float32, name="image")]
 
-    @tf.function(input_signature=signature, jit_compile=False)
+    @tf.function(input_signature=signature, autograph=False, jit_compile=False)
     def predict(image):
         return model(image, training=False)
 

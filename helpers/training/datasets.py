@@ -95,6 +95,7 @@ def decode(file: tf.Tensor, image_size: int) -> tf.Tensor:
     return tf.ensure_shape(image, (image_size, image_size, 3))
 
 
+@tf.autograph.experimental.do_not_convert
 def _in_order(files: list[str], image_size: int) -> tf.data.Dataset:
     names = tf.data.Dataset.from_tensor_slices(files)
     return names.map(lambda file: decode(file, image_size), tf.data.AUTOTUNE, deterministic=True).batch(bank.GROUP)
@@ -112,6 +113,7 @@ def shares(images: Folder) -> Folder:
     return replace(images, labels=transforms.one_hot(images.labels, len(images.class_names)))
 
 
+@tf.autograph.experimental.do_not_convert  # converting takes a second, and no Python branch depends on a tensor
 def training(
     images: Folder,
     batch_size: int,

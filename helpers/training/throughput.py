@@ -178,6 +178,7 @@ def _read(file: str) -> None:
 
 
 @contextmanager
+@tf.autograph.experimental.do_not_convert
 def _decoding(images: datasets.Folder) -> Iterator[Callable[[], int]]:
     files = tf.data.Dataset.from_tensor_slices(images.files)
     data = files.map(lambda file: datasets.decode(file, images.image_size), tf.data.AUTOTUNE).batch(GROUP)

@@ -112,6 +112,7 @@ class Augmentation:
                 image = step(image)
             return tf.clip_by_value(image, 0.0, 255.0) if self.layers else image
 
+        @tf.autograph.experimental.do_not_convert
         def change(images: tf.Tensor, labels: Any, key: tf.Tensor) -> tuple[tf.Tensor, Any]:
             with tf.device("CPU:0"):  # many small steps an image
                 keys = tf.random.split(key, tf.shape(images)[0] + 1)
