@@ -1,7 +1,6 @@
 """The inventory: facts about files, the quarantine, groups of what belongs together, and the source's fingerprint."""
 
 import json
-import time
 from pathlib import Path
 
 import cv2
@@ -255,13 +254,13 @@ def test_a_missing_source_is_told_early(source):
         inventory.source_fingerprint(parameters(source))
 
 
-def test_the_built_in_sets():
+def test_the_built_in_sets(monkeypatch):
     pytest.importorskip("elpv_dataset")
-    start = time.perf_counter()
+    for module, name in ((cv2, "imread"), (cv2, "imdecode"), (Image, "open")):
+        monkeypatch.setattr(module, name, None)  # nothing is opened yet
     elpv = sources.read(parameters("elpv"))
     assert elpv.table["label"].value_counts().to_dict() == {"functional": 1803, "defective": 821}
     assert {"probability", "type"} <= set(elpv.table)
-    assert time.perf_counter() - start < 2, "nothing is opened yet"
     with pytest.raises(ValueError, match="brings its own labels"):
         sources.read(parameters("elpv", labels="x.csv"))
 
