@@ -145,9 +145,14 @@ def toy_notebooks(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "notebooks"
     folder.mkdir()
     monkeypatch.setattr(notebooks, "NOTEBOOKS", folder)
-    notebooks.stages.cache_clear()
+    _forget_notebooks()
     yield folder
+    _forget_notebooks()
+
+
+def _forget_notebooks() -> None:
     notebooks.stages.cache_clear()
+    notebooks.studies.cache_clear()
 
 
 def _by_hand(stage: str, *, before: Mapping[str, Callable[[dict], None]] | None = None, **parameters) -> dict:

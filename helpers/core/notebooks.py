@@ -156,6 +156,7 @@ def stages() -> dict[str, Stage]:
     return {stage.name: stage for stage in all_stages if not stage.is_study}
 
 
+@cache
 def studies() -> dict[str, Stage]:
     """Return the notebooks that belong to no chain: those without a number and those with `# study`."""
     all_stages = [_read_stage(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))]

@@ -173,7 +173,8 @@ def copies(
     """
     plain = np.stack([images[0] for images in examples.values()])
     labels = np.eye(len(plain), dtype=np.float32)
-    changed = [_shown(plain, labels, augment, views.key(seed, number)) for number in range(count)]
+    show = _shown(augment)
+    changed = [show(plain, labels, views.key(seed, number)) for number in range(count)]
     return {name: [plain[row], *(images[row] for images in changed)] for row, name in enumerate(examples)}
 
 
@@ -186,18 +187,17 @@ def pairs(
         examples: class names and images (k, H, W, 3), as `datasets.examples` gives them.
         augment: as `make` returns it. Images are not mixed here, since each pair holds one class.
     """
-    alone = Augmentation(augment.layers, augment.flip) if augment else None
+    show = _shown(Augmentation(augment.layers, augment.flip) if augment else None)
     for number, (name, images) in enumerate(examples):
-        yield name, images, _shown(images, np.zeros(len(images)), alone, views.key(seed, number))
+        yield name, images, show(images, np.zeros(len(images)), views.key(seed, number))
 
 
-def _shown(images: np.ndarray, labels: np.ndarray, augment: Augmentation | None, key: tf.Tensor) -> np.ndarray:
+def _shown(augment: Augmentation | None) -> Callable[[np.ndarray, np.ndarray, tf.Tensor], np.ndarray]:
+    """Return (images, labels, key) -> the changed images, as uint8, by one graph for all calls."""
     if augment is None:
-        return images
-    change = augment.function()
-    if keras.backend.backend() != "tensorflow":
-        change = tf.function(change)  # layers of Keras take TensorFlow's own operations only within a graph then
-    return tf.cast(change(images, labels, key)[0], tf.uint8).numpy()
+        return lambda images, labels, key: images
+    change = tf.function(augment.function(), reduce_retracing=True)
+    return lambda images, labels, key: tf.cast(change(images, labels, key)[0], tf.uint8).numpy()
 
 
 class _Draws(keras.random.SeedGenerator):
