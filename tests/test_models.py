@@ -1,6 +1,7 @@
 """Classifiers and thawing: the head, exactly which weights train, BatchNormalization, saving."""
 
 import functools
+import gc
 
 import keras
 import numpy as np
@@ -12,7 +13,7 @@ from helpers.models import backbones, classifier, unfreezing
 @pytest.fixture(autouse=True)
 def _forget_models():
     yield
-    keras.backend.clear_session()
+    gc.collect()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """docs/backbones.md: every network of the study has a name, and the numbers of the table are its own."""
 
+import gc
 import itertools
 import re
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_the_numbers_of_parameters_are_the_networks_own(name):
         trained -= sum(layer.filters for layer in model.layers if isinstance(layer, keras.layers.Conv2D))
     assert trained == own
     assert trained + _classifier(name, model.output.shape[-1]) == published
-    keras.backend.clear_session()
+    gc.collect()
 
 
 def test_the_command_lists_all_of_them_and_which_weights_are_here(monkeypatch, tmp_path):

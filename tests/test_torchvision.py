@@ -1,5 +1,6 @@
 """torchvision's networks: the numbers of torch, the files of torch, and that they train."""
 
+import gc
 import json
 import zipfile
 from pathlib import Path
@@ -24,7 +25,7 @@ efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_b5 
 @pytest.fixture(autouse=True)
 def _forget_models():
     yield
-    keras.backend.clear_session()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def examine() -> Iterator[Finding]:
 def _packages() -> Finding:
     """Compare what is installed with the lock file."""
     locked = dict(_locked(project.ROOT / "requirements.lock"))
-    installed = {canonicalize_name(dist.name): dist.version for dist in metadata.distributions() if dist.name}
+    installed = {canonicalize_name(name): version for name, version in machine.packages().items()}
     needed = {canonicalize_name(requirement.name) for requirement in _requirements()}
     others = [f"{name} {installed[name]} ({version})" for name, version in locked.items()
               if name in installed and installed[name] != version]  # fmt: skip

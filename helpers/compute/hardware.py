@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from helpers.compute import ranks
 from helpers.core import machine
-from helpers.core.mended import kerashub
+from helpers.core.mended import keras_saving, kerashub
 
 # https://developer.nvidia.com/cuda-gpus: tensor cores take float16 from 7.0 (Volta) and bfloat16 from 8.0 (Ampere) on
 FAST = {(8, 0): "mixed_bfloat16", (7, 0): "mixed_float16"}
@@ -52,6 +52,7 @@ def prepare(
     """
     global _strategy, _rounds
     _strategy, _rounds = None, False
+    keras_saving.correct()
     if keras.backend.backend() == "jax":
         return _prepare_jax(devices, trains, precision, deterministic)
     if devices == "cpu":
@@ -204,6 +205,7 @@ def load(path: str | Path) -> keras.Model:
     Raises:
         ValueError: the file is not a Keras model, or holds code (a Lambda layer).
     """
+    keras_saving.correct()
     model = keras.models.load_model(path, safe_mode=True)
     kerashub.correct()  # Keras has imported KerasHub where the model has its layers
     return in_precision(model, keras.config.dtype_policy().name)

@@ -1,10 +1,11 @@
-"""What this machine has: processor, memory, GPUs. The system reports it, without TensorFlow."""
+"""What this machine has: processor, memory, GPUs, packages. The system reports it, without TensorFlow."""
 
 import os
 import platform
 import shutil
 import subprocess
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ def hardware() -> dict[str, Any]:
         "memory_gb": round(total_memory() / 1e9, 1),
         "gpus": gpus(),
     }
+
+
+@cache
+def packages() -> dict[str, str]:
+    """Return the version of each installed package, by its name as it writes it."""
+    known = [distribution.metadata for distribution in metadata.distributions()]  # each access reads the file again
+    return dict(sorted((about["Name"], about["Version"]) for about in known if about["Name"]))
 
 
 def cores() -> int:

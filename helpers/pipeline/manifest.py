@@ -6,7 +6,6 @@ A run needs no passwords and no tokens, so of the environment only the variables
 import os
 import subprocess
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def write(recipe: recipes.Recipe, steps: list[planning.Step], command: str) -> b
         "hardware": machine.hardware(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "versions": stages.versions(),
-        "packages": dict(sorted((dist.name, dist.version) for dist in metadata.distributions() if dist.name)),
+        "packages": machine.packages(),
     }
     disk.write_json(path, content)
     return True

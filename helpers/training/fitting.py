@@ -12,6 +12,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from helpers.compute import hardware
 from helpers.core import disk, progress
+from helpers.core.mended import keras_saving
 from helpers.training import compiling, profiling, saving
 
 
@@ -67,6 +68,7 @@ def callbacks(
         optimizer, schedule: as in `compiling`; some need a callback.
         profile_steps: first and last step that the TensorFlow Profiler records.
     """
+    keras_saving.correct()
     file, mode = str(out / "backup" / "best.weights.h5"), compiling.better(monitor)
     best = Best(file, monitor=monitor, mode=mode, save_best_only=True, save_weights_only=True)
     watchers = [keras.callbacks.EarlyStopping(monitor=monitor, mode=mode, patience=patience or end + 1)]
@@ -196,6 +198,9 @@ class Backup(keras.callbacks.BackupAndRestore):
             state.assign([seed, 0])
 
     def on_train_begin(self, logs: dict | None = None) -> None:
+        if not self.model.optimizer.built:  # a step that creates variables is traced twice
+            with hardware.scope():
+                self.model.optimizer.build(self.model.trainable_variables)
         states = [value for value in self.model.variables if value.path.endswith("seed_generator_state")]
         self.random_states = [(state, int(keras.ops.convert_to_numpy(state)[0])) for state in states]
         epoch, history = first_epoch(self.out, self.begin), self.out / "history.csv"
@@ -213,8 +218,6 @@ class Backup(keras.callbacks.BackupAndRestore):
 
     def _restore(self, epoch: int, rows: pd.DataFrame) -> None:
         optimizer = self.model.optimizer
-        with hardware.scope():
-            optimizer.build(self.model.trainable_variables)
         for row in rows.to_dict("records"):
             for watcher in self.watchers:
                 watcher.on_epoch_end(row["epoch"] - 1, dict(row))
