@@ -14,8 +14,9 @@ import tensorflow as tf
 from keras.src.saving import saving_lib
 
 from helpers.compute import frontier
-from helpers.core import progress
+from helpers.core import disk, progress
 from helpers.core.mended import keras_saving
+from helpers.evaluation import selection
 from helpers.models import unfreezing
 from helpers.training import compiling, fitting, profiling, saving, thaws
 
@@ -205,6 +206,38 @@ def test_the_best_epoch_is_kept(fit, data, monitor):
     )
     sentence = saving.load_best(model, out, monitor)
     assert f"Best of {EPOCHS} epochs by {monitor}: epoch {history.index[history[monitor] == best][0] + 1}," in sentence
+
+
+def past(folder, monitor, **columns):
+    """Write what a finished stage leaves of its training."""
+    folder.mkdir(parents=True)
+    (folder / "model.keras").touch()
+    disk.write_json(folder / "stage.json", {"status": "done", "parameters": {"monitor": monitor}, "headline": "Done."})
+    rows = len(next(iter(columns.values())))
+    history = pd.DataFrame(columns | {"epoch": range(1, rows + 1), "phase": "head"})
+    history.reindex(columns=[*saving.HISTORY_COLUMNS, "val_auc"]).to_csv(folder / "history.csv", index=False)
+    return folder
+
+
+def test_the_phases_are_compared_by_the_epochs_that_they_kept(tmp_path):
+    tuned = past(tmp_path / "tuned", "val_auc", val_auc=[0.90, 0.95, 0.91], val_accuracy=[0.90, 0.86, 0.80])
+    head = past(tmp_path / "head", "val_loss", val_auc=[0.90], val_accuracy=[0.87])
+    kept = saving.read_kept(tuned)
+    assert kept["epoch"].to_list() == [2] and kept["val_accuracy"].to_list() == [0.86]
+    choice = selection.better_phase(saving.read_kept(head), kept, "val_accuracy")
+    assert choice["phase"] == "head", "0.90 is the accuracy of weights that are gone"
+    assert "from 0.8700 (phase 1) to 0.8600 (phase 2)" in choice["sentence"]
+
+
+def test_a_head_that_another_monitor_chose_is_refused(tmp_path):
+    past(tmp_path / "other" / "head", "val_auc", val_auc=[0.90, 0.95], val_loss=[0.3, 0.4])
+    out = past(tmp_path / "head", "val_loss", val_loss=[0.3])
+    with pytest.raises(ValueError, match=r"kept epoch 2 by val_auc\. Set head\.monitor to val_auc"):
+        saving.untrained(out, str(tmp_path / "other"))
+    assert not (out / "history.csv").exists()
+    disk.write_json(out / "stage.json", {"parameters": {"monitor": "val_auc"}})
+    saving.untrained(out, str(tmp_path / "other"))
+    assert saving.read_kept(out)["epoch"].to_list() == [2]
 
 
 def test_early_stopping_waits_for_patience(fit):

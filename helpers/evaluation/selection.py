@@ -6,7 +6,7 @@ JOINED = "join"  # the phase of a history that is several joined runs, instead o
 
 
 def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: str = "val_loss") -> dict:
-    """Return which phase gives the run's model: the one whose best epoch is better on validation, never on test.
+    """Return which phase gives the run's model: the one whose model is better on validation, never on test.
 
     The default is the validation loss, which counts how sure each prediction was. On a validation part of a few
     hundred images it separates two models, where accuracy changes in steps of a whole image. If the two phases
@@ -14,11 +14,12 @@ def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: st
     the head: fine-tuning then gained nothing.
 
     Args:
-        head, fine_tune: history.csv of each phase; no rows, or None, if it was not trained.
+        head, fine_tune: the row of each phase's history that belongs to its model, as `saving.read_kept` returns it;
+            no rows, or None, if it was not trained.
         monitor: a column of both; lower is better if its name holds "loss", otherwise higher.
 
     Returns:
-        {"phase": "head" or "fine_tune", "monitor", "head", "fine_tune" (best values, or None), "sentence"}.
+        {"phase": "head" or "fine_tune", "monitor", "head", "fine_tune" (values, or None), "sentence"}.
     """
     histories = {"head": head, "fine_tune": fine_tune}
     trained = {name: table for name, table in histories.items() if table is not None and len(table)}
@@ -27,10 +28,10 @@ def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: st
     if not trained:
         raise ValueError("neither phase was trained: both histories are empty")
     if best["head"] is None:
-        phase, words = "fine_tune", f"its best {words} is {best['fine_tune']:.4f}"
+        phase, words = "fine_tune", f"its {words} is {best['fine_tune']:.4f}"
         sentence = f"Phase 1 was not trained, so phase 2 is the run's model: {words}."
     elif best["fine_tune"] is None:
-        sentence, phase = f"Only phase 1 was trained: its best {words}, {best['head']:.4f}, is the run's model.", "head"
+        sentence, phase = f"Only phase 1 was trained: its {words}, {best['head']:.4f}, is the run's model.", "head"
     else:
         better = best["fine_tune"] < best["head"] if "loss" in monitor else best["fine_tune"] > best["head"]
         phase = "fine_tune" if better else "head"
@@ -38,9 +39,9 @@ def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: st
         what, second = ("Joining runs", "the joined model") if joined else ("Fine-tuning", "phase 2")
         change = f"{words} went from {best['head']:.4f} (phase 1) to {best['fine_tune']:.4f} ({second})"
         sentence = (
-            f"{what} helped: the best {change}, so {second} is the run's model."
+            f"{what} helped: the {change}, so {second} is the run's model."
             if better
-            else f"{what} did not help: the best {change}, so phase 1 is the run's model."
+            else f"{what} did not help: the {change}, so phase 1 is the run's model."
         )
     return {"phase": phase, "monitor": monitor, **best, "sentence": sentence}
 

@@ -143,6 +143,18 @@ def read_history(out: Path) -> pd.DataFrame:
     return pd.read_csv(out / "history.csv", float_precision="round_trip", dtype=HISTORY_TYPES)
 
 
+def read_kept(out: Path) -> pd.DataFrame:
+    """Return the row of history.csv that belongs to the stage's model; no row if nothing was trained.
+
+    It is the best epoch by the stage's own `monitor`, which need not be the best by another one.
+    """
+    history = read_history(out)
+    if len(history) < 2:
+        return history
+    monitor = disk.read_json(out / stages.STAGE_FILE)["parameters"]["monitor"]
+    return history[history["epoch"] == best_epoch(history, monitor)["epoch"]]
+
+
 def take(model: keras.Model, text: str, *, class_names: Sequence[str]) -> str:
     """Give `model` the weights of another run's head stage, and return a sentence about it.
 
@@ -188,6 +200,9 @@ def untrained(out: Path, text: str = "") -> str:
     Args:
         out: the stage's folder; if it holds the path of a solver, its choice is the one row of the history.
         text: the run whose head and history are taken; "" for a solved head, or one with its random weights.
+
+    Raises:
+        ValueError: another `monitor` chose the epoch of that head.
     """
     if not text and (out / SOLVED).is_file():
         return _solved(out)
@@ -196,6 +211,10 @@ def untrained(out: Path, text: str = "") -> str:
         return "Nothing was trained: the head keeps its random weights."
     folder = _head_of(text)
     shutil.copyfile(folder / "history.csv", out / "history.csv")
+    if (kept := read_kept(folder)["epoch"].to_list()) != read_kept(out)["epoch"].to_list():
+        (out / "history.csv").unlink()
+        theirs = disk.read_json(folder / stages.STAGE_FILE)["parameters"]["monitor"]
+        raise ValueError(f"from_run: {text!r} kept epoch {kept[0]:.0f} by {theirs}. Set head.monitor to {theirs}.")
     return f"Taken from {text}: {disk.read_json(folder / stages.STAGE_FILE)['headline']}"
 
 

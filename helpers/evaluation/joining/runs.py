@@ -157,7 +157,8 @@ def _member(name: str, own: Mapping[str, Path], monitor: str) -> Member:
     from helpers.training import saving
 
     histories = {phase: saving.read_history(path) for phase, path in own.items()}
-    phase = selection.better_phase(histories["head"], histories["fine_tune"], monitor)["phase"]
+    kept = {phase: saving.read_kept(path) for phase, path in own.items()}
+    phase = selection.better_phase(kept["head"], kept["fine_tune"], monitor)["phase"]
     folder = own[phase].resolve()
     records = {phase: disk.read_json(path / stages.STAGE_FILE) for phase, path in own.items()}
     return Member(
