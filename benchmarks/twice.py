@@ -25,7 +25,7 @@ from helpers.core.mended import keras_saving
 def main() -> None:
     """Measure both, and print a line for each with the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
     print(setting.machine())
     keras_saving.correct()
