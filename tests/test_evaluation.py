@@ -235,6 +235,7 @@ def test_compare_refuses_other_pictures_and_other_labels():
         ("val_loss", [0.4], [0.4], "head"),
         ("val_accuracy", [0.8], [0.9], "fine_tune"),
         ("val_accuracy", [0.9], [0.8, np.nan], "head"),
+        ("val_accuracy", [184 / 210], [float(np.float32(184 / 210))], "head"),  # equal, but for float32
     ],
 )
 def test_the_better_phase_is_chosen_on_validation(monitor, head, fine, phase):

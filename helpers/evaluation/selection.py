@@ -1,5 +1,7 @@
 """The two phases of one run: which gives the run's model."""
 
+import math
+
 import pandas as pd
 
 JOINED = "join"  # the phase of a history that is several joined runs, instead of phase 2
@@ -34,6 +36,7 @@ def better_phase(head: pd.DataFrame, fine_tune: pd.DataFrame | None, monitor: st
         sentence, phase = f"Only phase 1 was trained: its {words}, {best['head']:.4f}, is the run's model.", "head"
     else:
         better = best["fine_tune"] < best["head"] if "loss" in monitor else best["fine_tune"] > best["head"]
+        better &= not math.isclose(best["fine_tune"], best["head"], rel_tol=1e-6)  # one is in float32, one may not be
         phase = "fine_tune" if better else "head"
         joined = set(fine_tune.get("phase", ())) == {JOINED}
         what, second = ("Joining runs", "the joined model") if joined else ("Fine-tuning", "phase 2")
