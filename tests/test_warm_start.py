@@ -82,11 +82,11 @@ def test_a_head_from_another_run(control, resized, tmp_path, monkeypatch, by_han
     assert (tmp_path / "head/history.csv").read_bytes() == (folder / "head/history.csv").read_bytes()
     model = classifier.build("efficientnet_lite0", 3, image_size=32, weights="none", dense=[4])
     with pytest.raises(ValueError, match="has another model, its layer probabilities is not the head_dense_1"):
-        saving.take(model, "control", class_names=NAMES)
+        saving.take(model, "control", class_names=NAMES, monitor="val_loss")
     with pytest.raises(ValueError, match="has the classes disc, square, cross; here are a, b, c"):
-        saving.take(model, "control", class_names=["a", "b", "c"])
+        saving.take(model, "control", class_names=["a", "b", "c"], monitor="val_loss")
     with pytest.raises(FileNotFoundError, match=r"'contrl' is neither a run .* Runs with one: control"):
-        saving.take(model, "contrl", class_names=NAMES)
+        saving.take(model, "contrl", class_names=NAMES, monitor="val_loss")
 
 
 def test_a_head_that_is_made_anew_is_another_ingredient(control, monkeypatch, tmp_path):

@@ -12,7 +12,6 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from helpers.compute import hardware
 from helpers.core import disk, progress
-from helpers.core.mended import keras_saving
 from helpers.training import compiling, profiling, saving
 
 
@@ -68,7 +67,6 @@ def callbacks(
         optimizer, schedule: as in `compiling`; some need a callback.
         profile_steps: first and last step that the TensorFlow Profiler records.
     """
-    keras_saving.correct()
     file, mode = str(out / "backup" / "best.weights.h5"), compiling.better(monitor)
     best = Best(file, monitor=monitor, mode=mode, save_best_only=True, save_weights_only=True)
     watchers = [keras.callbacks.EarlyStopping(monitor=monitor, mode=mode, patience=patience or end + 1)]

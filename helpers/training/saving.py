@@ -151,26 +151,32 @@ def read_kept(out: Path) -> pd.DataFrame:
     history = read_history(out)
     if len(history) < 2:
         return history
-    monitor = disk.read_json(out / stages.STAGE_FILE)["parameters"]["monitor"]
-    return history[history["epoch"] == best_epoch(history, monitor)["epoch"]]
+    return history[history["epoch"] == best_epoch(history, _monitor(out))["epoch"]]
 
 
-def take(model: keras.Model, text: str, *, class_names: Sequence[str]) -> str:
+def _monitor(out: Path) -> str:
+    return disk.read_json(out / stages.STAGE_FILE)["parameters"]["monitor"]
+
+
+def take(model: keras.Model, text: str, *, class_names: Sequence[str], monitor: str) -> str:
     """Give `model` the weights of another run's head stage, and return a sentence about it.
 
     Args:
         model: a classifier as `classifier.build` builds it.
         text: the name of a run, its folder, or the folder of a head stage.
         class_names: in the model's order.
+        monitor: what chose the epoch of that head, if it was trained by epochs.
 
     Raises:
         FileNotFoundError: there is no such run.
-        ValueError: it has another backbone, image size or head, or other classes.
+        ValueError: it has another backbone, image size or head, other classes, or another `monitor`.
     """
     folder = _head_of(text)
     names = disk.read_json(folder / "class_names.json")
     if names != list(class_names):
         raise ValueError(f"from_run: {text!r} has the classes {', '.join(names)}; here are {', '.join(class_names)}.")
+    if len(read_history(folder)) > 1 and _monitor(folder) != monitor:
+        raise ValueError(f"from_run: {text!r} chose its epoch by {_monitor(folder)}. Set head.monitor to that.")
     source = keras.models.load_model(folder / "model.keras", compile=False)
     if difference := _difference(model, source):
         raise ValueError(f"from_run: {text!r} has another model, {difference}. Set the parameters of that run.")
@@ -200,9 +206,6 @@ def untrained(out: Path, text: str = "") -> str:
     Args:
         out: the stage's folder; if it holds the path of a solver, its choice is the one row of the history.
         text: the run whose head and history are taken; "" for a solved head, or one with its random weights.
-
-    Raises:
-        ValueError: another `monitor` chose the epoch of that head.
     """
     if not text and (out / SOLVED).is_file():
         return _solved(out)
@@ -211,10 +214,6 @@ def untrained(out: Path, text: str = "") -> str:
         return "Nothing was trained: the head keeps its random weights."
     folder = _head_of(text)
     shutil.copyfile(folder / "history.csv", out / "history.csv")
-    if (kept := read_kept(folder)["epoch"].to_list()) != read_kept(out)["epoch"].to_list():
-        (out / "history.csv").unlink()
-        theirs = disk.read_json(folder / stages.STAGE_FILE)["parameters"]["monitor"]
-        raise ValueError(f"from_run: {text!r} kept epoch {kept[0]:.0f} by {theirs}. Set head.monitor to {theirs}.")
     return f"Taken from {text}: {disk.read_json(folder / stages.STAGE_FILE)['headline']}"
 
 
