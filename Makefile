@@ -53,10 +53,12 @@ lab: env  ## JupyterLab with the environment's kernel
 
 env: $(READY)
 
+# pip compiles on one core, compileall on all; it fails where a package carries code of another Python, which is no harm
 $(READY): $(LOCK) pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Thaw needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement $(LOCK)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --require-hashes --requirement $(LOCK)
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 
